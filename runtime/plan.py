@@ -1,0 +1,133 @@
+"""What an artifact tells the runtime to do: plain data, read from and written to JSON.
+
+A plan is straight-line: bind symbols from the inputs' shapes, run the steps in order, return the outputs. Values live
+in numbered slots. Dimension expressions are strings over symbols (`s0*s1`), with `+ - * // % max min`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Dim: TypeAlias = int | str
+"""A size: an int, or an expression over symbols."""
+
+Json: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and dtype of a slot (`dtype` in MLIR's spelling: f32, bf16, i64, i1, ui8 ...)."""
+
+    shape: tuple[Dim, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One argument of `main`: where its value comes from.
+
+    `kind` is input | param | buffer | constant. Inputs come from the caller in order; all others from the weights,
+    under the name `source`. `type` is None for an integer input, whose value binds the symbol `symbol`.
+    """
+
+    name: str
+    slot: int
+    kind: Literal["input", "param", "buffer", "constant"]
+    type: Tensor | None
+    source: str = ""
+    symbol: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run a PyTorch operator.
+
+    `op` is `namespace.name.overload`. `args` and `kwargs` are JSON trees in which `{"slot": n}` stands for a value,
+    `{"dim": "s0*2"}` for a size, `{"dtype": "bf16"}` for a dtype, `{"float": "inf"}` for a number that JSON lacks.
+    `outs` are the slots of its results (null: not kept); `binds` names symbols that a result's shape gives a value
+    to, as `[slot, axis, symbol]` (axis -1: the value itself).
+    """
+
+    op: str
+    args: list[Json]
+    kwargs: dict[str, Json]
+    outs: list[int | None]
+    binds: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Run a kernel of the plan on slots; `outs` are allocated by the runtime with the kernel's result types."""
+
+    kernel: str
+    ins: list[int | None]
+    outs: list[int]
+
+
+@dataclass(frozen=True)
+class Free:
+    """Drop slots that no later step reads."""
+
+    slots: list[int]
+
+
+Step: TypeAlias = Call | Launch | Free
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a kernel, right for up to `up_to` tokens (None: any number). `config` is the backend's own."""
+
+    up_to: int | None
+    config: dict[str, Json]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A fused op of the model, shared by all layers in which it is the same.
+
+    Args:
+        name: its name in the IR (`route_group_0`).
+        op: which fused op it is (`moe.route_group`, `moe.gather_gemm`, `moe.gemm_combine` ...).
+        backend: who runs it: `torch` (steps of PyTorch operators), `onednn`, `triton`.
+        params: types of its operands, in order (None: an optional operand left out).
+        results: types of its results.
+        tokens: the dimension that counts tokens; variants are chosen by it.
+        attrs: the op's attributes (`k`, `num_experts`, `layout` ...), as JSON.
+        body: the op's region as steps over slots of its own: arguments take slots 0, 1, ...
+        body_outs: the slots that the region yields.
+        variants: by ascending `up_to`; the last has None.
+    """
+
+    name: str
+    op: str
+    backend: str
+    params: tuple[Tensor | None, ...]
+    results: tuple[Tensor, ...]
+    tokens: Dim
+    attrs: dict[str, Json]
+    body: list[Step]
+    body_outs: list[int]
+    variants: list[Variant]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result of `main`: returned to the caller, or the new value of the buffer `source`."""
+
+    kind: Literal["output", "mutation"]
+    slot: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole model. `structure` says how the outputs are put together, `inputs` how arguments are taken apart."""
+
+    args: list[Arg]
+    steps: list[Step]
+    outputs: list[Output]
+    kernels: dict[str, Kernel]
+    inputs: Json
+    structure: Json

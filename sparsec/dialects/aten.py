@@ -1,0 +1,169 @@
+"""The dense rest: every operator of PyTorch, as `aten.NAME[.OVERLOAD]`, legal where torch's own schema says so.
+
+Operators of other libraries are `torch.NAMESPACE.NAME[.OVERLOAD]`. Tensor parameters are operands in schema order
+(lists in brackets, absent ones before the last as `none`); every other parameter is an attribute under its schema
+name, left out where it equals the default. Sizes are ints or symbols; dtypes are types (`dtype = bf16`). Parameters
+that name a device, layout or memory pinning are never written: the target decides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from sparsec.dialects.dtypes import to_torch
+from sparsec.ir.core import Argument, Attr
+from sparsec.ir.opdef import FALLBACKS, Cost, Env, OpDef
+from sparsec.ir.types import DType, Sym, TensorType, evaluate, product
+
+if TYPE_CHECKING:
+    import torch
+
+PLACEMENT = frozenset({"device", "layout", "pin_memory"})  # parameters the target decides
+
+
+@cache
+def overload(name: str) -> torch._ops.OpOverload | None:
+    """The operator behind an op name: `aten.add.Tensor`, `aten.linear`, `torch.mylib.op`. None if torch has none."""
+    import torch
+
+    parts = name.split(".")
+    if parts[0] == "torch":
+        parts = parts[1:]
+    if len(parts) not in (2, 3):
+        return None
+    packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+    return getattr(packet, parts[2] if len(parts) == 3 else "default", None)
+
+
+@cache
+def is_tensor(param: torch.Argument) -> bool:
+    """Whether a schema parameter takes tensors (one, an optional one, a list)."""
+    return "Tensor" in str(param.type)
+
+
+def parameters(name: str) -> tuple[torch.Argument, ...]:
+    """The schema parameters of an op that exists, less those that the target decides."""
+    found = overload(name)
+    assert found is not None
+    return tuple(param for param in found._schema.arguments if param.name not in PLACEMENT)
+
+
+class AtenOp(OpDef):
+    """Base of the classes made on demand, one per operator."""
+
+    __slots__ = ()
+
+    @property
+    def target(self) -> torch._ops.OpOverload:
+        found = overload(self.name)
+        assert found is not None
+        return found
+
+    def bound(self) -> Iterator[tuple[torch.Argument, Argument | Attr]]:
+        """Each schema parameter that is given, with its operand (a value, None, a tuple) or attribute."""
+        arguments = list(self.arguments)
+        for param in parameters(self.name):
+            if is_tensor(param):
+                is_list = "List" in str(param.type)
+                if is_list and arguments and not isinstance(arguments[0], tuple):
+                    yield param, tuple(arguments)  # a lone list needs no brackets
+                    arguments = []
+                elif arguments:
+                    yield param, arguments.pop(0)
+            elif param.name in self.attrs:
+                yield param, self.attrs[param.name]
+
+    def verify(self) -> Iterator[str]:
+        names = [param.name for param in parameters(self.name)]
+        given = {param.name for param, _ in self.bound()}
+        for param in parameters(self.name):
+            if param.name not in given and not param.has_default_value() and "Optional" not in str(param.type):
+                yield f"needs {'operand' if is_tensor(param) else 'attribute'} '{param.name}' ({self.target._schema})"
+        for name in self.attrs:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                yield f"has no attribute '{name}'" + (
+                    f"; did you mean '{close[0]}'?" if close else f" ({self.target._schema})"
+                )
+        expected = len(self.target._schema.returns)
+        is_list = any("List" in str(ret.type) for ret in self.target._schema.returns)
+        if not is_list and len(self.results) != expected:
+            yield f"has {len(self.results)} results, the operator returns {expected}"
+
+    def cost(self, env: Mapping[str, int]) -> Cost | None:
+        moved = 0
+        for value in (*dict.fromkeys(self.operands), *self.results):
+            if isinstance(value.type, TensorType):
+                moved += evaluate(product(value.type.shape), env) * value.type.dtype.itemsize
+        out = self.results[0].type if self.results else None
+        if not isinstance(out, TensorType):
+            return Cost(moved, 0)
+        size = evaluate(product(out.shape), env)
+        contracted = {"linear": 0, "mm": 0, "addmm": 1, "bmm": 0, "matmul": 0}.get(self.name.split(".")[1])
+        if contracted is None:
+            return Cost(moved, size)
+        return Cost(moved, 2 * size * evaluate(self.operands[contracted].tensor.shape[-1], env))
+
+    def reference(self, env: Env, *args: Any) -> Any:
+        values = iter(args)
+        positional, keywords = list[Any](), dict[str, Any]()
+        for param, given in self.bound():
+            if is_tensor(param):
+                value = _fill(given, values)
+            else:
+                value = concrete(given, env)  # type: ignore[arg-type]
+            if param.kwarg_only:
+                keywords[param.name] = value
+            else:
+                positional.append((param.name, value))
+        names = [param.name for param in self.target._schema.arguments if not param.kwarg_only]
+        in_order = [name for name, _ in positional] == names[: len(positional)]
+        if in_order:
+            return self.target(*[value for _, value in positional], **keywords)
+        return self.target(**dict(positional), **keywords)
+
+
+def _fill(argument: Any, values: Iterator[Any]) -> Any:
+    """The structure of an argument with run-time values in the place of IR values."""
+    if argument is None:
+        return None
+    if isinstance(argument, tuple):
+        return [_fill(item, values) for item in argument]
+    return next(values)
+
+
+def concrete(attr: Attr, env: Env) -> Any:
+    """An attribute as torch takes it: symbols evaluated, dtypes translated."""
+    if isinstance(attr, Sym):
+        return env.dim(attr)
+    if isinstance(attr, DType):
+        return to_torch(attr)
+    if isinstance(attr, tuple):
+        return [concrete(item, env) for item in attr]
+    return attr
+
+
+@cache
+def _aten_class(name: str) -> type[OpDef] | None:
+    found = overload(name)
+    if found is None:
+        return None
+    doc = f"PyTorch's `{found._schema}`."
+    cls = type("AtenOp_" + name.replace(".", "_"), (AtenOp,), {"__doc__": doc, "__slots__": ()})
+    cls.op_name = name  # type: ignore[attr-defined]
+    cls.pure = not found._schema.is_mutable and not is_random(found)  # type: ignore[attr-defined]
+    return cls
+
+
+def is_random(op: torch._ops.OpOverload) -> bool:
+    """Whether two runs of an operator may differ."""
+    import torch
+
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+FALLBACKS["aten"] = _aten_class
+FALLBACKS["torch"] = _aten_class
