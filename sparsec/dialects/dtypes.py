@@ -28,6 +28,7 @@ def _table() -> dict[DType, torch.dtype]:
         DType.i8: torch.int8,
         DType.ui8: torch.uint8,
         DType.i1: torch.bool,
+        DType.c64: torch.complex64,
     }
 
 
@@ -41,7 +42,7 @@ def to_torch(dtype: DType) -> torch.dtype:
 
 
 def from_torch(dtype: torch.dtype) -> DType:
-    """Raises: TypeError for a dtype that the IR has no name for (complex, quantised)."""
+    """Raises: TypeError for a dtype that the IR has no name for (quantised, double complex)."""
     try:
         return _reverse()[dtype]
     except KeyError:

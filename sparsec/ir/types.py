@@ -26,15 +26,16 @@ class DType(Enum):
     i8 = "i8"
     ui8 = "ui8"
     i1 = "i1"
+    c64 = "c64"
 
     @property
     def is_float(self) -> bool:
-        return "f" in self.value
+        return "f" in self.value  # complex is neither float nor integer
 
     @property
     def itemsize(self) -> int:
         """Bytes one element takes in memory (a bool takes a whole byte)."""
-        digits = self.value.split("E")[0].lstrip("abfiu")
+        digits = self.value.split("E")[0].lstrip("abcfiu")
         return max(1, int(digits) // 8)
 
     def __repr__(self) -> str:
