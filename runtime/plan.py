@@ -44,7 +44,8 @@ class Call:
     """Run a PyTorch operator.
 
     `op` is `namespace.name.overload`. `args` and `kwargs` are JSON trees in which `{"slot": n}` stands for a value,
-    `{"dim": "s0*2"}` for a size, `{"dtype": "bf16"}` for a dtype, `{"float": "inf"}` for a number that JSON lacks.
+    `{"dim": "s0*2"}` for a size, `{"dtype": "bf16"}` for a dtype, `{"float": "inf"}` for a number that JSON lacks,
+    `{"memory_format": "contiguous_format"}` for a memory format, `{"device": true}` for the program's device.
     `outs` are the slots of its results (null: not kept); `binds` names symbols that a result's shape gives a value
     to, as `[slot, axis, symbol]` (axis -1: the value itself).
     """
@@ -98,6 +99,7 @@ class Kernel:
         body: the op's region as steps over slots of its own: arguments take slots 0, 1, ...
         body_outs: the slots that the region yields.
         variants: by ascending `up_to`; the last has None.
+        body_params: types of the region's arguments, whose bare symbols bind what the steps' sizes mention.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Kernel:
     body: list[Step]
     body_outs: list[int]
     variants: list[Variant]
+    body_params: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""The fused ops on a CPU: sorting pairs by expert, and the two GEMMs of an expert layer over the experts that are hit.
+
+Words as in the `moe` dialect: T tokens, k experts per token, pair number `token * k + slot`; `order` lists the pairs
+expert by expert, `offsets[e]:offsets[e + 1]` are those of expert e, pairs beyond the last offset are skipped.
+
+Two ways through an expert layer. `batched` gathers all rows and activates them at once: fewest operators, for few
+tokens. `streamed` takes each expert's rows through both GEMMs while they are in the cache, for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsec.runtime.packing import Bank
+
+Activation = Callable[[Sequence[Tensor]], Tensor]
+"""One tensor [n, I] per part of the up-projection -> [n, I]."""
+
+BATCHED_ROWS = 512
+"""Up to this many pairs a layer is `batched` unless the plan says otherwise."""
+FEW_TOKENS = 16
+"""Up to this many tokens the combine weighs all pairs at once instead of slot by slot."""
+BLOCK = 128
+"""Tokens that the combine adds up at a time, so that the f32 sums stay in the cache."""
+
+
+def group(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort pairs by expert, keeping their order within an expert; ids outside 0..num_experts-1 go last.
+
+    Returns: order [T * k] and offsets [num_experts + 1], both i32.
+    """
+    flat = ids.reshape(-1)
+    flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
+    ranked, order = torch.sort(flat, stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=ranked.dtype, device=ids.device)
+    return order.int(), torch.searchsorted(ranked, bounds, out_int32=True)
+
+
+def gather_gemm(
+    x: Tensor, order: Tensor, offsets: Tensor, up: Bank, k: int, activation: Activation, parts: int, batched: bool
+) -> Tensor:
+    """activation(x[order // k] @ up[e].T + bias) expert by expert.
+
+    Args:
+        x: [T, H].
+        parts: how many equal parts of the columns the activation takes.
+
+    Returns: [T * k, I]; zeros in the rows of skipped pairs.
+    """
+    hits, used = _hits(offsets)
+    rows = torch.div(order[:used], k, rounding_mode="floor")
+    if batched:
+        projected = _multiply(up, hits, x.index_select(0, rows))
+        return _padded(activation(projected.chunk(parts, -1)), order.shape[0])
+    pieces = [activation(up(e, x.index_select(0, rows[a:b])).chunk(parts, -1)) for e, a, b in hits]
+    return _padded(_joined(pieces, x, up.columns // parts), order.shape[0])
+
+
+def gemm_combine(h: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, down: Bank) -> Tensor:
+    """For each token the sum over its slots of weight * (h @ down[e].T + bias), in f32, in the order of its slots.
+
+    Args:
+        h: [T * k, I], as of `gather_gemm`.
+        weights: [T, k].
+
+    Returns: [T, H], dtype of `h`.
+    """
+    hits, used = _hits(offsets)
+    return combine(_multiply(down, hits, h[:used]), order, used, weights)
+
+
+def experts(
+    x: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    up: Bank,
+    down: Bank,
+    activation: Activation,
+    parts: int,
+    batched: bool,
+) -> Tensor:
+    """`gather_gemm` and `gemm_combine` in one pass over the experts that are hit. Returns: [T, H], dtype of `x`."""
+    k = weights.shape[1]
+    hits, used = _hits(offsets)
+    rows = torch.div(order[:used], k, rounding_mode="floor")
+    if batched:
+        h = activation(_multiply(up, hits, x.index_select(0, rows)).chunk(parts, -1))
+        return combine(_multiply(down, hits, h), order, used, weights)
+    pieces = [down(e, activation(up(e, x.index_select(0, rows[a:b])).chunk(parts, -1))) for e, a, b in hits]
+    return combine(_joined(pieces, x, down.columns), order, used, weights)
+
+
+def combine(y: Tensor, order: Tensor, used: int, weights: Tensor) -> Tensor:
+    """Weigh the rows of `y`, which are in `order`, and add those of each token in the order of its slots.
+
+    Args:
+        y: [used, H].
+        order: [T * k]; the pairs from `used` on are skipped and add nothing, whatever their weights.
+        weights: [T, k].
+
+    Returns: [T, H], added in f32 (f64 for f64) and rounded once to the dtype of `y`.
+    """
+    tokens, k = weights.shape
+    if tokens == 0 or used == 0:
+        return y.new_zeros(tokens, y.shape[1])
+    wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+    weights = weights.to(wide)
+    place = torch.empty_like(order)
+    place[order.long()] = torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
+    if used < order.shape[0]:
+        # A skipped pair reads the row of zeros put last, and its weight may be NaN: it becomes zero too.
+        y = torch.cat([y, y.new_zeros(1, y.shape[1])])
+        skipped = place >= used
+        place = torch.where(skipped, used, place)
+        weights = weights.masked_fill(skipped.view(tokens, k), 0)
+    if tokens <= FEW_TOKENS:
+        weighed = y.index_select(0, place).view(tokens, k, -1) * weights.unsqueeze(-1)
+        return weighed.sum(1).to(y.dtype)
+    slots = place.view(tokens, k).t().contiguous()
+    out = y.new_empty(tokens, y.shape[1])
+    for start in range(0, tokens, BLOCK):
+        stop = min(start + BLOCK, tokens)
+        total = torch.zeros(stop - start, y.shape[1], dtype=wide, device=y.device)
+        for slot in range(k):
+            total.addcmul_(y.index_select(0, slots[slot, start:stop]).to(wide), weights[start:stop, slot, None])
+        out[start:stop] = total
+    return out
+
+
+def _hits(offsets: Tensor) -> tuple[list[tuple[int, int, int]], int]:
+    """The experts that have pairs, as (expert, first, last + 1), and how many pairs are not skipped."""
+    bounds = offsets.tolist()
+    return [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a], bounds[-1]
+
+
+def _multiply(bank: Bank, hits: list[tuple[int, int, int]], rows: Tensor) -> Tensor:
+    if len(hits) == 1:
+        return bank(hits[0][0], rows)
+    return _joined([bank(e, rows[a:b]) for e, a, b in hits], rows, bank.columns)
+
+
+def _joined(pieces: list[Tensor], like: Tensor, columns: int) -> Tensor:
+    return torch.cat(pieces) if pieces else like.new_empty(0, columns)
+
+
+def _padded(h: Tensor, rows: int) -> Tensor:
+    """`h` with rows of zeros up to `rows`."""
+    return h if h.shape[0] == rows else torch.cat([h, h.new_zeros(rows - h.shape[0], h.shape[1])])
