@@ -1,0 +1,94 @@
+"""`sparsec::experts`: an expert bank as one torch operator, so that graphs carry it whole.
+
+    torch.ops.sparsec.experts(x, ids, weights, up, down, activation=region, layout="concat")
+
+Shapes are those of `moe.experts`: x [T, H], ids and weights [T, k], up [E, P * I, H] and down [E, H, I] (transposed in
+their last two dimensions where said so), biases [E, P * I] and [E, H]. An id outside 0..E-1 is skipped. `activation`
+is a region as a string (`sparsec.frontend.region`), for the dtype of `x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.dialects.moe import gather_gemm_reference, gemm_combine_reference, group_reference
+from sparsec.frontend import region
+from sparsec.ir.core import Block
+from sparsec.ir.types import Dim, evaluate
+
+SCHEMA = (
+    "(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, Tensor? down_bias=None, *, "
+    'str activation, str layout="concat", bool up_transposed=False, bool down_transposed=False) -> Tensor'
+)
+
+ExpertsKernel = Callable[..., Tensor]
+
+
+def reference(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    layout: str = "concat",
+    up_transposed: bool = False,
+    down_transposed: bool = False,
+) -> Tensor:
+    """What the operator computes, expert by expert in plain torch; y [T, H] in the dtype of `x`."""
+    order, offsets = group_reference(ids, up.shape[0])
+    env = _Rows(order.shape[0])
+    block = region.decode(activation)
+    h = gather_gemm_reference(env, block, layout, x, order, offsets, up, up_bias, up_transposed, ids.shape[-1])
+    return gemm_combine_reference(h, order, offsets, weights, down, down_bias, down_transposed, x.dtype)
+
+
+class _Rows:
+    """Evaluates an activation region; the only size that it may ask for is the number of rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.sizes = {str(region.ROWS): rows}
+
+    def dim(self, dim: Dim) -> int:
+        return evaluate(dim, self.sizes)
+
+    def run(self, block: Block, args: Sequence[Any]) -> tuple[Any, ...]:
+        values = dict(zip(block.args, args, strict=True))
+        for op in block.ops[:-1]:
+            out = op.reference(self, *[values[operand] for operand in op.operands])  # type: ignore[attr-defined]
+            values.update(zip(op.results, out if isinstance(out, list | tuple) else [out], strict=True))
+        return tuple(values[value] for value in block.terminator.operands)
+
+    def call(self, name: str, args: Sequence[Any]) -> tuple[Any, ...]:
+        raise KeyError(f"an activation has no function '{name}' to call")
+
+
+_kernel: ExpertsKernel = reference
+
+
+def set_experts_kernel(kernel: ExpertsKernel | None) -> None:
+    """Run `sparsec::experts` by `kernel`, which takes the operator's arguments; None puts the reference back."""
+    global _kernel
+    _kernel = kernel or reference
+
+
+@torch.library.custom_op("sparsec::experts", mutates_args=(), schema=SCHEMA)
+def experts(*args: Any, **kwargs: Any) -> Tensor:
+    return _kernel(*args, **kwargs)
+
+
+@experts.register_fake
+def _fake(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+    columns = down.shape[2 if kwargs.get("down_transposed") else 1]
+    return x.new_empty(x.shape[0], columns)
+
+
+TARGET = torch.ops.sparsec.experts.default
+"""The operator, as it stands in a graph."""

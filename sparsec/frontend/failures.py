@@ -1,0 +1,82 @@
+"""Why a model could not be exported, in a sentence with the user's line."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from sparsec.diagnostics import CompileError
+from sparsec.frontend import locations
+from sparsec.ir.loc import Loc
+
+_BRANCH = re.compile(r"[Dd]ata-dependent|Could not guard|u\d+\b")
+_SPECIALISED = re.compile(
+    r"Constraints violated|marked as dynamic|inferred to be a constant|specialized", re.IGNORECASE
+)
+
+
+def explain(error: BaseException, model: nn.Module) -> CompileError:
+    """`error`, raised by torch.export, as a CompileError. The caller chains the original."""
+    if isinstance(error, CompileError):
+        return error
+    chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, CompileError):
+            return cause
+    loc = next(filter(None, map(locations.of_exception, chain)), Loc())
+    text = "\n".join(f"{type(cause).__name__}: {cause}" for cause in chain)
+    if _BRANCH.search(text):
+        return _data_dependent(text, loc)
+    if _SPECIALISED.search(text):
+        return CompileError(
+            f"a dimension that should stay open is fixed by the model's code: {_sentence(error)}",
+            loc,
+            hint="compile with dynamic=False for these shapes only, or give dynamic shapes for the other dimensions",
+        )
+    return CompileError(
+        f"{type(model).__name__} cannot be exported: {_sentence(error)}",
+        loc,
+        hint="the model must run under torch.export.export(model, args, kwargs, strict=False)",
+    )
+
+
+def _data_dependent(text: str, loc: Loc) -> CompileError:
+    source = loc.source
+    if re.match(r"for\b", source):
+        what = "this loop runs over values that are known only at run time, such as the experts that were hit"
+        hint = (
+            "loop over all experts, `for expert in range(num_experts):`, and drop the emptiness test; "
+            "an expert without tokens computes nothing"
+        )
+    elif re.match(r"(if|elif|while|assert)\b", source):
+        what = "this branch depends on values that are known only at run time"
+        hint = "remove the `if`: an expert without tokens gives an empty tensor, which adds nothing"
+    elif re.search(r"tolist\(\)|bincount|split\(", source):
+        what = "the sizes here depend on values that are known only at run time"
+        hint = (
+            "replace `torch.bincount(ids, minlength=E)` by `F.one_hot(ids, E).sum(0)`, whose length is known, "
+            "before `.tolist()`"
+        )
+    else:
+        what = "this line needs a value that is known only at run time"
+        hint = "compute with tensors instead of Python numbers here (torch.where, masks), or use sparsec's experts op"
+    found = re.search(r"data-dependent expression ([^\n(]+)", text)
+    because = f" (torch could not decide {found[1].strip()})" if found else ""
+    return CompileError(what + because, loc, hint)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain = list[BaseException]()
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    for line in str(error).splitlines():
+        if line := line.strip().rstrip(":"):
+            return line[:300]
+    return type(error).__name__

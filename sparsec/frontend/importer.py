@@ -1,0 +1,225 @@
+"""An exported program as a module in phase `capture`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    SymIntArgument,
+    TensorArgument,
+)
+from torch.fx import GraphModule, Node
+
+from sparsec.diagnostics import CompileError
+from sparsec.frontend import experts_op, locations, region
+from sparsec.frontend.builder import Builder
+from sparsec.frontend.symbols import Symbols
+from sparsec.ir.core import Attr, Block, Func, Module, Value
+from sparsec.ir.loc import Loc
+from sparsec.ir.opdef import make
+from sparsec.ir.types import Sym
+
+_aten = torch.ops.aten
+_CHECKS = ("aten::_assert", "aten::sym_constrain_range", "aten::_functional_sym_constrain_range")
+_SAME_VALUE = frozenset(
+    {_aten.lift_fresh_copy.default, _aten.lift_fresh.default, _aten.alias.default, _aten.detach.default}
+)
+_ITEMS = frozenset({_aten._local_scalar_dense.default, _aten.item.default})
+_KINDS = {
+    InputKind.USER_INPUT: "input",
+    InputKind.PARAMETER: "param",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+}
+_ORDER = {kind: i for i, kind in enumerate(_KINDS)}
+
+
+def import_program(program: ExportedProgram) -> tuple[Module, dict[str, torch.Tensor]]:
+    """The module of a functional exported program, and the tensor behind every parameter, buffer and constant of it.
+
+    Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
+    """
+    return _Importer(program).run()
+
+
+class _Importer:
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self.builder = Builder(Block(), Symbols())
+        self.known: dict[Node, Any] = {}  # what each node's result has become: a value, or a tuple of them
+        self.func = Func("main", self.builder.block)
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def run(self) -> tuple[Module, dict[str, torch.Tensor]]:
+        self._arguments()
+        results = self._graph(self.program.graph_module)
+        self._results(results)
+        self._drop_unused()
+        return Module([self.func], {"phase": "capture", "version": 1}), self.weights
+
+    # Arguments and results ------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> None:
+        nodes = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        specs = self.program.graph_signature.input_specs
+        pairs = list(zip(nodes, specs, strict=True))
+        pairs.sort(key=lambda pair: _ORDER.get(pair[1].kind, 9))
+        for node, spec in pairs:
+            self._argument(node, spec)
+
+    def _argument(self, node: Node, spec: InputSpec) -> None:
+        if isinstance(spec.arg, ConstantArgument):
+            return
+        if spec.kind not in _KINDS or not isinstance(spec.arg, TensorArgument | SymIntArgument):
+            what = spec.kind.name.lower().replace("_", " ")
+            raise CompileError(f"argument '{node.name}' of the model is a {what}, which cannot be compiled")
+        try:
+            value = self.builder.block.add_arg(self.builder.type_of(node.meta["val"]), node.name)
+        except (TypeError, ValueError) as error:
+            raise CompileError(f"argument '{node.name}' of the model cannot be compiled: {error}") from error
+        attrs: dict[str, Attr] = {"kind": _KINDS[spec.kind]}
+        if spec.kind is not InputKind.USER_INPUT:
+            assert spec.target is not None
+            attrs["source"] = spec.target
+            found = self.program.state_dict.get(spec.target)
+            self.weights[spec.target] = self.program.constants[spec.target] if found is None else found
+        self.func.arg_attrs[value] = attrs
+        self.known[node] = value
+
+    def _results(self, results: Sequence[Any]) -> None:
+        outputs, mutations = list[tuple[Value, dict[str, Attr]]](), list[tuple[Value, dict[str, Attr]]]()
+        for spec, result in zip(self.program.graph_signature.output_specs, results, strict=True):
+            if spec.kind is OutputKind.BUFFER_MUTATION:
+                assert spec.target is not None
+                mutations.append((result, {"kind": "mutation", "source": spec.target}))
+            elif spec.kind is OutputKind.USER_OUTPUT:
+                if isinstance(result, Value):
+                    outputs.append((result, {"kind": "output"}))
+                elif isinstance(result, Sym):
+                    raise CompileError(
+                        f"the model returns the size {result}", hint="return tensors; sizes can be read from them"
+                    )
+            else:
+                what = spec.kind.name.lower().replace("_", " ")
+                raise CompileError(
+                    f"the model does a {what} of '{spec.target}', which a compiled model cannot",
+                    hint="return the new value instead of changing a tensor in place",
+                )
+        together = outputs + mutations
+        self.builder.block.append(make("func.return", [value for value, _ in together]))
+        self.func.result_attrs = {i: attrs for i, (_, attrs) in enumerate(together)}
+
+    def _drop_unused(self) -> None:
+        kept = {attrs.get("source") for attrs in self.func.result_attrs.values()}
+        for arg in list(self.builder.block.args):
+            attrs = self.func.arg_attrs[arg]
+            if attrs["kind"] != "input" and not arg.users and attrs["source"] not in kept:
+                self.builder.block.remove_arg(arg)
+                del self.func.arg_attrs[arg]
+        used = {str(attrs["source"]) for attrs in self.func.arg_attrs.values() if "source" in attrs}
+        self.weights = {name: tensor for name, tensor in self.weights.items() if name in used}
+
+    # Nodes ----------------------------------------------------------------------------------------------------------
+
+    def _graph(self, graph_module: GraphModule) -> Sequence[Any]:
+        """Import the nodes of a graph whose placeholders are known; what it returns."""
+        for node in graph_module.graph.nodes:
+            if node.op == "output":
+                returned = node.args[0]
+                return [self._resolve(item) for item in returned]  # type: ignore[union-attr]
+            if node.op != "call_function":
+                continue
+            loc = locations.of_node(node)
+            try:
+                self._node(node, graph_module, loc)
+            except (TypeError, ValueError, KeyError) as error:
+                said = error.args[0] if error.args else error
+                raise CompileError(f"'{node.target}' cannot be compiled: {said}", loc) from error
+        return []
+
+    def _node(self, node: Node, graph_module: GraphModule, loc: Loc) -> None:
+        target: Any = node.target
+        if target is operator.getitem and isinstance(whole := self.known.get(node.args[0]), tuple):  # type: ignore[arg-type]
+            self.known[node] = whole[node.args[1]]  # type: ignore[index]
+        elif isinstance(target, torch._ops.HigherOrderOperator):
+            self.known[node] = self._inline(node, graph_module)
+        elif not isinstance(target, torch._ops.OpOverload):
+            if not _is_size(node.meta.get("val")):
+                raise TypeError("it is no operator of torch")
+        elif target._schema.name.startswith(_CHECKS):
+            return
+        elif target in _SAME_VALUE:
+            self.known[node] = self._resolve(node.args[0])
+        elif target is experts_op.TARGET:
+            self.known[node] = self._experts(node, loc)
+        elif target in _ITEMS or not _is_size(node.meta.get("val")):
+            args, kwargs = self._resolve(node.args), {key: self._resolve(value) for key, value in node.kwargs.items()}
+            self.known[node] = self.builder.call(target, args, kwargs, node.meta["val"], loc, node.name)
+            if target in _ITEMS:
+                self.known[node] = self.builder.symbols.dim(node.meta["val"])
+
+    def _inline(self, node: Node, graph_module: GraphModule) -> tuple[Any, ...]:
+        """The body of a region that only sets a mode which an inference graph does not depend on."""
+        name = node.target._name  # type: ignore[union-attr]
+        if name == "wrap_with_set_grad_enabled":
+            body, args = node.args[1], node.args[2:]
+        elif name == "wrap_with_autocast" and not node.args[2]:
+            body, args = node.args[4], node.args[5:]
+        elif name == "wrap_with_autocast":
+            raise TypeError("torch.autocast inside of the model is not supported: convert the model's dtype instead")
+        else:
+            raise TypeError(f"control flow on data ({name}) is not supported")
+        inner = getattr(graph_module, str(body.target))  # type: ignore[union-attr]
+        places = [place for place in inner.graph.nodes if place.op == "placeholder"]
+        for place, arg in zip(places, args, strict=True):
+            if isinstance(arg, Node) and arg in self.known:
+                self.known[place] = self.known[arg]
+        return tuple(self._graph(inner))
+
+    def _experts(self, node: Node, loc: Loc) -> Value:
+        given = dict(zip((arg.name for arg in experts_op.TARGET._schema.arguments), node.args, strict=False))
+        given |= node.kwargs
+        names = ("x", "ids", "weights", "up", "down", "up_bias", "down_bias")
+        operands = [self._resolve(given.get(name)) for name in names]
+        while operands[-1] is None:
+            operands.pop()
+        attrs: dict[str, Attr] = {
+            name: given[name]  # type: ignore[misc]
+            for name, default in (("layout", "concat"), ("up_transposed", False), ("down_transposed", False))
+            if given.get(name, default) != default
+        }
+        body = region.decode(str(given["activation"]), loc)
+        op = self.builder.block.append(make("moe.experts", operands, None, attrs, [body], loc))
+        op.result.name = node.name
+        return op.result
+
+    def _resolve(self, item: Any) -> Any:
+        """A node's argument with values in the place of nodes, and dimensions in the place of symbolic integers."""
+        if isinstance(item, list | tuple):
+            return [self._resolve(part) for part in item]
+        if not isinstance(item, Node):
+            return item
+        if item in self.known:
+            return self.known[item]
+        size = item.meta.get("val")
+        if isinstance(size, torch.SymInt):
+            return self.builder.symbols.dim(size)
+        if isinstance(size, int | float | str | None):
+            return size
+        raise TypeError(f"its argument '{item.name}' is a {type(size).__name__}, which is known at run time only")
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a node computes with sizes or scalars, which types and attributes hold as expressions."""
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+__all__ = ["import_program"]

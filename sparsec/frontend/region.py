@@ -1,0 +1,254 @@
+"""The activation of an expert bank as a region: recorded from the model's own code, and written as a string.
+
+The string is canonical JSON, so that it survives in an exported graph and equal activations are equal strings:
+
+    {"args": [[["r", 48], "f32"], ...],
+     "ops": [["aten.silu", [0], {}, [[["r", 48], "f32"]]], ...],
+     "yield": [3]}
+
+Values are numbered in order: the arguments, then every op's results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from sparsec.frontend.builder import Builder
+from sparsec.frontend.symbols import Symbols
+from sparsec.ir.core import Argument, Attr, Block, Op, Value
+from sparsec.ir.loc import Loc
+from sparsec.ir.opdef import make
+from sparsec.ir.types import DType, Sym, TensorType
+
+ROWS = Sym("r")
+_PROBE = 7919  # rows while recording: a prime that no model's sizes contain, read back as `r`
+_aten = torch.ops.aten
+
+
+class UnsupportedActivation(ValueError):
+    """An activation that is not a pointwise function of the up-projection's parts; the text says why."""
+
+
+def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, dtype: torch.dtype) -> tuple[str, str]:
+    """What `fn` does to an up-projection's output, as a region.
+
+    Args:
+        fn: maps [rows, 2 * width] (`gated`) or [rows, width] to [rows, width].
+        width: the expert's inner width.
+        dtype: of the up-projection's output.
+
+    Returns: the layout (`concat`, `interleaved` or `single`) and the region as a string.
+    Raises: UnsupportedActivation.
+    """
+    recorder = _Recorder()
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        projected = torch.empty(_PROBE, 2 * width if gated else width, dtype=dtype, device="meta")
+        with recorder:
+            out = fn(projected)
+    if not isinstance(out, torch.Tensor) or tuple(out.shape) != (_PROBE, width):
+        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise UnsupportedActivation(f"it returns {shape}, not [rows, {width}]")
+    layout, parts = _parts(recorder.calls, projected, width) if gated else ("single", [projected])
+    return layout, encode(_region(recorder.calls, parts, out, width, dtype))
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every operator call, with the tensors themselves, so that identities stay valid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+def _parts(calls: list[Any], projected: torch.Tensor, width: int) -> tuple[str, list[torch.Tensor]]:
+    """How the two parts are taken from `projected`; takes those calls off the list."""
+    found = dict[tuple[str, int], list[torch.Tensor]]()
+    rest = list[Any]()
+    for call in calls:
+        func, args, kwargs, result = call
+        if not any(arg is projected for arg in args):
+            rest.append(call)
+            continue
+        bound = dict(zip((param.name for param in func._schema.arguments), args, strict=False)) | kwargs
+        last = bound.get("dim", 0) in (1, -1)
+        if func is _aten.split.Tensor and last and bound["split_size"] == width:
+            for i, part in enumerate(result):
+                found.setdefault(("concat", i), []).append(part)
+        elif func is _aten.slice.Tensor and last and (place := _slice_place(bound, width)):
+            found.setdefault(place, []).append(result)
+        elif func is _aten.slice.Tensor and tuple(result.shape) == tuple(projected.shape):
+            raise UnsupportedActivation("it slices its input twice: take the parts by one slice each")
+        else:
+            raise UnsupportedActivation(f"it applies {func} to the whole of the up-projection, not to its two parts")
+    layouts = {layout for layout, _ in found}
+    if len(layouts) != 1 or len(found) != 2:
+        raise UnsupportedActivation("it does not take the up-projection apart into two halves or two interleaved parts")
+    (layout,) = layouts
+    calls[:] = rest
+    aliases = {id(other): parts[0] for parts in found.values() for other in parts[1:]}
+    if aliases:
+        raise UnsupportedActivation("it takes the same part of the up-projection more than once")
+    return layout, [found[layout, 0][0], found[layout, 1][0]]
+
+
+def _slice_place(bound: dict[str, Any], width: int) -> tuple[str, int] | None:
+    start, end, step = bound.get("start") or 0, bound.get("end"), bound.get("step", 1)
+    end = 2 * width if end is None else min(end, 2 * width)
+    if step == 2 and start in (0, 1) and end == 2 * width:
+        return "interleaved", start
+    if step == 1 and (start, end) in ((0, width), (width, 2 * width)):
+        return "concat", start // width
+    return None
+
+
+def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor, width: int, dtype: torch.dtype) -> Block:
+    symbols = Symbols()
+    block = Block()
+    builder = _RowBuilder(block, symbols)
+    values = {id(part): block.add_arg(builder.type_of(part), "ab"[i]) for i, part in enumerate(parts)}
+
+    def resolve(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            if id(item) not in values:
+                raise UnsupportedActivation(f"it reads a tensor of shape {tuple(item.shape)} besides the up-projection")
+            return values[id(item)]
+        if isinstance(item, list | tuple):
+            return [resolve(part) for part in item]
+        if isinstance(item, int) and 0 < item < _PROBE**2 and item % _PROBE == 0:
+            raise UnsupportedActivation("it depends on the number of rows")
+        return item
+
+    for func, args, kwargs, result in calls:
+        if func in (_aten.detach.default, _aten.alias.default):
+            values[id(result)] = resolve(args[0])
+            continue
+        if func._schema.is_mutable:
+            raise UnsupportedActivation(f"it changes a tensor in place ({func})")
+        try:
+            made = builder.call(func, resolve(args), {key: resolve(value) for key, value in kwargs.items()}, result)
+        except (TypeError, KeyError) as error:
+            raise UnsupportedActivation(str(error)) from error
+        for item, value in zip(
+            result if isinstance(result, list | tuple) else [result],
+            made if isinstance(made, tuple) else [made],
+            strict=True,
+        ):
+            values[id(item)] = value
+    block.append(make("moe.yield", [resolve(out)]))
+    _drop_dead(block)
+    return block
+
+
+class _RowBuilder(Builder):
+    def type_of(self, result: Any) -> TensorType:
+        type = super().type_of(result)
+        if not isinstance(type, TensorType):
+            raise UnsupportedActivation("it computes with sizes")
+        return TensorType(tuple(ROWS if dim == _PROBE else dim for dim in type.shape), type.dtype)
+
+
+def _drop_dead(block: Block) -> None:
+    for op in reversed(block.ops[:-1]):
+        if not any(result.users for result in op.results):
+            op.erase()
+
+
+def encode(block: Block) -> str:
+    """A region as a string; equal regions give equal strings."""
+    numbers = {value: i for i, value in enumerate(block.args)}
+    ops = list[Any]()
+    for op in block.ops[:-1]:
+        arguments = [_number(argument, numbers) for argument in op.arguments]
+        for result in op.results:
+            numbers[result] = len(numbers)
+        attrs = {key: _write(attr) for key, attr in sorted(op.attrs.items())}
+        ops.append([op.name, arguments, attrs, [_write_type(result) for result in op.results]])
+    out = {
+        "args": [_write_type(arg) for arg in block.args],
+        "ops": ops,
+        "yield": [numbers[value] for value in block.terminator.operands],
+    }
+    return json.dumps(out, separators=(",", ":"))
+
+
+def decode(text: str, loc: Loc | None = None) -> Block:
+    """A fresh region from its string. Raises: ValueError if it is none, or holds an op that is not a pure operator."""
+    try:
+        return _decode(_parse(text), loc)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"not an activation region: {error}") from error
+
+
+def _decode(tree: dict[str, Any], loc: Loc | None) -> Block:
+    block = Block([_read_type(item) for item in tree["args"]], ["a", "b"])
+    values = list[Value](block.args)
+    for name, arguments, attrs, types in tree["ops"]:
+        read = {key: _read(attr) for key, attr in attrs.items()}
+        op = make(name, [_pick(item, values) for item in arguments], [_read_type(item) for item in types], read)
+        if op.dialect != "aten" or not op.pure:
+            raise ValueError(f"'{name}' is no pure operator of PyTorch")
+        op.loc = loc or op.loc
+        values += block.append(op).results
+        for result in op.results:
+            result.name = f"v{values.index(result)}"
+    terminator: Op = make("moe.yield", [values[i] for i in tree["yield"]])
+    block.append(terminator)
+    return block
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> dict[str, Any]:
+    return json.loads(text)
+
+
+def _number(argument: Argument, numbers: dict[Value, int]) -> Any:
+    if isinstance(argument, tuple):
+        return [_number(item, numbers) for item in argument]
+    return None if argument is None else numbers[argument]
+
+
+def _pick(item: Any, values: list[Value]) -> Argument:
+    if isinstance(item, list):
+        return tuple(None if i is None else values[i] for i in item)
+    return None if item is None else values[item]
+
+
+def _write_type(value: Value) -> list[Any]:
+    return [[dim if isinstance(dim, int) else str(dim) for dim in value.tensor.shape], value.tensor.dtype.value]
+
+
+def _read_type(item: Any) -> TensorType:
+    shape, dtype = item
+    return TensorType(tuple(dim if isinstance(dim, int) else Sym(dim) for dim in shape), DType(dtype))
+
+
+def _write(attr: Attr) -> Any:
+    if isinstance(attr, DType):
+        return {"dtype": attr.value}
+    if isinstance(attr, Sym):
+        return {"dim": str(attr)}
+    if isinstance(attr, float) and attr - attr != 0:
+        return {"float": str(attr)}
+    if isinstance(attr, tuple):
+        return [_write(item) for item in attr]
+    return attr
+
+
+def _read(item: Any) -> Attr:
+    if isinstance(item, list):
+        return tuple(_read(part) for part in item)
+    if isinstance(item, dict):
+        ((kind, value),) = item.items()
+        return {"dtype": DType, "dim": Sym, "float": float}[kind](value)
+    return item

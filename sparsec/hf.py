@@ -1,0 +1,9 @@
+"""Importing this module makes `model.set_experts_implementation("sparsec")` work for transformers' MoE models."""
+
+from __future__ import annotations
+
+from sparsec.frontend.experts_hook import NAME, register
+
+register()
+
+__all__ = ["NAME"]
