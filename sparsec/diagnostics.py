@@ -19,6 +19,7 @@ class Diagnostic:
         excerpt: lines that show the place (the op, or source with a caret), already laid out.
         notes: further facts, each shown on its own line.
         hint: what to do about it.
+        column: 1-based, where the place is in a text of ours; 0 otherwise.
     """
 
     message: str
@@ -27,9 +28,11 @@ class Diagnostic:
     excerpt: str = ""
     notes: tuple[str, ...] = ()
     hint: str = ""
+    column: int = 0
 
     def __str__(self) -> str:
-        place = f"{self.loc}: " if self.loc else ""
+        column = f":{self.column}" if self.column else ""
+        place = f"{self.loc}{column}: " if self.loc else ""
         lines = [f"{place}{self.severity}: {self.message}"]
         if self.loc.source:
             lines.append(f"    {self.loc.source}")
