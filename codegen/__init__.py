@@ -1,0 +1,1 @@
+"""From lowered IR to what runs: plans, kernels, artifacts."""

@@ -10,6 +10,7 @@ tokens. `streamed` takes each expert's rows through both GEMMs while they are in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ def combine(y: Tensor, order: Tensor, used: int, weights: Tensor) -> Tensor:
 def _hits(offsets: Tensor) -> tuple[list[tuple[int, int, int]], int]:
     """The experts that have pairs, as (expert, first, last + 1), and how many pairs are not skipped."""
     bounds = offsets.tolist()
-    return [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if b > a], bounds[-1]
+    return [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a], bounds[-1]
 
 
 def _multiply(bank: Bank, hits: list[tuple[int, int, int]], rows: Tensor) -> Tensor:

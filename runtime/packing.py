@@ -42,6 +42,7 @@ class Bank:
         dtype: what the rows will be; see `compute_dtype`.
         transposed: whether the columns of the result are the last axis of `weight`.
         interleaved: whether gate and up columns alternate; they come out as gate half and up half.
+        pack: whether to pack; without it a bank is made in no time, and serves on any device.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Bank:
         dtype: torch.dtype,
         transposed: bool = False,
         interleaved: bool = False,
+        pack: bool = True,
     ) -> None:
         self.experts = weight.shape[0]
         self.columns = weight.shape[2 if transposed else 1]
         self.out = dtype
         self.dtype = compute_dtype(dtype, weight.dtype)
-        self.packed = can_pack(self.dtype) and weight.device.type == "cpu" and weight.numel() > 0
+        self.packed = pack and weight.device.type == "cpu" and weight.numel() > 0 and can_pack(self.dtype)
         self.weights = [self._prepare(weight[e], transposed, interleaved) for e in range(self.experts)]
         self.biases: list[Tensor | None] = [None] * self.experts
         if bias is not None:
@@ -69,8 +71,7 @@ class Bank:
             weight = weight.t()
         if interleaved:
             weight = torch.cat([weight[::2], weight[1::2]])
-        weight = weight.contiguous()
-        return torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
 
     def __call__(self, expert: int, rows: Tensor) -> Tensor:
         """[n, K] -> [n, N] by one expert, accumulated in f32 and rounded to the rows' dtype."""

@@ -17,7 +17,7 @@ from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import InputError
 from sparsec.runtime.operators import FLOATS, MEMORY_FORMATS, dims_of, resolve, slots_of
-from sparsec.runtime.plan import Call, Free, Launch, Step
+from sparsec.runtime.plan import Call, Free
 
 Slots = list[Any]
 Closure = Callable[[Slots], None]
@@ -33,7 +33,7 @@ class Runner:
         width: how many slots the plan itself uses.
         known: symbols that have a value before the first step.
         device: where factory operators create.
-        launch: makes the closure of a `Launch`.
+        launch: makes the closure of any step that is neither a `Call` nor a `Free`.
         allow: as of `operators.resolve`.
 
     Attributes:
@@ -42,11 +42,11 @@ class Runner:
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        steps: Sequence[Any],
         width: int,
         known: Collection[str],
         device: torch.device,
-        launch: Callable[[Launch], Closure] | None = None,
+        launch: Callable[[Any], Closure] | None = None,
         allow: Collection[str] = (),
     ) -> None:
         self.base: Slots = [None] * (width + 1)
@@ -61,19 +61,19 @@ class Runner:
         for step in steps:
             if isinstance(step, Free):
                 self._add("free", _free(step.slots))
-            elif isinstance(step, Launch):
-                assert launch is not None, "a region launches nothing"
-                self._add(step.kernel, launch(step))
-            else:
+            elif isinstance(step, Call):
                 self._add(step.op, self._call(step))
                 if step.binds:
                     self._add(step.op, self._bind(step))
+            else:
+                assert launch is not None, "a region launches nothing"
+                self._add(f"launch {getattr(step, 'kernel', 'of an expert layer')}", launch(step))
 
     def start(self, env: Mapping[str, int]) -> Slots:
         """Fresh slots for a run in which `env` gives every known symbol its value."""
         values = self.base.copy()
-        if self._sizes or self._late:
-            values[self._env_slot] = env = dict(env)
+        values[self._env_slot] = dict(env)
+        if self._sizes:
             key = tuple([env[name] for name in self._known])
             sizes = self._kept.get(key)
             if sizes is None:

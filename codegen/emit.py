@@ -1,0 +1,203 @@
+"""A lowered module as what the runtime takes: a plan, and the files of its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
+from sparsec.diagnostics import CompileError, Remark
+from sparsec.dialects.moe import GatherGemm
+from sparsec.ir.core import Func, Module, Op, Value
+from sparsec.ir.types import SymType
+from sparsec.runtime.operators import IN_PLACE
+from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Variant
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """What `emit` makes.
+
+    Args:
+        plan: for `sparsec.runtime`.
+        files: sources and binaries of kernels, by relative name.
+        remarks: what could not be done as asked, and what was done instead.
+    """
+
+    plan: Plan
+    files: dict[str, bytes] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
+
+
+def emit(module: Module, target: str, inputs: Json = None, structure: Json = None) -> Emitted:
+    """Make plan and kernels of a module after `lower`.
+
+    Args:
+        target: `cpu`, `cuda:sm_90`, `hip:gfx942` ...
+        inputs, structure: how arguments are taken apart and results put together (`sparsec.runtime.structure`);
+            without them arguments and results are flat.
+
+    Raises:
+        CompileError: the module is not lowered, or holds what the runtime cannot run.
+    """
+    emitter = _Emitter(target)
+    kernels = {name: emitter.kernel(func) for name, func in module.funcs.items() if name != "main"}
+    main = module.main
+    _require_lowered(main)
+    kinds = {value: str(main.arg_attrs.get(value, {}).get("kind", "input")) for value in main.body.args}
+    held = [value for value, kind in kinds.items() if kind != "input"]
+    slots = Slots(held)
+    args = [_arg(value, slots.define(value), main.arg_attrs.get(value, {})) for value in main.body.args]
+    outputs, updates = _outputs(main)
+    in_place = {op: buffer for op, buffer in in_place_updates(main.body, updates).items() if _may_update(op)}
+    slots.emit(main.body, in_place)
+    results = [Output(kind, slots.of[value], source) for kind, value, source in outputs]
+    plan = Plan(
+        args=args,
+        steps=slots.steps,
+        outputs=results,
+        kernels=kernels,
+        inputs=inputs or _flat_inputs(sum(arg.kind == "input" for arg in args)),
+        structure=structure or _flat("tuple", sum(output.kind == "output" for output in results)),
+    )
+    return Emitted(plan, emitter.files, tuple(emitter.remarks))
+
+
+class _Emitter:
+    """Emits kernel functions, collecting their files and remarks."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.files: dict[str, bytes] = {}
+        self.remarks: list[Remark] = []
+
+    def kernel(self, func: Func) -> Kernel:
+        """The entry of one kernel function, and its files."""
+        op = _fused_op(func)
+        backend = str(func.attrs.get("backend", "onednn" if self.target == "cpu" else "triton"))
+        made: Any = None
+        if backend == "triton":
+            made = self._triton(func, op)
+            backend = "triton" if made is not None else "torch"
+        return Kernel(
+            name=func.name,
+            op=op.name,
+            backend=backend,
+            params=tuple(None if value is None else tensor(value.tensor) for value in _arguments(op)),
+            results=tuple(tensor(value.tensor) for value in op.results),
+            tokens=_tokens(func),
+            attrs={**_attrs(op), **(made.attrs if made is not None else {})},
+            **_region(op),
+            variants=_variants(op) if made is None else list(made.variants),
+        )
+
+    def _triton(self, func: Func, op: Op) -> Any:
+        """What the Triton generator makes of a kernel; None, with a remark, where PyTorch has to run it."""
+        from sparsec.codegen.triton.emit import emit_kernel
+
+        try:
+            made = emit_kernel(func, self.target)
+        except CompileError as error:
+            why = error.diagnostics[0].message
+            rule = "emit_kernel (codegen/emit.py)"
+            self.remarks.append(Remark("missed", "emit", rule, op.loc, f"{op.name} is run by PyTorch operators: {why}"))
+            return None
+        self.files |= made.files
+        return made
+
+
+def _require_lowered(main: Func) -> None:
+    left = [op for op in main.body.ops if op.name.startswith("moe.")]
+    if left:
+        raise CompileError(
+            f"'{left[0].name}' is still in @main: only a lowered module can be emitted",
+            left[0].loc,
+            hint="run the pipeline to the phase `lower` first",
+        )
+
+
+def _fused_op(func: Func) -> Op:
+    ops = func.body.ops[:-1]
+    if len(ops) != 1 or not ops[0].name.startswith("moe."):
+        raise CompileError(f"@{func.name} is no kernel: it holds {len(ops)} ops, a kernel holds one fused op", func.loc)
+    return ops[0]
+
+
+def _arguments(op: Op) -> list[Value | None]:
+    """The op's operands with holes; lists laid flat."""
+    flat = list[Value | None]()
+    for argument in op.arguments:
+        flat += argument if isinstance(argument, tuple) else (argument,)
+    return flat
+
+
+def _tokens(func: Func) -> int | str:
+    tokens = func.attrs.get("tokens", "t")
+    return tokens if isinstance(tokens, int) else str(tokens)
+
+
+def _attrs(op: Op) -> dict[str, Json]:
+    defaults = {"layout": "concat"} if op.name in (GatherGemm.op_name, "moe.experts") else {}
+    return {**defaults, **constants(op.attrs, but=("variants",))}
+
+
+def _region(op: Op) -> dict[str, Any]:
+    """The region of a fused op as steps over slots of its own."""
+    if not op.regions:
+        return {"body": [], "body_outs": [], "body_params": ()}
+    (block,) = op.regions
+    slots = Slots(block.terminator.operands)
+    for value in block.args:
+        slots.define(value)
+    slots.emit(block)
+    return {
+        "body": slots.steps,
+        "body_outs": [slots.of[value] for value in block.terminator.operands],
+        "body_params": tuple(tensor(value.tensor) for value in block.args),
+    }
+
+
+def _variants(op: Op) -> list[Variant]:
+    """The op's variants, the last of them for any number of tokens."""
+    given: Any = op.attrs.get("variants", ())
+    variants = list[Variant]()
+    for config in given:
+        rest = constants(config, but=("up_to",))
+        variants.append(Variant(config.get("up_to"), rest))
+    if not variants or variants[-1].up_to is not None:
+        variants.append(Variant(None, variants[-1].config if variants else {}))
+    return variants
+
+
+def _arg(value: Value, slot: int, attrs: Mapping[str, Any]) -> Arg:
+    kind: Any = attrs.get("kind", "input")
+    name, source = value.name or f"arg{value.index}", str(attrs.get("source", ""))
+    if isinstance(value.type, SymType):
+        return Arg(name, slot, kind, None, source, str(value.type.expr))
+    return Arg(name, slot, kind, tensor(value.tensor), source)
+
+
+def _outputs(main: Func) -> tuple[list[tuple[Any, Value, str]], dict[Value, Value]]:
+    """Results of main as (kind, value, source), and the new value of each buffer that changes."""
+    buffers = {attrs.get("source"): value for value, attrs in main.arg_attrs.items() if attrs.get("kind") == "buffer"}
+    outputs, updates = list[tuple[Any, Value, str]](), dict[Value, Value]()
+    for i, value in enumerate(main.body.terminator.operands):
+        attrs = main.result_attrs.get(i, {})
+        kind, source = attrs.get("kind", "output"), str(attrs.get("source", ""))
+        outputs.append((kind, value, source))
+        if kind == "mutation":
+            updates[buffers[source]] = value
+    return outputs, updates
+
+
+def _may_update(op: Op) -> bool:
+    return op.name.split(".")[0] == "aten" and op.name.split(".")[1] + "_" in IN_PLACE
+
+
+def _flat(kind: str, count: int) -> Json:
+    return {"kind": kind, "items": [{"kind": "leaf", "index": i} for i in range(count)]}
+
+
+def _flat_inputs(count: int) -> Json:
+    return {"args": _flat("tuple", count), "kwargs": {"kind": "dict", "keys": [], "items": []}}

@@ -1,0 +1,241 @@
+"""Makes the kernels of a plan callable: picks who runs one, gives it its constant operands and its region.
+
+Backends `torch` and `onednn` are here: the same code on plain weights (any device) and on prepacked ones (CPU).
+`triton` is `sparsec.runtime.triton_kernels`, imported where a plan asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparsec.runtime import cpu_kernels
+from sparsec.runtime.dtypes import DTYPES
+from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.packing import Bank
+from sparsec.runtime.plan import Kernel
+from sparsec.runtime.steps import Runner
+
+Operand: TypeAlias = Tensor | None
+KernelCall: TypeAlias = Callable[[Sequence[Operand]], Sequence[Tensor]]
+"""A kernel ready to run: its operands, in order, to its results."""
+
+Region: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+"""The region of a kernel: what it yields for its arguments."""
+
+
+@dataclass
+class Context:
+    """What the kernels of one program share.
+
+    Args:
+        device: where they run.
+        files: files of the artifact (kernel sources and binaries) by relative name.
+        constant: gives the tensor behind a slot that never changes (None for other slots); loads it where it must.
+        banks: packed banks, by the slots they were made of, for every launch that reads the same.
+    """
+
+    device: torch.device
+    files: Mapping[str, bytes]
+    constant: Callable[[int], Operand]
+    banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
+
+
+BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5), "moe.experts": (3, 4, 5, 6)}
+"""Which operands of a fused op are banks and their biases: once packed, the originals are not needed."""
+
+
+def region(kernel: Kernel, device: torch.device) -> Region:
+    """A kernel's region as a function."""
+    width = _width(kernel)
+    symbols = {
+        dim: (i, axis)
+        for i, param in enumerate(kernel.body_params)
+        for axis, dim in enumerate(param.shape)
+        if isinstance(dim, str) and dim.isidentifier()
+    }
+    runner = Runner(kernel.body, width, symbols, device)
+    outs = kernel.body_outs
+
+    def run(args: Sequence[Tensor]) -> list[Tensor]:
+        values = runner.start({name: args[i].shape[axis] for name, (i, axis) in symbols.items()})
+        values[: len(args)] = args
+        runner.run(values)
+        return [values[slot] for slot in outs]
+
+    return run
+
+
+def _width(kernel: Kernel) -> int:
+    slots = [len(kernel.body_params) - 1, *kernel.body_outs]
+    for step in kernel.body:
+        slots += [slot for slot in getattr(step, "outs", ()) if slot is not None]
+    return max(slots) + 1
+
+
+def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    """A kernel for one place in the plan, whose operands are in `slots`. Raises: ArtifactError."""
+    if kernel.backend == "triton":
+        from sparsec.runtime import triton_kernels
+
+        return triton_kernels.bind(kernel, slots, context)
+    if kernel.backend not in ("torch", "onednn") or kernel.op not in _MAKERS:
+        raise ArtifactError(f"kernel '{kernel.name}': there is no {kernel.op} for backend '{kernel.backend}'")
+    return _MAKERS[kernel.op](kernel, slots, context)
+
+
+def bind_pair(
+    gather: Kernel, first: Sequence[int | None], combine: Kernel, second: Sequence[int | None], context: Context
+) -> KernelCall:
+    """`moe.gather_gemm` and the `moe.gemm_combine` that follows it as one call.
+
+    Its operands are those of the first, then those of the second.
+    """
+    up_of = _bank(gather, first, context, 3, 4, "up")
+    down_of = _bank(combine, second, context, 4, 5, "down")
+    activation, parts = _activation(gather, context)
+    batched, split = _batched(gather), len(gather.params)
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        x, order, offsets, weights = _tensors(ins[0], ins[1], ins[2], ins[split + 3])
+        up, down = up_of(ins), down_of(ins[split:])
+        few = batched(weights.shape[0], order.shape[0])
+        return (cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few),)
+
+    return run
+
+
+def _route_group(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    body, experts = region(kernel, context.device), _attr(kernel, "num_experts", int)
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        ids, weights = body(_tensors(*ins))
+        return (ids, weights, *cpu_kernels.group(ids, experts))
+
+    return run
+
+
+def _route(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    body = region(kernel, context.device)
+    return lambda ins: body(_tensors(*ins))
+
+
+def _group(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    experts = _attr(kernel, "num_experts", int)
+    return lambda ins: cpu_kernels.group(_tensors(ins[0])[0], experts)
+
+
+def _gather_gemm(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    bank_of, k = _bank(kernel, slots, context, 3, 4, "up"), _attr(kernel, "k", int)
+    activation, parts = _activation(kernel, context)
+    batched = _batched(kernel)
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        x, order, offsets = _tensors(*ins[:3])
+        few = batched(x.shape[0], order.shape[0])
+        return (cpu_kernels.gather_gemm(x, order, offsets, bank_of(ins), k, activation, parts, few),)
+
+    return run
+
+
+def _gemm_combine(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    bank_of = _bank(kernel, slots, context, 4, 5, "down")
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        h, order, offsets, weights = _tensors(*ins[:4])
+        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins)),)
+
+    return run
+
+
+def _experts(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    up_of = _bank(kernel, slots, context, 3, 5, "up")
+    down_of = _bank(kernel, slots, context, 4, 6, "down")
+    activation, parts = _activation(kernel, context)
+    batched = _batched(kernel)
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        x, ids, weights = _tensors(*ins[:3])
+        up, down = up_of(ins), down_of(ins)
+        order, offsets = cpu_kernels.group(ids, up.experts)
+        few = batched(x.shape[0], order.shape[0])
+        return (cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few),)
+
+    return run
+
+
+_MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]] = {
+    "moe.route": _route,
+    "moe.group": _group,
+    "moe.route_group": _route_group,
+    "moe.gather_gemm": _gather_gemm,
+    "moe.gemm_combine": _gemm_combine,
+    "moe.experts": _experts,
+}
+
+
+def _activation(kernel: Kernel, context: Context) -> tuple[cpu_kernels.Activation, int]:
+    body = region(kernel, context.device)
+    return lambda parts: body(parts)[0], len(kernel.body_params)
+
+
+def _batched(kernel: Kernel) -> Callable[[int, int], bool]:
+    """Whether a launch over so many tokens and pairs is `batched`, by the variants or by the number of pairs."""
+    choices = [(variant.up_to, variant.config.get("path")) for variant in kernel.variants]
+    if any(path not in (None, "batched", "streamed") for _, path in choices):
+        raise ArtifactError(f"kernel '{kernel.name}' has a variant whose path is neither 'batched' nor 'streamed'")
+
+    def choose(tokens: int, pairs: int) -> bool:
+        path = next((path for up_to, path in choices if up_to is None or tokens <= up_to), None)
+        return pairs <= cpu_kernels.BATCHED_ROWS if path is None else path == "batched"
+
+    return choose
+
+
+def _bank(
+    kernel: Kernel, slots: Sequence[int | None], context: Context, weight: int, bias: int, prefix: str
+) -> Callable[[Sequence[Operand]], Bank]:
+    """How to get a launch's bank: packed once if its weights never change, else made anew at every launch."""
+    param = kernel.params[weight]
+    place = slots[weight]
+    if param is None or place is None or len(param.shape) != 3:
+        raise ArtifactError(f"kernel '{kernel.name}' lacks its bank '{prefix}'")
+    bias_slot = slots[bias] if bias < len(slots) else None
+    transposed = bool(kernel.attrs.get(f"{prefix}_transposed", False))
+    interleaved = prefix == "up" and kernel.attrs.get("layout", "concat") == "interleaved"
+    rows = kernel.params[0]
+    assert rows is not None
+    dtype = DTYPES[rows.dtype]
+    pack = kernel.backend == "onednn"
+    key = (place, bias_slot, dtype, transposed, interleaved, pack)
+    bank = context.banks.get(key)
+    if bank is not None:
+        return lambda ins: bank
+    fixed = context.constant(place)
+    fixed_bias = None if bias_slot is None else context.constant(bias_slot)
+    if fixed is not None and (bias_slot is None or fixed_bias is not None):
+        made = context.banks[key] = Bank(fixed, fixed_bias, dtype, transposed, interleaved, pack)
+        return lambda ins: made
+
+    def anew(ins: Sequence[Operand]) -> Bank:
+        (given,) = _tensors(fixed if fixed is not None else ins[weight])
+        given_bias = fixed_bias if fixed_bias is not None or bias_slot is None else ins[bias]
+        return Bank(given, given_bias, dtype, transposed, interleaved, pack=False)
+
+    return anew
+
+
+def _attr(kernel: Kernel, name: str, kind: type[Any]) -> Any:
+    value = kernel.attrs.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ArtifactError(f"kernel '{kernel.name}' lacks its attribute '{name}'")
+    return value
+
+
+def _tensors(*operands: Operand) -> list[Tensor]:
+    """Operands that the kernel cannot do without (`runtime.check` has seen to it that they are there)."""
+    return [operand for operand in operands if operand is not None]

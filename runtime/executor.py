@@ -1,0 +1,309 @@
+"""Runs a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsec.runtime import structure
+from sparsec.runtime.backends import BANKS, Context, bind, bind_pair
+from sparsec.runtime.check import check_plan
+from sparsec.runtime.dims import Expr, compile_dim
+from sparsec.runtime.dtypes import DTYPES, NAMES
+from sparsec.runtime.errors import ArtifactError, InputError
+from sparsec.runtime.operators import slots_of
+from sparsec.runtime.plan import Arg, Call, Free, Launch, Plan, Step
+from sparsec.runtime.steps import Closure, Runner, Slots
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The two launches of an expert layer that run back to back, as one step."""
+
+    gather: Launch
+    combine: Launch
+
+
+class Program:
+    """A plan with its weights, ready to run.
+
+    Buffers that the plan updates (a KV cache) belong to the program: they are copied from `weights`, and one call sees
+    what the last one left. A program is therefore to be used by one thread at a time.
+
+    Args:
+        plan: what to run; checked here, whoever made it.
+        weights: source name -> tensor, for every parameter, buffer and constant. Read once, one at a time, and expert
+            banks are let go of as soon as they are packed, so a mapping that loads tensors on demand saves memory.
+        device: where to run.
+        files: files beside the plan that its kernels need (GPU binaries), by relative name.
+        allow: namespaces or operators beyond aten's that the plan may call (`["mylib"]`).
+
+    Raises:
+        ArtifactError: the plan cannot be run, or does not fit the weights.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        device: str | torch.device = "cpu",
+        *,
+        files: Mapping[str, bytes] | None = None,
+        allow: Collection[str] = (),
+    ) -> None:
+        check_plan(plan, allow)
+        self.plan, self.device = plan, _placed(device)
+        self._inputs = [arg for arg in plan.args if arg.kind == "input"]
+        self._specs = [_Spec(arg) for arg in self._inputs]
+        self._weights, self._by_slot = weights, {arg.slot: arg for arg in plan.args if arg.kind != "input"}
+        self._context = Context(self.device, files or {}, self._constant)
+        with torch.inference_mode():
+            steps = _paired(plan)
+            symbols = {symbol for spec in self._specs for symbol in spec.symbols}
+            self._runner = Runner(steps, _width(plan), symbols, self.device, self._launch, allow)
+            banks = _bank_slots(plan)
+            for slot, arg in self._by_slot.items():
+                if slot not in banks:
+                    self._runner.base[slot] = self._load(arg)
+            self._set_up_buffers()
+        del self._weights  # from here on only what the steps read is held
+
+    def __call__(self, *inputs: Any) -> list[Tensor]:
+        """Run on a flat list of inputs: tensors, and integers where the model takes them.
+
+        Returns: the outputs, flat, in the order of the model.
+
+        Raises:
+            InputError: an input has the wrong type, dtype, rank, size or device.
+        """
+        with torch.inference_mode():
+            env = self._bind(inputs)
+            values = self._runner.start(env)
+            for arg, value in zip(self._inputs, inputs, strict=True):
+                values[arg.slot] = value
+            try:
+                self._runner.run(values)
+            except RuntimeError as error:
+                if 0 in env.values():
+                    empty = min(name for name, size in env.items() if size == 0)
+                    raise InputError(f"the program cannot run on an empty input ({empty} = 0): {error}") from error
+                raise
+            return self._finish(values)
+
+    def call(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Run on arguments as the model itself takes them, and put the results together as the model does.
+
+        Raises: InputError, also where the arguments have another structure than the ones it was compiled for.
+        """
+        outputs = self(*structure.take_apart(self.plan.inputs, args, kwargs or {}))
+        return structure.build(self.plan.structure, outputs)
+
+    def reset(self) -> None:
+        """Set every buffer back to what it was when the program was loaded."""
+        with torch.inference_mode():
+            for buffer, first in self._initial:
+                if first is None:
+                    buffer.zero_()
+                else:
+                    buffer.copy_(first)
+
+    def _bind(self, inputs: Sequence[Any]) -> dict[str, int]:
+        """Check inputs and return what their shapes make of the symbols."""
+        if len(inputs) != len(self._specs):
+            names = ", ".join(arg.name for arg in self._inputs)
+            raise InputError(f"the program takes {len(self._specs)} inputs ({names}), {len(inputs)} were given")
+        env = dict[str, int]()
+        for spec, value in zip(self._specs, inputs, strict=True):
+            spec.bind(value, env, self.device)
+        for spec, value in zip(self._specs, inputs, strict=True):
+            spec.check(value, env)
+        return env
+
+    def _finish(self, values: Slots) -> list[Tensor]:
+        outputs = [values[output.slot] for output in self.plan.outputs if output.kind == "output"]
+        if self._initial:
+            # What the caller gets must not change under him at the next call.
+            owned = {buffer.untyped_storage().data_ptr() for buffer, _ in self._initial}
+            outputs = [
+                value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in owned else value
+                for value in outputs
+            ]
+            for slot, buffer in self._updates:
+                value = values[slot]
+                if value.data_ptr() != buffer.data_ptr() or value.shape != buffer.shape:
+                    buffer.copy_(value)
+        return outputs
+
+    def _set_up_buffers(self) -> None:
+        """Copy the buffers that steps or outputs change, and remember what they were."""
+        slots = {arg.source: arg.slot for arg in self.plan.args if arg.kind == "buffer"}
+        changed = {output.source for output in self.plan.outputs if output.kind == "mutation"}
+        for step in self.plan.steps:
+            if isinstance(step, Call) and step.op.split(".")[1].endswith("_"):
+                changed |= {source for source, slot in slots.items() if slot in slots_of(step.args[0])}
+        base = self._runner.base
+        self._initial: list[tuple[Tensor, Tensor | None]] = []
+        for source in sorted(changed):
+            first = base[slots[source]]
+            buffer = base[slots[source]] = first.clone(memory_format=torch.contiguous_format)
+            self._initial.append((buffer, first if bool(first.any()) else None))
+        mutations = [output for output in self.plan.outputs if output.kind == "mutation"]
+        self._updates = [(output.slot, base[slots[output.source]]) for output in mutations]
+
+    def _launch(self, step: Step | _Pair) -> Closure:
+        """The closure of a launch."""
+        if isinstance(step, _Pair):
+            first, second = step.gather, step.combine
+            ins = [*first.ins, *second.ins]
+            kernels = self.plan.kernels
+            kernel = bind_pair(kernels[first.kernel], first.ins, kernels[second.kernel], second.ins, self._context)
+            outs = second.outs
+        else:
+            assert isinstance(step, Launch)
+            ins, outs = step.ins, step.outs
+            kernel = bind(self.plan.kernels[step.kernel], ins, self._context)
+
+        def launch(values: Slots) -> None:
+            results = kernel([None if slot is None else values[slot] for slot in ins])
+            for slot, result in zip(outs, results, strict=True):
+                values[slot] = result
+
+        return launch
+
+    def _constant(self, slot: int) -> Tensor | None:
+        arg = self._by_slot.get(slot)
+        return self._load(arg) if arg is not None and arg.kind != "buffer" else None
+
+    def _load(self, arg: Arg) -> Tensor:
+        """A parameter, buffer or constant, on the device. Raises: ArtifactError if the weights do not fit the plan."""
+        try:
+            tensor = self._weights[arg.source]
+        except KeyError:
+            raise ArtifactError(f"the weights lack '{arg.source}', which the plan reads") from None
+        assert arg.type is not None
+        if list(tensor.shape) != list(arg.type.shape) or tensor.dtype != DTYPES[arg.type.dtype]:
+            given = f"{list(tensor.shape)} {NAMES.get(tensor.dtype, tensor.dtype)}"
+            raise ArtifactError(
+                f"'{arg.source}' is {given} in the weights, {list(arg.type.shape)} {arg.type.dtype} in the plan"
+            )
+        return tensor.detach().to(self.device)
+
+
+class _Spec:
+    """What one input must be."""
+
+    def __init__(self, arg: Arg) -> None:
+        self.arg = arg
+        self.dtype = None if arg.type is None else DTYPES[arg.type.dtype]
+        dims = () if arg.type is None else [compile_dim(dim) for dim in arg.type.shape]
+        self.rank = len(dims)
+        self.fixed = [(axis, dim) for axis, dim in enumerate(dims) if isinstance(dim, int)]
+        exprs = [(axis, dim) for axis, dim in enumerate(dims) if isinstance(dim, Expr)]
+        self.bare = [(axis, expr.text) for axis, expr in exprs if expr.text.isidentifier()]
+        self.derived = [(axis, expr) for axis, expr in exprs if not expr.text.isidentifier()]
+        self.symbols = [symbol for _, symbol in self.bare] if arg.type is not None else [arg.symbol]
+
+    def bind(self, value: Any, env: dict[str, int], device: torch.device) -> None:
+        """Check what does not depend on other inputs and give symbols their values."""
+        if self.dtype is None:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"input '{self.arg.name}' is {type(value).__name__}, an integer is needed")
+            self._give(self.arg.symbol, value, env, "value")
+            return
+        if not isinstance(value, Tensor):
+            raise InputError(f"input '{self.arg.name}' is {type(value).__name__}, a tensor is needed")
+        if value.dtype != self.dtype:
+            raise InputError(f"input '{self.arg.name}' has dtype {value.dtype}, the program takes {self.dtype}")
+        if value.device != device:
+            raise InputError(f"input '{self.arg.name}' is on {value.device}, the program runs on {device}")
+        shape = value.shape
+        if len(shape) != self.rank:
+            raise InputError(f"input '{self.arg.name}' has shape {list(shape)}, the program takes {self._spelled()}")
+        for axis, size in self.fixed:
+            if shape[axis] != size:
+                raise InputError(
+                    f"input '{self.arg.name}' has shape {list(shape)}, the program takes {self._spelled()}: "
+                    f"axis {axis} must be {size}"
+                )
+        for axis, symbol in self.bare:
+            self._give(symbol, shape[axis], env, f"axis {axis}")
+
+    def check(self, value: Any, env: dict[str, int]) -> None:
+        """Check the sizes that follow from symbols, which all have values by now."""
+        for axis, expr in self.derived:
+            if value.shape[axis] != expr(env):
+                raise InputError(
+                    f"input '{self.arg.name}' has size {value.shape[axis]} in axis {axis}, "
+                    f"{expr.text} = {expr(env)} is needed"
+                )
+
+    def _give(self, symbol: str, size: int, env: dict[str, int], what: str) -> None:
+        if env.setdefault(symbol, size) != size:
+            raise InputError(
+                f"input '{self.arg.name}' has {size} as its {what}, another input makes {symbol} = {env[symbol]}"
+            )
+
+    def _spelled(self) -> str:
+        assert self.arg.type is not None
+        return f"[{', '.join(map(str, self.arg.type.shape))}]"
+
+
+def _placed(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _width(plan: Plan) -> int:
+    slots = [arg.slot for arg in plan.args]
+    for step in plan.steps:
+        slots += [slot for slot in getattr(step, "outs", ()) if slot is not None]
+    return max(slots, default=-1) + 1
+
+
+def _reads(step: Step) -> list[int]:
+    if isinstance(step, Call):
+        return [slot for tree in (*step.args, *step.kwargs.values()) for slot in slots_of(tree)]
+    return [slot for slot in step.ins if slot is not None] if isinstance(step, Launch) else []
+
+
+def _bank_slots(plan: Plan) -> set[int]:
+    """Slots that only the kernels here read, as banks: they hold packed copies and need no tensor in the slot."""
+    banks, others = set[int](), {output.slot for output in plan.outputs}
+    changing = {arg.slot for arg in plan.args if arg.kind in ("input", "buffer")}
+    for step in plan.steps:
+        kernel = plan.kernels[step.kernel] if isinstance(step, Launch) else None
+        places = BANKS.get(kernel.op, ()) if kernel is not None and kernel.backend in ("torch", "onednn") else ()
+        reads = step.ins if isinstance(step, Launch) else _reads(step)
+        banks |= {slot for i, slot in enumerate(reads) if i in places and slot is not None}
+        others |= {slot for i, slot in enumerate(reads) if i not in places and slot is not None}
+    return banks - others - changing
+
+
+def _paired(plan: Plan) -> list[Any]:
+    """The steps, where each gathered GEMM whose result only the next launch reads is one step with that launch."""
+    reads = [slot for step in plan.steps for slot in _reads(step)] + [output.slot for output in plan.outputs]
+    steps: list[Any] = []
+    gather: tuple[int, Launch] | None = None  # the last launch of a gathered GEMM and its place in `steps`
+    for step in plan.steps:
+        if isinstance(step, Launch) and gather is not None:
+            place, first = gather
+            same = step.ins[:3] == [first.outs[0], *first.ins[1:3]] and reads.count(first.outs[0]) == 1
+            if _is(plan, step, "moe.gemm_combine") and same:
+                steps[place] = _Pair(first, step)
+                gather = None
+                continue
+        if not isinstance(step, Free):
+            gather = (len(steps), step) if isinstance(step, Launch) and _is(plan, step, "moe.gather_gemm") else None
+        steps.append(step)
+    return steps
+
+
+def _is(plan: Plan, step: Launch, op: str) -> bool:
+    kernel = plan.kernels[step.kernel]
+    return kernel.op == op and kernel.backend in ("torch", "onednn")

@@ -1,0 +1,176 @@
+"""Runs the Triton kernels of an artifact from their binaries: nothing is compiled.
+
+The `config` of a variant is what `sparsec.codegen.triton` wrote:
+
+    {"target": "cuda:sm_90", "source": "kernels/gather_gemm_0.py",
+     "scratch": ["t * 64"],                               bytes of each scratch buffer
+     "launches": [{"file": "kernels/....cubin", "symbol": "...", "grid": ["(t + 15) // 16", "1"],
+                   "threads": 128, "shared": 4096,
+                   "args": [{"in": 0}, {"out": 0}, {"scratch": 0}, {"size": "t"}], ...}]}
+
+Sizes are expressions over `t`, the token count. A launch with an empty grid is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsec.runtime import gpu_driver
+from sparsec.runtime.dims import Expr, compile_dim
+from sparsec.runtime.dtypes import DTYPES
+from sparsec.runtime.errors import ArtifactError, InputError
+from sparsec.runtime.gpu_driver import Program
+from sparsec.runtime.plan import Json, Kernel, Variant
+
+if TYPE_CHECKING:
+    from sparsec.runtime.backends import Context, KernelCall
+
+ALIGNMENT = 16
+"""Bytes that every pointer must be aligned to."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: its program, and where grid and arguments come from (`in`, `out`, `scratch`: index; `size`)."""
+
+    program: Program
+    grid: tuple[int | Expr, int | Expr]
+    args: tuple[tuple[str, int | Expr], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant, ready: what to allocate and launch for up to `up_to` tokens (None: any number)."""
+
+    up_to: int | None
+    scratch: tuple[int | Expr, ...]
+    launches: tuple[Launch, ...]
+
+
+def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    """A kernel of a plan as a function of its operands. Raises: ArtifactError if it cannot run on this device."""
+    device, driver = context.device, gpu_driver.driver()
+    found = gpu_driver.architecture(device)
+
+    def load(config: Json) -> Program:
+        name = _text(kernel, config, "file")
+        if name not in context.files:
+            raise ArtifactError(f"kernel '{kernel.name}' lacks its file '{name}'")
+        symbol, threads, shared = (config.get(key) for key in ("symbol", "threads", "shared"))
+        if not isinstance(symbol, str) or not isinstance(threads, int) or not isinstance(shared, int):
+            raise ArtifactError(f"kernel '{kernel.name}': '{name}' has no symbol, threads or shared memory size")
+        return driver.load(context.files[name], symbol, threads, shared, device)
+
+    for variant in kernel.variants:
+        if variant.config.get("target") != found:
+            raise ArtifactError(
+                f"kernel '{kernel.name}' is compiled for {variant.config.get('target')}, this GPU is {found}: "
+                f"compile the model with --target {found}"
+            )
+    return launcher(kernel, device, load)
+
+
+def launcher(kernel: Kernel, device: torch.device, load: Callable[[Json], Program]) -> KernelCall:
+    """A kernel as a function of its operands, given how to load one launch's program. Raises: ArtifactError."""
+    runs = [_run(kernel, variant, load) for variant in kernel.variants]
+    if not runs or runs[-1].up_to is not None:
+        raise ArtifactError(f"kernel '{kernel.name}' has no variant for every number of tokens")
+    at, axis = _place_of_tokens(kernel)
+    shapes = [(tuple(compile_dim(dim) for dim in result.shape), DTYPES[result.dtype]) for result in kernel.results]
+
+    def call(ins: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        counted = ins[at]
+        assert counted is not None
+        env = {"t": counted.shape[axis]}
+        run = next(run for run in runs if run.up_to is None or env["t"] <= run.up_to)
+        given = [_ready(kernel, i, tensor, device) for i, tensor in enumerate(ins)]
+        outs = [torch.empty([_value(dim, env) for dim in shape], dtype=dtype, device=device) for shape, dtype in shapes]
+        scratch = [torch.empty(_value(size, env), dtype=torch.uint8, device=device) for size in run.scratch]
+        tensors = {"in": given, "out": outs, "scratch": scratch}
+        for launch in run.launches:
+            x, y = launch.grid
+            grid = _value(x, env), _value(y, env)
+            if min(grid) > 0:
+                launch.program(grid, [_argument(kind, value, tensors, env) for kind, value in launch.args])
+        return outs
+
+    return call
+
+
+def _run(kernel: Kernel, variant: Variant, load: Callable[[Json], Program]) -> Run:
+    """Check one variant's config and load its programs. Raises: ArtifactError."""
+    scratch, launches = variant.config.get("scratch"), variant.config.get("launches")
+    if not isinstance(scratch, list) or not isinstance(launches, list) or not launches:
+        raise ArtifactError(f"kernel '{kernel.name}' has a variant without launches")
+    counts = {"in": len(kernel.params), "out": len(kernel.results), "scratch": len(scratch)}
+    ready = list[Launch]()
+    for launch in launches:
+        if not isinstance(launch, dict) or not isinstance(launch.get("args"), list):
+            raise ArtifactError(f"kernel '{kernel.name}' has a launch without arguments")
+        grid = launch.get("grid")
+        if not isinstance(grid, list) or len(grid) != 2:
+            raise ArtifactError(f"kernel '{kernel.name}': the grid {grid!r} is not a pair of sizes")
+        args = tuple(_checked(kernel, arg, counts) for arg in launch["args"])
+        ready.append(Launch(load(launch), (_size(kernel, grid[0]), _size(kernel, grid[1])), args))
+    return Run(variant.up_to, tuple(_size(kernel, size) for size in scratch), tuple(ready))
+
+
+def _checked(kernel: Kernel, arg: Json, counts: dict[str, int]) -> tuple[str, int | Expr]:
+    """One argument of a launch as kind and index, or size. Raises: ArtifactError."""
+    if isinstance(arg, dict) and len(arg) == 1:
+        ((kind, value),) = arg.items()
+        if kind == "size":
+            return kind, _size(kernel, value)
+        if kind in counts and isinstance(value, int) and 0 <= value < counts[kind]:
+            return kind, value
+    raise ArtifactError(f"kernel '{kernel.name}' has the launch argument {arg!r}, which names nothing")
+
+
+def _size(kernel: Kernel, size: Any) -> int | Expr:
+    expr = compile_dim(size)
+    if isinstance(expr, Expr) and expr.symbols != {"t"}:
+        raise ArtifactError(f"kernel '{kernel.name}': the size {size!r} is not one of the token count 't' alone")
+    return expr
+
+
+def _text(kernel: Kernel, config: Json, key: str) -> str:
+    if not isinstance(config.get(key), str):
+        raise ArtifactError(f"kernel '{kernel.name}' has a launch without '{key}'")
+    return str(config[key])
+
+
+def _place_of_tokens(kernel: Kernel) -> tuple[int, int]:
+    """The operand and axis whose size is the token count. Raises: ArtifactError."""
+    for i, param in enumerate(kernel.params):
+        if param is not None and kernel.tokens in param.shape:
+            return i, param.shape.index(kernel.tokens)
+    raise ArtifactError(f"kernel '{kernel.name}': no operand's size is its token count '{kernel.tokens}'")
+
+
+def _ready(kernel: Kernel, i: int, tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """An operand as kernels read it: dense, on the device, aligned."""
+    if tensor is None:
+        return None
+    if tensor.device != device:
+        raise InputError(f"operand {i} of kernel '{kernel.name}' is on {tensor.device}, the program runs on {device}")
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _value(size: int | Expr, env: dict[str, int]) -> int:
+    return size if isinstance(size, int) else size(env)
+
+
+def _argument(kind: str, value: int | Expr, tensors: dict[str, list[Any]], env: dict[str, int]) -> Tensor | int:
+    if kind != "size":
+        assert isinstance(value, int)
+        return tensors[kind][value]
+    size = _value(value, env)
+    if not 0 <= size < 2**31:
+        raise InputError(f"{env['t']} tokens are more than kernels count in 32 bits")
+    return size
