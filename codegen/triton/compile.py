@@ -1,0 +1,209 @@
+"""Ahead-of-time compilation of generated Triton, for GPUs that need not be there.
+
+Every entry point is compiled for exactly one signature: pointers aligned to 16 bytes, sizes not specialised. What is
+compiled here is all that will ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sparsec.codegen.triton.launch import Entry
+from sparsec.diagnostics import CompileError
+
+ALIGNMENT = 16
+"""Bytes that every pointer is aligned to; the runtime sees to it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: Triton's backend and architecture, and what one program may use of shared memory."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target("cuda:sm_80", "cuda", 80, 32, 163 * 1024),
+        Target("cuda:sm_90", "cuda", 90, 32, 227 * 1024),
+        Target("cuda:sm_100", "cuda", 100, 32, 227 * 1024),
+        Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024),
+        Target("hip:gfx950", "hip", "gfx950", 64, 160 * 1024),
+    )
+}
+"""The GPU targets, by the names users give."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled entry point.
+
+    Args:
+        symbol: its name in the image.
+        image: the cubin or hsaco.
+        assembly: PTX or AMD assembly, for people and tests.
+        threads: threads of one program.
+        shared: dynamic shared memory, in bytes.
+        num_stages: pipeline stages, lowered where the variant's did not fit.
+        registers, spills: registers per thread and bytes (NVIDIA) or registers (AMD) spilled; None where not known.
+    """
+
+    symbol: str
+    image: bytes
+    assembly: str
+    threads: int
+    shared: int
+    num_stages: int
+    registers: int | None
+    spills: int | None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.image).hexdigest()
+
+
+_CACHE: dict[str, Binary] = {}
+
+
+def target_of(name: str) -> Target:
+    """The target a user named. Raises: CompileError with those that there are."""
+    if name not in TARGETS:
+        raise CompileError(f"no GPU target '{name}'", hint=f"targets: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def compile_entry(source: str, entry: Entry, target: Target, what: str) -> Binary:
+    """Compile one entry point of a generated module; equal ones are compiled once per process.
+
+    Args:
+        source: the module's text.
+        what: the kernel and variant, for messages.
+
+    Raises:
+        CompileError: Triton is missing, refuses the text, or the program cannot fit into shared memory.
+    """
+    signature = [(parameter.name, parameter.type) for parameter in entry.parameters]
+    identity = repr((source, entry.name, signature, sorted(entry.constants.items()), entry.num_warps, entry.num_stages))
+    key = hashlib.sha256(f"{identity} {target}".encode()).hexdigest()
+    if key not in _CACHE:
+        _CACHE[key] = _fitting(source, entry, target, what)
+    return _CACHE[key]
+
+
+def _fitting(source: str, entry: Entry, target: Target, what: str) -> Binary:
+    """Compile with as many stages as fit."""
+    for stages in range(entry.num_stages, 0, -1):
+        binary = _compile(source, entry, target, stages, what)
+        if binary.shared <= target.shared_limit:
+            return binary
+    raise CompileError(
+        f"{what}: '{entry.name}' needs {binary.shared} bytes of shared memory, {target.name} has {target.shared_limit}",
+        hint="give this variant smaller tiles (block_m, block_n, block_k)",
+    )
+
+
+def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) -> Binary:
+    triton = _triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.errors import TritonError
+
+    names = [parameter.name for parameter in entry.parameters]
+    types = {parameter.name: parameter.type for parameter in entry.parameters}
+    aligned = {(names.index(n),): [["tt.divisibility", ALIGNMENT]] for n, type in types.items() if type[0] == "*"}
+    with _module(source) as module:
+        function = getattr(module, entry.name)
+        signature = {**types, **dict.fromkeys(entry.constants, "constexpr")}
+        src = ASTSource(function, signature, constexprs=dict(entry.constants), attrs=aligned)
+        try:
+            compiled = triton.compile(
+                src,
+                target=GPUTarget(target.backend, target.arch, target.warp_size),
+                options={"num_warps": entry.num_warps, "num_stages": stages},
+            )
+        except (TritonError, RuntimeError) as error:
+            raise CompileError(f"{what}: Triton cannot compile '{entry.name}' for {target.name}: {error}") from error
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise CompileError(f"{what}: '{entry.name}' wants scratch memory of Triton's own, which no artifact provides")
+    cuda = target.backend == "cuda"
+    image, assembly = compiled.asm["cubin" if cuda else "hsaco"], compiled.asm["ptx" if cuda else "amdgcn"]
+    registers, spills = _usage_cuda(image, metadata.name) if cuda else _usage_hip(assembly)
+    threads = metadata.num_warps * target.warp_size
+    return Binary(metadata.name, image, assembly, threads, metadata.shared, stages, registers, spills)
+
+
+def _triton() -> Any:
+    """Triton, ready to compile. Raises: CompileError."""
+    try:
+        import triton
+    except ImportError as error:
+        raise CompileError(f"compiling for a GPU needs Triton: {error}", hint="pip install triton") from error
+    if triton.knobs.runtime.interpret:
+        raise CompileError("Triton is in interpreter mode", hint="unset TRITON_INTERPRET to compile for a GPU")
+    return triton
+
+
+@contextmanager
+def _module(source: str) -> Iterator[ModuleType]:
+    """A generated module, imported from a folder of its own; Triton's cache lies there too, and both go at the end."""
+    triton = _triton()
+    name = "sparsec_generated_" + hashlib.sha256(source.encode()).hexdigest()[:16]
+    with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
+        path = Path(folder, f"{name}.py")
+        path.write_text(source, encoding="utf-8")
+        knobs = triton.knobs
+        with knobs.cache.scope(), knobs.compilation.scope():
+            knobs.cache.dir = str(Path(folder, "cache"))
+            knobs.compilation.disable_line_info = True  # it would hold the folder's name
+            try:
+                yield load_module(name, path)
+            finally:
+                sys.modules.pop(name, None)
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """Import a generated module from its file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _usage_cuda(image: bytes, symbol: str) -> tuple[int | None, int | None]:
+    """Registers and spilled bytes that ptxas recorded in a cubin; None where the tool that reads it is missing."""
+    import triton
+
+    tool = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
+    found = re.search(rf"Function {re.escape(symbol)}:\s+REG:(\d+) STACK:(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def _usage_hip(assembly: str) -> tuple[int | None, int | None]:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    return (int(registers[1]) if registers else None), (int(spills[1]) if spills else None)

@@ -1,0 +1,114 @@
+"""From a kernel function to what an artifact holds of it: source, binaries, and how to launch them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sparsec.codegen.triton import experts, pointwise, route, rowwise  # noqa: F401 - the rules register themselves
+from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
+from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
+from sparsec.codegen.triton.tile import unsupported
+from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
+from sparsec.ir.core import Func
+from sparsec.runtime.plan import Variant
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """A compiled kernel function.
+
+    Args:
+        name: of the function.
+        target: what it is compiled for.
+        source: the generated module.
+        variants: by ascending token count, for the plan; `config` is described in `runtime/triton_kernels.py`.
+        binaries: every compiled entry point by its file's name in the artifact.
+    """
+
+    name: str
+    target: str
+    source: str
+    variants: tuple[Variant, ...]
+    binaries: dict[str, Binary]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The kernel's files in the artifact: source and images."""
+        images = {name: binary.image for name, binary in self.binaries.items()}
+        return {f"kernels/{self.name}.py": self.source.encode(), **images}
+
+
+def sketch_kernel(func: Func) -> Sketch:
+    """Write a kernel function as Triton text with its launches; nothing is compiled.
+
+    Raises:
+        CompileError: it does not hold exactly one op that there is a kernel for, or its region holds an op that
+            cannot be part of one. The error names that op and the user's line.
+    """
+    op = experts.fused_op(func)
+    match op:
+        case Route() | RouteGroup() | Group():
+            return route.sketch(func, op)
+        case GatherGemm():
+            return experts.gather_gemm(func, op)
+        case GemmCombine():
+            return experts.gemm_combine(func, op)
+        case _:
+            raise unsupported(op, "it is not one of the fused ops")
+
+
+def emit_kernel(func: Func, target: str) -> TritonKernel:
+    """Write and compile a kernel function for a GPU target (`cuda:sm_90`, `hip:gfx942`); needs no GPU.
+
+    Raises:
+        CompileError: as of `sketch_kernel`, or Triton cannot compile it, or a variant does not fit.
+    """
+    chosen, sketch = target_of(target), sketch_kernel(func)
+    binaries = dict[str, Binary]()
+    variants = list[Variant]()
+    for schedule in sketch.schedules:
+        what = f"kernel '{func.name}', variant up to {schedule.up_to or 'any number of'} tokens"
+        launches = list[Json]()
+        for entry in schedule.entries:
+            binary = compile_entry(sketch.source, entry, chosen, what)
+            suffix = "cubin" if chosen.backend == "cuda" else "hsaco"
+            file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"
+            binaries[file] = binary
+            launches.append(_launch(entry, binary, file))
+        variants.append(Variant(schedule.up_to, _config(func, chosen, schedule, launches)))
+    return TritonKernel(func.name, target, sketch.source, tuple(variants), binaries)
+
+
+def _config(func: Func, target: Target, schedule: Schedule, launches: list[Json]) -> dict[str, Json]:
+    return {
+        "target": target.name,
+        "source": f"kernels/{func.name}.py",
+        "scratch": list(schedule.scratch),
+        "launches": launches,
+    }
+
+
+def _launch(entry: Entry, binary: Binary, file: str) -> dict[str, Any]:
+    return {
+        "file": file,
+        "symbol": binary.symbol,
+        "grid": list(entry.grid),
+        "threads": binary.threads,
+        "shared": binary.shared,
+        "args": [dict(parameter.argument) for parameter in entry.parameters],
+        "constants": dict(entry.constants),
+        "num_warps": entry.num_warps,
+        "num_stages": binary.num_stages,
+    }
+
+
+def problems(func: Func) -> Iterator[str]:
+    """Why a kernel function cannot become a Triton kernel; nothing if it can."""
+    from sparsec.diagnostics import CompileError
+
+    try:
+        sketch_kernel(func)
+    except CompileError as error:
+        yield from (str(diagnostic) for diagnostic in error.diagnostics)

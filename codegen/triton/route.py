@@ -1,0 +1,287 @@
+"""Kernels that route and group: `moe.route_group`, `moe.group`, and `moe.route` where grouping is left out.
+
+Grouping is a stable counting sort. For a few tokens one program does everything. Otherwise three launches: each block
+of rows counts its experts, each expert adds up its counts over the blocks before, each block writes its pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Schedule, Sketch, Wiring, ceil_div
+from sparsec.codegen.triton.region import RegionCode, converted
+from sparsec.codegen.triton.source import indent, library, module_text
+from sparsec.codegen.triton.tile import FLOATS, INTEGERS, POINTERS, Names, Tile, padded, tile_type, unsupported
+from sparsec.dialects.moe import Group, Route, RouteGroup
+from sparsec.ir.core import Func, Value
+from sparsec.ir.types import DType
+
+RESERVED = ("rows", "live", "tokens", "ids", "weights", "order", "offsets", "counts", "totals", "place_in", "ROWS")
+MAX_LANES = 16384
+"""Most lanes of a tile that still fit in registers."""
+
+KEEP = "ids = tl.where(live[:, None] & (ids >= 0) & (ids < E), ids, -1)"
+
+
+def sketch(func: Func, op: Route | RouteGroup | Group) -> Sketch:
+    """Text and launches of a routing kernel. Raises: CompileError for a region that no kernel can hold."""
+    return _Router(func, op).sketch()
+
+
+class _Router:
+    """Writes one kernel; the parts that routing and grouping share are methods."""
+
+    def __init__(self, func: Func, op: Route | RouteGroup | Group) -> None:
+        self.func, self.op = func, op
+        self.groups = not isinstance(op, Route)
+        ids = op.ids.tensor
+        if len(ids.shape) != 2 or not isinstance(ids.shape[1], int) or ids.dtype not in INTEGERS:
+            raise unsupported(op, f"ids are {ids}, must be [tokens, k] integers with k known")
+        self.k = ids.shape[1]
+        self.experts = op.num_experts
+        if not isinstance(self.experts, int):
+            raise unsupported(op, "the number of experts is known only at run time")
+        self.inputs = list[Value]() if isinstance(op, Group) else list(dict.fromkeys(op.operands))
+        self.names = Names((*RESERVED, *library()))
+        self.arguments = {value: self.names.of(value) for value in self.inputs}
+        widest = max([padded(self.experts), *(padded(v.tensor.shape[-1]) for v in self.inputs if v.tensor.shape)])  # type: ignore[arg-type]
+        self.widest = widest
+
+    def sketch(self) -> Sketch:
+        functions = list[str]()
+        if not isinstance(self.op, Group):
+            functions.append(self._region())
+        variants = self._variants()
+        if any(not self._alone(v) for v in variants) or not self.groups:
+            functions += [self._route_text()] + ([self._scan_text(), self._place_text()] if self.groups else [])
+        if self.groups and any(self._alone(v) for v in variants):
+            functions.append(self._alone_text())
+        constants = {"E": self.experts, "E_PAD": padded(self.experts), "K": self.k, "K_PAD": padded(self.k)}
+        source = module_text(self.func, self.op, self._summary(), constants, functions)  # type: ignore[arg-type]
+        return Sketch(source, tuple(self._schedule(variant) for variant in variants))
+
+    def _summary(self) -> str:
+        routing = f"choose {self.k} of {self.experts} experts for each token and weigh them"
+        grouping = "sort the (token, slot) pairs by expert, keeping their order"
+        match self.op:
+            case Route():
+                return f"{routing}."
+            case Group():
+                return f"{grouping}."
+            case _:
+                return f"{routing}; then {grouping}."
+
+    def _variants(self) -> list[Mapping[str, Any]]:
+        given = self.func.attrs.get("variants") or self.op.attrs.get("variants")
+        if given:
+            return list(given)  # type: ignore[arg-type]
+        few = max(4, min(16, 8192 // self.widest))
+        many = max(4, min(32, 4096 // self.widest))
+        return [
+            {"up_to": few, "block_rows": few, "num_warps": 4},
+            {"up_to": None, "block_rows": many, "num_warps": 4},
+        ]
+
+    def _rows(self, variant: Mapping[str, Any]) -> int:
+        rows = padded(int(variant.get("block_rows") or max(4, min(32, 4096 // self.widest))))
+        return max(1, min(rows, MAX_LANES // self.widest))
+
+    def _alone(self, variant: Mapping[str, Any]) -> bool:
+        """Whether one program takes all tokens of a variant."""
+        return variant.get("up_to") is not None and variant["up_to"] <= self._rows(variant)
+
+    # Text
+
+    def _region(self) -> str:
+        """The function that turns logits into ids and weights."""
+        op = self.op
+        assert not isinstance(op, Group)
+        code = RegionCode(self.names, rounds=True)
+        tiles = {value: self._load(code, value) for value in self.inputs}
+        ids, weights = code.run(op.body, [tiles[value] for value in op.operands])  # type: ignore[index]
+        code.lines.append(f"return {converted(ids.text, ids.dtype, DType.i32)}, {weights.text}")
+        doc = '"""Expert ids and weights of a block of rows: [ROWS, K_PAD] each."""'
+        return f"@triton.jit\ndef region({self._names(', ')}rows, live, ROWS: tl.constexpr):\n" + indent(
+            [doc, *code.lines]
+        )
+
+    def _load(self, code: RegionCode, value: Value) -> Tile:
+        """Load an operand: rows of this block, or all of a parameter."""
+        type, pointer = value.tensor, self.arguments[value]
+        if type.dtype not in FLOATS | INTEGERS | {DType.i1}:
+            raise unsupported(self.op, f"%{value.name} is {type}: that element type is not computed in a kernel")
+        sizes, rows = tile_type(type, self.op)
+        if len(sizes) > 1 and (rows or sizes[0] != 1):
+            if rows:
+                raise unsupported(self.op, f"%{value.name} is {type}: more than one axis after the tokens")
+            return Tile(pointer, sizes, rows, type.dtype, pointer)
+        name = self.names.fresh(f"{pointer}_tile")
+        size = sizes[-1] if sizes else 1
+        lane = f"tl.arange(0, {padded(size)})"
+        if rows:
+            at, mask = f"rows[:, None] * {size} + {lane}[None, :]", "live[:, None]"
+            mask += f" & ({lane} < {size})[None, :]" if padded(size) != size else ""
+        else:
+            at, mask = (lane, f"{lane} < {size}" if padded(size) != size else "") if sizes else ("", "")
+        load = f"tl.load({pointer}{' + ' + at if at else ''}{f', mask={mask}, other=0' if mask else ''})"
+        load += f"[{'None, ' * (len(sizes) - 1)}:]" if len(sizes) > 1 else ""
+        stored = "i1" if type.dtype is DType.i1 else "f32" if type.dtype in FLOATS else "i32"
+        cast = {"f32": ".to(tl.float32)", "i32": ".to(tl.int32)", "i1": " != 0"}[stored]
+        code.lines.append(f"{name} = {load}{'' if type.dtype is DType.f32 else cast}")
+        return Tile(name, sizes, rows, type.dtype, "" if rows else pointer)
+
+    def _names(self, after: str) -> str:
+        return "".join(name + after for name in self.arguments.values())
+
+    def _tile_of_ids(self) -> list[str]:
+        """Lines that make `ids`, those of experts that are not there as -1, for the rows of this block."""
+        if isinstance(self.op, Group):
+            lines = [
+                "slot = tl.arange(0, K_PAD)[None, :]",
+                "mask = live[:, None] & (slot < K)",
+                "ids = tl.load(ids_in + rows[:, None] * K + slot, mask=mask, other=-1).to(tl.int32)",
+            ]
+        else:
+            lines = [f"ids, weights = region({self._names(', ')}rows, live, ROWS)", *self._store_chosen()]
+        return lines
+
+    def _store_chosen(self) -> list[str]:
+        assert not isinstance(self.op, Group)
+        return [
+            "slot = tl.arange(0, K_PAD)[None, :]",
+            "mask = live[:, None] & (slot < K)",
+            "tl.store(ids_out + rows[:, None] * K + slot, ids, mask=mask)",
+            "tl.store(weights_out + rows[:, None] * K + slot, weights, mask=mask)",
+        ]
+
+    @property
+    def _chosen(self) -> str:
+        return "ids_in, " if isinstance(self.op, Group) else f"{self._names(', ')}ids_out, weights_out, "
+
+    def _route_text(self) -> str:
+        counts = "counts, " if self.groups else ""
+        lines = [
+            "rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)",
+            "live = rows < tokens",
+            "rows = rows.to(tl.int64)",
+            *self._tile_of_ids(),
+        ]
+        if self.groups:
+            lines += [
+                KEEP,
+                "expert = tl.arange(0, E_PAD)",
+                "count = tl.sum(hits(ids, K, E_PAD), axis=0)",
+                "tl.store(counts + expert * tl.num_programs(0) + tl.program_id(0), count, mask=expert < E)",
+            ]
+        doc = '"""One block of rows' + (": ids and weights, " if not isinstance(self.op, Group) else ": ")
+        doc += 'how often each expert was chosen: counts [E, blocks]."""' if self.groups else 'stored."""'
+        return self._entry(
+            f"{self.func.name}_count", f"{self._chosen}{counts}tokens, ROWS: tl.constexpr", [doc, *lines]
+        )
+
+    def _scan_text(self) -> str:
+        lines = [
+            '"""One expert: the sum over the blocks before each block, in place of its count, and over all."""',
+            "expert = tl.program_id(0)",
+            "block = tl.arange(0, CHUNK)",
+            "total = 0",
+            "start = 0",
+            "while start < blocks:",
+            "    mask = start + block < blocks",
+            "    at = counts + expert * blocks + start + block",
+            "    count = tl.load(at, mask=mask, other=0)",
+            "    tl.store(at, total + tl.cumsum(count, axis=0) - count, mask=mask)",
+            "    total += tl.sum(count, axis=0)",
+            "    start += CHUNK",
+            "tl.store(totals + expert, total)",
+        ]
+        return self._entry(f"{self.func.name}_scan", "counts, totals, blocks, CHUNK: tl.constexpr", lines)
+
+    def _place_text(self) -> str:
+        lines = [
+            '"""One block of rows: its pairs go to their places. The first block writes the offsets."""',
+            "block = tl.program_id(0)",
+            "expert = tl.arange(0, E_PAD)",
+            "count = tl.load(totals + expert, mask=expert < E, other=0)",
+            "stops = tl.cumsum(count, axis=0)",
+            "tl.store(offsets + expert + 1, stops, mask=(expert < E) & (block == 0))",
+            "tl.store(offsets + expert, 0, mask=(expert == 0) & (block == 0))",
+            "before = tl.load(counts + expert * tl.num_programs(0) + block, mask=expert < E, other=0)",
+            "rows = block * ROWS + tl.arange(0, ROWS)",
+            "live = rows < tokens",
+            "slot = tl.arange(0, K_PAD)[None, :]",
+            "at = ids_in + rows[:, None].to(tl.int64) * K + slot",
+            "ids = tl.load(at, mask=live[:, None] & (slot < K), other=-1).to(tl.int32)",
+            KEEP,
+            "first = stops - count + before",
+            "earlier, total = tl.sum(before, axis=0), tl.sum(count, axis=0)",
+            "place(order, ids, hits(ids, K, E_PAD), rows, live, first, earlier, total, K, E_PAD)",
+        ]
+        parameters = "ids_in, counts, totals, order, offsets, tokens, ROWS: tl.constexpr"
+        return self._entry(f"{self.func.name}_place", parameters, lines)
+
+    def _alone_text(self) -> str:
+        lines = [
+            '"""All tokens in one program: at most ROWS of them."""',
+            "rows = tl.arange(0, ROWS)",
+            "live = rows < tokens",
+            *self._tile_of_ids(),
+            KEEP,
+            "expert = tl.arange(0, E_PAD)",
+            "chosen = hits(ids, K, E_PAD)",
+            "count = tl.sum(chosen, axis=0)",
+            "stops = tl.cumsum(count, axis=0)",
+            "tl.store(offsets + expert + 1, stops, mask=expert < E)",
+            "tl.store(offsets + expert, 0, mask=expert == 0)",
+            "place(order, ids, chosen, rows, live, stops - count, 0, tl.sum(count, axis=0), K, E_PAD)",
+        ]
+        parameters = f"{self._chosen}order, offsets, tokens, ROWS: tl.constexpr"
+        return self._entry(f"{self.func.name}_few", parameters, lines)
+
+    def _entry(self, name: str, parameters: str, lines: list[str]) -> str:
+        sizes = [size for size in ("tokens", "blocks") if f"{size}, " in parameters]
+        return f"@triton.jit(do_not_specialize={sizes})\ndef {name}({parameters}):\n{indent(lines)}"
+
+    # Launches
+
+    def _schedule(self, variant: Mapping[str, Any]) -> Schedule:
+        op, wiring = self.op, Wiring(self.func, self.op)
+        rows, warps = self._rows(variant), int(variant.get("num_warps", 4))
+        blocks = f"max(1, {ceil_div('t', rows)})"
+        if isinstance(op, Group):
+            stored = Parameter("ids_in", POINTERS[op.ids.tensor.dtype], wiring.operand(op.ids))
+            chosen = [stored]
+        else:
+            given = [Parameter(name, POINTERS[v.tensor.dtype], wiring.operand(v)) for v, name in self.arguments.items()]
+            size = f"t * {self.k}"
+            ids = wiring.result(op.ids, f"{size} * {op.ids.tensor.dtype.itemsize}")
+            weights = wiring.result(op.weights, f"{size} * {op.weights.tensor.dtype.itemsize}")
+            stored = Parameter("ids_in", POINTERS[op.ids.tensor.dtype], ids)
+            chosen = [
+                *given,
+                Parameter("ids_out", stored.type, ids),
+                Parameter("weights_out", POINTERS[op.weights.tensor.dtype], weights),
+            ]
+        constants = {"ROWS": rows}
+        up_to, name = variant.get("up_to"), self.func.name
+        if isinstance(op, Route):
+            entry = Entry(f"{name}_count", (*chosen, TOKENS), constants, (blocks, "1"), warps, 1)
+            return Schedule(up_to, (entry,), tuple(wiring.scratch))
+        order = Parameter("order", I32, wiring.result(op.order, f"t * {4 * self.k}"))
+        offsets = Parameter("offsets", I32, wiring.result(op.offsets, str(4 * (self.experts + 1))))  # type: ignore[operator]
+        placed = (order, offsets)
+        if self._alone(variant):
+            entry = Entry(f"{name}_few", (*chosen, *placed, TOKENS), constants, ("1", "1"), warps, 1)
+            return Schedule(up_to, (entry,), tuple(wiring.scratch))
+        counts = Parameter("counts", I32, wiring.buffer(f"{blocks} * {4 * self.experts}"))  # type: ignore[operator]
+        totals = Parameter("totals", I32, wiring.buffer(str(4 * self.experts)))  # type: ignore[operator]
+        many = Parameter("blocks", "i32", {"size": blocks})
+        entries = (
+            Entry(f"{name}_count", (*chosen, counts, TOKENS), constants, (blocks, "1"), warps, 1),
+            Entry(f"{name}_scan", (counts, totals, many), {"CHUNK": 1024}, (str(self.experts), "1"), 4, 1),
+            Entry(
+                f"{name}_place", (stored, counts, totals, order, offsets, TOKENS), constants, (blocks, "1"), warps, 1
+            ),
+        )
+        return Schedule(up_to, entries, tuple(wiring.scratch))

@@ -1,0 +1,111 @@
+"""Values of a region as they appear in a kernel's text."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from dataclasses import dataclass
+
+from sparsec.diagnostics import CompileError
+from sparsec.ir.core import Op, Value
+from sparsec.ir.types import DType, Sym, TensorType
+
+NARROW = {DType.f16: "tl.float16", DType.bf16: "tl.bfloat16"}
+FLOATS = {DType.f32, *NARROW}
+INTEGERS = {DType.i64, DType.i32, DType.i16, DType.i8, DType.ui8}
+POINTERS = {
+    DType.f64: "*fp64",
+    DType.f32: "*fp32",
+    DType.f16: "*fp16",
+    DType.bf16: "*bf16",
+    DType.i64: "*i64",
+    DType.i32: "*i32",
+    DType.i16: "*i16",
+    DType.i8: "*i8",
+    DType.ui8: "*u8",
+    DType.i1: "*i1",
+}
+"""How Triton's signatures spell a pointer to each element type."""
+
+
+def padded(size: int) -> int:
+    """The least power of two that holds `size` lanes."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A value in registers.
+
+    Args:
+        text: a variable, or an expression that needs no parentheses.
+        sizes: the tensor's sizes without the row axis; each axis holds `padded(size)` lanes.
+        rows: whether axis 0 of the tile is the tokens.
+        dtype: element type in the graph. Registers hold every float as f32 and every integer as i32.
+        pointer: for an operand in memory that is not cut into rows, the kernel's argument.
+    """
+
+    text: str
+    sizes: tuple[int, ...]
+    rows: bool
+    dtype: DType
+    pointer: str = ""
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        return tuple(padded(size) for size in self.sizes)
+
+    @property
+    def rank(self) -> int:
+        """Number of axes, that of the tokens included."""
+        return len(self.sizes) + self.rows
+
+    def axis(self, dim: int) -> int:
+        """A dimension counted from either end, from 0."""
+        return dim % self.rank
+
+    def size(self, axis: int) -> int:
+        return self.sizes[axis - self.rows]
+
+    def shape(self) -> str:
+        """The tile's shape as Triton takes it."""
+        return "(" + "".join(f"{n}, " for n in ("ROWS", *self.lanes) if self.rows or n != "ROWS").rstrip(" ") + ")"
+
+
+def tile_type(type: TensorType, op: Op | None = None) -> tuple[tuple[int, ...], bool]:
+    """Sizes without rows, and whether there are rows. Raises: CompileError for sizes that are not row-local."""
+    rows = bool(type.shape) and isinstance(type.shape[0], Sym)
+    sizes = type.shape[1:] if rows else type.shape
+    known = tuple(size for size in sizes if isinstance(size, int))
+    if len(known) != len(sizes):
+        raise unsupported(op, f"{type} has sizes known only at run time beyond its first")
+    return known, rows
+
+
+def unsupported(op: Op | None, why: str) -> CompileError:
+    """The error for an op that no kernel can hold; the caller may keep the region as separate ops instead."""
+    if op is None:
+        return CompileError(f"no Triton kernel: {why}")
+    return CompileError(
+        f"no Triton kernel for '{op.name}': {why}", op.loc, "leave these ops out of the region, or target the CPU"
+    )
+
+
+class Names:
+    """Hands out Python variables, each once."""
+
+    def __init__(self, reserved: tuple[str, ...]) -> None:
+        self.taken = {*reserved, *keyword.kwlist, "tl", "triton"}
+
+    def fresh(self, wanted: str) -> str:
+        base = re.sub(r"\W", "_", wanted).lower() or "v"
+        base = base if base[0].isalpha() else f"v{base}"
+        name, n = base, 1
+        while name in self.taken:
+            n += 1
+            name = f"{base}_{n}"
+        self.taken.add(name)
+        return name
+
+    def of(self, value: Value) -> str:
+        return self.fresh(value.name or (value.op.name.split(".")[1] if value.op is not None else "arg"))

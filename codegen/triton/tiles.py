@@ -1,0 +1,184 @@
+"""Device functions that generated kernels are built of. Their text is copied into the kernels that use them.
+
+A tile is a block of a tensor in registers: axis 0 holds tokens (rows), and each further axis is padded to a power of
+two. Padded lanes hold anything; a function that mixes lanes takes the true SIZE and leaves them out. Floats are f32,
+integers i32.
+"""
+# pyright: basic
+# ruff: noqa: ANN001, ANN201, PLR0124, RUF059
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lanes(x, AXIS: tl.constexpr):
+    """0, 1, 2 ... along AXIS of x, in a shape that broadcasts with x."""
+    at = tl.arange(0, x.shape[AXIS])
+    for axis in tl.static_range(len(x.shape)):
+        if axis != AXIS:
+            at = tl.expand_dims(at, axis)
+    return at
+
+
+@triton.jit
+def guard(x, AXIS: tl.constexpr, SIZE: tl.constexpr, FILL: tl.constexpr):
+    """x with FILL in the padded lanes of AXIS."""
+    return tl.where(lanes(x, AXIS) < SIZE, x, FILL)
+
+
+@triton.jit
+def softmax(x, AXIS: tl.constexpr, SIZE: tl.constexpr):
+    """Softmax along AXIS."""
+    x = guard(x, AXIS, SIZE, float("-inf"))
+    e = tl.exp(x - tl.max(x, axis=AXIS, keep_dims=True))
+    return e / tl.sum(e, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def order_key(x):
+    """Integers in the order of the floats x: -inf first, inf then NaN last, -0 and 0 alike; none is the least i32."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x != x, 0x7FFFFFFF, key)
+
+
+@triton.jit
+def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr):
+    """The K greatest along the last axis, greatest first, of equals the lowest index first: values and indices."""
+    LAST: tl.constexpr = len(x.shape) - 1
+    lane = lanes(x, LAST)
+    key = tl.where(lane < SIZE, order_key(x), -0x80000000)
+    slot = tl.arange(0, K_PAD)
+    for axis in tl.static_range(LAST):
+        slot = tl.expand_dims(slot, axis)
+    for j in tl.static_range(K):
+        best, at = tl.max(key, axis=LAST, return_indices=True, keep_dims=True)
+        value = tl.sum(tl.where(lane == at, x, 0.0), axis=LAST, keep_dims=True)
+        if j == 0:
+            values = tl.where(slot == 0, value, 0.0)
+            indices = tl.where(slot == 0, at, 0)
+        else:
+            values = tl.where(slot == j, value, values)
+            indices = tl.where(slot == j, at, indices)
+        key = tl.where(lane == at, -0x80000000, key)
+    return values, indices
+
+
+@triton.jit
+def arg_max(x, AXIS: tl.constexpr, SIZE: tl.constexpr):
+    """The index of the greatest along AXIS, of equals the lowest; the axis stays, with one lane."""
+    key = tl.where(lanes(x, AXIS) < SIZE, order_key(x), -0x80000000)
+    best, at = tl.max(key, axis=AXIS, return_indices=True, keep_dims=True)
+    return at
+
+
+@triton.jit
+def pick(x, index, SIZE: tl.constexpr):
+    """x[..., index]: lanes of the last axis by number. A number out of range takes the nearest lane."""
+    index = tl.minimum(tl.maximum(index.to(tl.int32), 0), SIZE - 1)
+    return tl.gather(x, index, len(x.shape) - 1)
+
+
+@triton.jit
+def put(x, index, value, COUNT: tl.constexpr):
+    """x with `value` in the lanes of the last axis that the first COUNT lanes of `index` name; each names another."""
+    LAST: tl.constexpr = len(x.shape) - 1
+    wanted = tl.expand_dims(index, LAST + 1) == tl.expand_dims(lanes(x, LAST), LAST)
+    wanted = wanted & (tl.expand_dims(lanes(index, LAST), LAST + 1) < COUNT)
+    hit = tl.max(wanted.to(tl.int32), axis=LAST) != 0
+    return tl.where(hit, tl.sum(tl.where(wanted, tl.expand_dims(value, LAST + 1), 0.0), axis=LAST), x)
+
+
+@triton.jit
+def put_scalar(x, index, VALUE: tl.constexpr, COUNT: tl.constexpr):
+    """x with VALUE in the lanes of the last axis that the first COUNT lanes of `index` name."""
+    LAST: tl.constexpr = len(x.shape) - 1
+    wanted = tl.expand_dims(index, LAST + 1) == tl.expand_dims(lanes(x, LAST), LAST)
+    wanted = wanted & (tl.expand_dims(lanes(index, LAST), LAST + 1) < COUNT)
+    return tl.where(tl.max(wanted.to(tl.int32), axis=LAST) != 0, VALUE, x)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), without overflow."""
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent; by its series near 0, where the quotient would cancel."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    e = tl.exp(-2 * tl.abs(x))
+    quotient = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+@triton.jit
+def column(x, J: tl.constexpr):
+    """Column J of a tile [rows, n]."""
+    return tl.sum(tl.where(lanes(x, 1) == J, x, 0), axis=1)
+
+
+@triton.jit
+def hits(ids, K: tl.constexpr, E_PAD: tl.constexpr):
+    """How often each row of ids [rows, K] chose each expert: [rows, E_PAD]."""
+    expert = tl.arange(0, E_PAD)[None, :]
+    count = (tl.expand_dims(column(ids, 0), 1) == expert).to(tl.int32)
+    for j in tl.static_range(1, K):
+        count += (tl.expand_dims(column(ids, j), 1) == expert).to(tl.int32)
+    return count
+
+
+@triton.jit
+def place(order, ids, chosen, rows, live, first, earlier, total, K: tl.constexpr, E_PAD: tl.constexpr):
+    """Write the pairs of a block of rows to their places in `order`.
+
+    `chosen` [rows, E_PAD] are the hits of ids [rows, K], `first` [E_PAD] is where the block's first pair of each expert
+    goes, `earlier` counts the kept pairs before the block, `total` all that are kept.
+    """
+    expert = tl.arange(0, E_PAD)[None, :]
+    before = tl.cumsum(chosen, axis=0) - chosen
+    position = first[None, :] + before
+    kept = earlier + tl.sum(before, axis=1)
+    for j in tl.static_range(K):
+        id = column(ids, j)
+        mine = tl.expand_dims(id, 1) == expert
+        pair = rows * K + j
+        at = tl.where(id >= 0, tl.sum(tl.where(mine, position, 0), axis=1), total + pair - kept)
+        tl.store(order + at, pair, mask=live)
+        position += mine.to(tl.int32)
+        kept += (id >= 0).to(tl.int32)
+
+
+@triton.jit
+def find_tile(
+    tile,
+    offsets,
+    pairs,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """What program `tile` computes: expert, its first row and the end of its rows, row block, column block.
+
+    Experts follow each other; within one, GROUP_M row blocks share a column block before the next one starts, so that
+    its weights stay in the cache. Skipped pairs come last, as expert E; more programs than tiles get an expert > E.
+    """
+    e = tl.arange(0, E_PAD)
+    starts = tl.load(offsets + e, mask=e <= E, other=pairs)
+    stops = tl.load(offsets + e + 1, mask=e < E, other=pairs)
+    blocks = (stops - starts + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(blocks, axis=0) * COLUMNS
+    past = ends <= tile
+    expert = tl.sum(past.to(tl.int32), axis=0)
+    start = tl.sum(tl.where(e == expert, starts, 0), axis=0)
+    stop = tl.sum(tl.where(e == expert, stops, 0), axis=0)
+    tile -= tl.max(tl.where(past, ends, 0), axis=0)
+    group = tile // (GROUP_M * COLUMNS)
+    tile -= group * GROUP_M * COLUMNS
+    rows = tl.maximum(tl.minimum((stop - start + BLOCK_M - 1) // BLOCK_M - group * GROUP_M, GROUP_M), 1)
+    return expert, start, stop, group * GROUP_M + tile % rows, tile // rows
