@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -93,8 +95,8 @@ class Record:
 
     Args:
         calls: operators in order, those of a family's first member standing for all.
-        families: every family of two or more, and lone members of containers.
-        representative: for each parameter's path, the path of the one that stands for it.
+        families: those of every container, lone members included.
+        parameters: each parameter once, by its first path.
         stopped: for each module that could not run on shapes alone, the reason.
         returned: tensors that the model hands back, in any object it returns.
         tokens: batch times sequence length of the inputs.
@@ -102,10 +104,30 @@ class Record:
 
     calls: list[Call] = field(default_factory=list[Call])
     families: list[Family] = field(default_factory=list[Family])
-    representative: dict[str, str] = field(default_factory=dict[str, str])
+    parameters: dict[str, Value] = field(default_factory=dict[str, Value])
     stopped: dict[str, str] = field(default_factory=dict[str, str])
     returned: set[Value] = field(default_factory=set[Value])
     tokens: int = 1
+
+    @cached_property
+    def family_of(self) -> dict[str, Family]:
+        """The family of each member, by path."""
+        return {path: family for family in self.families for path in family.members}
+
+    def canonical(self, path: str) -> str:
+        """The path with every member replaced by the first of its family, from the outside in."""
+        done = ""
+        for part in path.split("."):
+            done = _join(done, part)
+            family = self.family_of.get(done)
+            done = family.members[0] if family else done
+        return done
+
+    def around(self, path: str) -> list[Family]:
+        """Families that the module at `path` is in, from the outside in."""
+        parts = path.split(".")
+        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return [self.family_of[prefix] for prefix in prefixes if prefix in self.family_of]
 
 
 def families(model: nn.Module) -> list[Family]:
@@ -183,16 +205,14 @@ class _Recorder(TorchDispatchMode):
         self.values = dict[int, Value]()
         self.alive = list[Tensor]()  # fake tensors take no memory, but a freed one would hand its id to another
         self.base = dict[int, Tensor]()
-        self.family_of = {path: family for family in self.record.families for path in family.members}
         self.outputs = dict[Family, Any]()
         self.paused = False
         self._name_parameters()
 
     def _name_parameters(self) -> None:
-        firsts = {path: family.members[0] for path, family in self.family_of.items()}
         for path, parameter in self.model.named_parameters():
-            self._bind(parameter, Value(_sizes(parameter), parameter.dtype, param=path))
-            self.record.representative[path] = _representative(path, firsts)
+            value = Value(_sizes(parameter), parameter.dtype, param=path)
+            self.record.parameters[path] = self._bind(parameter, value)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -208,11 +228,20 @@ class _Recorder(TorchDispatchMode):
                 return inner
 
             args, kwargs = tree_map_only(Tensor, enter, (args, kwargs))
+            self.record.tokens = self._tokens()
             stack.enter_context(self._watched())
             stack.enter_context(self)
             output = self.model(*args, **kwargs)
         self.record.returned = {self.values[id(t)] for t in _tensors(output) if id(t) in self.values}
         return self.record
+
+    def _tokens(self) -> int:
+        """Of the first input: ids have one element per token, features one row."""
+        first = next((value for value in self.values.values() if value.input), None)
+        if first is None:
+            return 1
+        sizes = first.shape[:-1] if first.dtype.is_floating_point else first.shape
+        return prod(size or 1 for size in sizes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -276,7 +305,7 @@ class _Recorder(TorchDispatchMode):
         return watched
 
     def _call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        family = self.family_of.get(path)
+        family = self.record.family_of.get(path)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
         if family is None or family not in self.outputs or not static:
@@ -343,15 +372,6 @@ def _as_if_exporting() -> Iterator[None]:
     finally:
         for flag, value in before.items():
             setattr(torch.compiler, flag, value)
-
-
-def _representative(path: str, firsts: Mapping[str, str]) -> str:
-    """The path with every member replaced by the first of its family, from the outside in."""
-    parts, done = path.split("."), ""
-    for part in parts:
-        done = _join(done, part)
-        done = firsts.get(done, done)
-    return done
 
 
 def _join(path: str, name: str) -> str:
