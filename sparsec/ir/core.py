@@ -13,10 +13,10 @@ from typing import TypeAlias, Union
 from sparsec.ir.loc import UNKNOWN, Loc
 from sparsec.ir.types import DType, Sym, TensorType, Type
 
-Attr: TypeAlias = Union[bool, int, float, str, None, DType, Sym, Sequence["Attr"], Mapping[str, "Attr"]]
+Attr: TypeAlias = bool | int | float | str | DType | Sym | Sequence["Attr"] | Mapping[str, "Attr"] | None
 """What an attribute can hold. Sequences are stored as tuples, mappings as dicts with string keys."""
 
-Argument: TypeAlias = Union["Value", None, tuple["Value | None", ...]]
+Argument: TypeAlias = Union["Value", tuple["Value | None", ...], None]
 """One argument of an op: a value, `none`, or a bracketed list of both."""
 
 Segments: TypeAlias = tuple[int | tuple[int, ...], ...]

@@ -24,6 +24,7 @@ from sparsec.ir.printer import Names, format_float, one_line
 from sparsec.ir.text import (
     DTYPES,
     MAX_DEPTH,
+    WORDS,
     Scope,
     TextError,
     TextTransformer,
@@ -400,9 +401,7 @@ class _Reader:
         for item in attr if isinstance(attr, tuple) else (None,):
             flags += item if isinstance(item, tuple) else [item]
         if not all(type(flag) is int and flag in (0, 1) for flag in flags) or sum(flags) != count:
-            raise TextError(
-                position, f"`{_SEGMENTS}` must be a list of 0, 1 and lists of these that counts {count} operands"
-            )
+            raise TextError(position, f"`{_SEGMENTS}` must be 0s, 1s and lists of these that count {count} operands")
         return cast(Segments, attr)
 
     def attrs(self, pairs: list[tuple[Token, Any]], depth: int = 0) -> dict[str, Attr]:
@@ -484,16 +483,16 @@ def _scalar(token: Token) -> Attr:
             return DType.c64
         case "STRING":
             return _unquote(token)
-    words: dict[str, Attr] = {"true": True, "false": False, "none": None, **DTYPES}
-    if token not in words:
-        raise ValueError(f"`{token}` is no attribute that sparsec has")
-    return words[token]
+        case _:
+            if token not in WORDS:
+                raise ValueError(f"`{token}` is no attribute that sparsec has")
+            return WORDS[token]
 
 
 def _number(token: str) -> int | float:
     digits, _, suffix = (part.strip() for part in token.partition(":"))
     if digits.startswith("0x") and suffix == "f64" and len(digits) == 18:
-        return cast(float, struct.unpack(">d", bytes.fromhex(digits[2:]))[0])
+        return float(struct.unpack(">d", bytes.fromhex(digits[2:]))[0])
     if digits.lstrip("-").isdigit():
         return parse_int(digits)
     value = float(digits) if "0x" not in digits else math.inf

@@ -22,8 +22,8 @@ from sparsec.ir.mlir import is_generic, read_generic
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.printer import TERMINATORS
 from sparsec.ir.text import (
-    DTYPES,
     MAX_DEPTH,
+    WORDS,
     Scope,
     TextError,
     TextTransformer,
@@ -40,7 +40,6 @@ from sparsec.ir.text import (
 from sparsec.ir.types import Sym, Type
 
 _KEYWORDS = {keyword: name for name, keyword in TERMINATORS.items()}
-_WORDS: dict[str, Attr] = {"true": True, "false": False, "none": None, **DTYPES}
 
 
 def parse_module(text: str, filename: str = "<text>") -> Module:
@@ -183,12 +182,11 @@ def _value(raw: Any, near: Token, depth: int) -> Attr:
             case "NUMBER":
                 return _number(token)
             case "WORD":
-                return _WORDS[token] if token in _WORDS else Sym(token)
+                return WORDS[token] if token in WORDS else Sym(token)
             case "STRING":
                 return _string(token)
             case _:
-                size = parse_dim(token[1:-1])
-                return size if isinstance(size, int) else size
+                return parse_dim(token[1:-1])
     except ValueError as error:
         raise TextError(token.start_pos or 0, str(error)) from None
 

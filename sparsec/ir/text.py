@@ -19,7 +19,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedEOF, UnexpectedInput
 from lark.lexer import PatternStr
 
 from sparsec.diagnostics import CompileError, Diagnostic
-from sparsec.ir.core import Op, Value
+from sparsec.ir.core import Attr, Op, Value
 from sparsec.ir.loc import Loc
 from sparsec.ir.opdef import OpDef, lookup
 from sparsec.ir.types import Dim, DType, Sym, SymType, TensorType, Type
@@ -29,6 +29,7 @@ MAX_INT = 2**63 - 1
 MAX_EXPRESSION = 400  #: characters of one dimension expression
 
 DTYPES = {dtype.value: dtype for dtype in DType}
+WORDS: dict[str, Attr] = {"true": True, "false": False, "none": None, **DTYPES}
 TextTransformer: TypeAlias = Transformer[Token, Any]
 
 _WORDS = {
