@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import inspect
 import re
 import sys
@@ -21,6 +22,8 @@ from typing import Any, get_origin
 
 from sparsec import dialects
 from sparsec.ir.opdef import REGISTRY, OpDef
+from sparsec.passes.base import PASSES, Pass
+from sparsec.pipeline import PIPELINES
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py: edit the docstrings instead. -->\n"
@@ -84,6 +87,29 @@ def dialect_page(module: types.ModuleType) -> str:
     return "\n".join([NOTE, f"# {title}", "", intro, "", *(op_section(name, op) for name, op in ops)]).rstrip() + "\n"
 
 
+def pass_section(cls: type[Pass]) -> str:
+    """One pass: heading, docstring, table of options."""
+    lines = [f"## `{cls.name}`", "", docstring(cls), ""]
+    options, said = dataclasses.fields(cls), comments(cls)
+    if options:
+        lines += ["| option | default | |", "| --- | --- | --- |"]
+        for option in options:
+            lines.append(
+                f"| `{option.name.replace('_', '-')}` | `{option.default}` | {cell(said.get(option.name, ''))} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def passes_page() -> str:
+    """The page of all passes, and of the phases that they make up."""
+    lines = [NOTE, "# Passes", "", "| phase | passes |", "| --- | --- |"]
+    for phase, passes in PIPELINES.items():
+        lines.append(f"| `{phase}` | {', '.join(f'`{name}`' for name in passes.split(',') if name)} |")
+    own = [cls for cls in PASSES.values() if cls.__module__.startswith("sparsec.")]
+    return "\n".join([*lines, "", *map(pass_section, own)]).rstrip() + "\n"
+
+
 def summary(text: str | None) -> str:
     """The first paragraph of a docstring, on one line."""
     return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
@@ -95,6 +121,7 @@ def pages() -> dict[Path, str]:
     found = {DOCS / "dialects" / f"{name}.md": dialect_page(module) for name, module in modules.items()}
     index = [f"- [{name}]({name}.md): {summary(module.__doc__)}" for name, module in modules.items()]
     found[DOCS / "dialects" / "README.md"] = "\n".join([NOTE, "# Dialects", "", *index]) + "\n"
+    found[DOCS / "passes.md"] = passes_page()
     return found
 
 

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "passes": {"ir", "dialects"},
     "codegen": {"ir", "dialects", "runtime"},  # only the runtime's data modules: see below
     "pipeline": {"ir", "dialects", "frontend", "passes", "codegen"},
+    "hf": {"frontend"},
     "inspect": COMPILER | {"runtime"},
     "api": COMPILER | {"runtime"},
     "backend": COMPILER | {"runtime", "api"},
