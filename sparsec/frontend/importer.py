@@ -25,7 +25,7 @@ from sparsec.frontend.symbols import Symbols
 from sparsec.ir.core import Attr, Block, Func, Module, Value
 from sparsec.ir.loc import Loc
 from sparsec.ir.opdef import make
-from sparsec.ir.types import Sym
+from sparsec.ir.types import Sym, TensorType
 
 _aten = torch.ops.aten
 _CHECKS = ("aten::_assert", "aten::sym_constrain_range", "aten::_functional_sym_constrain_range")
@@ -47,89 +47,29 @@ def import_program(program: ExportedProgram) -> tuple[Module, dict[str, torch.Te
 
     Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
     """
-    return _Importer(program).run()
+    return _ProgramImporter(program).run()
 
 
-class _Importer:
-    def __init__(self, program: ExportedProgram) -> None:
-        self.program = program
+class GraphImporter:
+    """Imports the nodes of ATen graphs into the function `main`."""
+
+    def __init__(self) -> None:
         self.builder = Builder(Block(), Symbols())
         self.known: dict[Node, Any] = {}  # what each node's result has become: a value, or a tuple of them
         self.func = Func("main", self.builder.block)
-        self.weights: dict[str, torch.Tensor] = {}
 
-    def run(self) -> tuple[Module, dict[str, torch.Tensor]]:
-        self._arguments()
-        results = self._graph(self.program.graph_module)
-        self._results(results)
-        self._drop_unused()
-        return Module([self.func], {"phase": "capture", "version": 1}), self.weights
-
-    # Arguments and results ------------------------------------------------------------------------------------------
-
-    def _arguments(self) -> None:
-        nodes = [node for node in self.program.graph.nodes if node.op == "placeholder"]
-        specs = self.program.graph_signature.input_specs
-        pairs = list(zip(nodes, specs, strict=True))
-        pairs.sort(key=lambda pair: _ORDER.get(pair[1].kind, 9))
-        for node, spec in pairs:
-            self._argument(node, spec)
-
-    def _argument(self, node: Node, spec: InputSpec) -> None:
-        if isinstance(spec.arg, ConstantArgument):
-            return
-        if spec.kind not in _KINDS or not isinstance(spec.arg, TensorArgument | SymIntArgument):
-            what = spec.kind.name.lower().replace("_", " ")
-            raise CompileError(f"argument '{node.name}' of the model is a {what}, which cannot be compiled")
+    def argument(self, node: Node, attrs: dict[str, Attr]) -> Value:
+        """Make a placeholder an argument of `main`."""
         try:
             value = self.builder.block.add_arg(self.builder.type_of(node.meta["val"]), node.name)
         except (TypeError, ValueError) as error:
             raise CompileError(f"argument '{node.name}' of the model cannot be compiled: {error}") from error
-        attrs: dict[str, Attr] = {"kind": _KINDS[spec.kind]}
-        if spec.kind is not InputKind.USER_INPUT:
-            assert spec.target is not None
-            attrs["source"] = spec.target
-            found = self.program.state_dict.get(spec.target)
-            self.weights[spec.target] = self.program.constants[spec.target] if found is None else found
         self.func.arg_attrs[value] = attrs
-        self.known[node] = value
+        if isinstance(value.type, TensorType):  # sizes are read by their symbols
+            self.known[node] = value
+        return value
 
-    def _results(self, results: Sequence[Any]) -> None:
-        outputs, mutations = list[tuple[Value, dict[str, Attr]]](), list[tuple[Value, dict[str, Attr]]]()
-        for spec, result in zip(self.program.graph_signature.output_specs, results, strict=True):
-            if spec.kind is OutputKind.BUFFER_MUTATION:
-                assert spec.target is not None
-                mutations.append((result, {"kind": "mutation", "source": spec.target}))
-            elif spec.kind is OutputKind.USER_OUTPUT:
-                if isinstance(result, Value):
-                    outputs.append((result, {"kind": "output"}))
-                elif isinstance(result, Sym):
-                    raise CompileError(
-                        f"the model returns the size {result}", hint="return tensors; sizes can be read from them"
-                    )
-            else:
-                what = spec.kind.name.lower().replace("_", " ")
-                raise CompileError(
-                    f"the model does a {what} of '{spec.target}', which a compiled model cannot",
-                    hint="return the new value instead of changing a tensor in place",
-                )
-        together = outputs + mutations
-        self.builder.block.append(make("func.return", [value for value, _ in together]))
-        self.func.result_attrs = {i: attrs for i, (_, attrs) in enumerate(together)}
-
-    def _drop_unused(self) -> None:
-        kept = {attrs.get("source") for attrs in self.func.result_attrs.values()}
-        for arg in list(self.builder.block.args):
-            attrs = self.func.arg_attrs[arg]
-            if attrs["kind"] != "input" and not arg.users and attrs["source"] not in kept:
-                self.builder.block.remove_arg(arg)
-                del self.func.arg_attrs[arg]
-        used = {str(attrs["source"]) for attrs in self.func.arg_attrs.values() if "source" in attrs}
-        self.weights = {name: tensor for name, tensor in self.weights.items() if name in used}
-
-    # Nodes ----------------------------------------------------------------------------------------------------------
-
-    def _graph(self, graph_module: GraphModule) -> Sequence[Any]:
+    def graph(self, graph_module: GraphModule) -> Sequence[Any]:
         """Import the nodes of a graph whose placeholders are known; what it returns."""
         for node in graph_module.graph.nodes:
             if node.op == "output":
@@ -182,7 +122,7 @@ class _Importer:
         for place, arg in zip(places, args, strict=True):
             if isinstance(arg, Node) and arg in self.known:
                 self.known[place] = self.known[arg]
-        return tuple(self._graph(inner))
+        return tuple(self.graph(inner))
 
     def _experts(self, node: Node, loc: Loc) -> Value:
         given = dict(zip((arg.name for arg in experts_op.TARGET._schema.arguments), node.args, strict=False))
@@ -217,9 +157,80 @@ class _Importer:
         raise TypeError(f"its argument '{item.name}' is a {type(size).__name__}, which is known at run time only")
 
 
+class _ProgramImporter(GraphImporter):
+    """Adds what an exported program says of its arguments and results."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def run(self) -> tuple[Module, dict[str, torch.Tensor]]:
+        self._arguments()
+        results = self.graph(self.program.graph_module)
+        self._results(results)
+        self._drop_unused()
+        return Module([self.func], {"phase": "capture", "version": 1}), self.weights
+
+    def _arguments(self) -> None:
+        nodes = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        specs = self.program.graph_signature.input_specs
+        pairs = list(zip(nodes, specs, strict=True))
+        pairs.sort(key=lambda pair: _ORDER.get(pair[1].kind, 9))
+        for node, spec in pairs:
+            self._argument(node, spec)
+
+    def _argument(self, node: Node, spec: InputSpec) -> None:
+        if isinstance(spec.arg, ConstantArgument):
+            return
+        if spec.kind not in _KINDS or not isinstance(spec.arg, TensorArgument | SymIntArgument):
+            what = spec.kind.name.lower().replace("_", " ")
+            raise CompileError(f"argument '{node.name}' of the model is a {what}, which cannot be compiled")
+        attrs: dict[str, Attr] = {"kind": _KINDS[spec.kind]}
+        if spec.kind is not InputKind.USER_INPUT:
+            assert spec.target is not None
+            attrs["source"] = spec.target
+            found = self.program.state_dict.get(spec.target)
+            self.weights[spec.target] = self.program.constants[spec.target] if found is None else found
+        self.argument(node, attrs)
+
+    def _results(self, results: Sequence[Any]) -> None:
+        outputs, mutations = list[tuple[Value, dict[str, Attr]]](), list[tuple[Value, dict[str, Attr]]]()
+        for spec, result in zip(self.program.graph_signature.output_specs, results, strict=True):
+            if spec.kind is OutputKind.BUFFER_MUTATION:
+                assert spec.target is not None
+                mutations.append((result, {"kind": "mutation", "source": spec.target}))
+            elif spec.kind is OutputKind.USER_OUTPUT:
+                if isinstance(result, Value):
+                    outputs.append((result, {"kind": "output"}))
+                elif isinstance(result, Sym):
+                    raise CompileError(
+                        f"the model returns the size {result}", hint="return tensors; sizes can be read from them"
+                    )
+            else:
+                what = spec.kind.name.lower().replace("_", " ")
+                raise CompileError(
+                    f"the model does a {what} of '{spec.target}', which a compiled model cannot",
+                    hint="return the new value instead of changing a tensor in place",
+                )
+        together = outputs + mutations
+        self.builder.block.append(make("func.return", [value for value, _ in together]))
+        self.func.result_attrs = {i: attrs for i, (_, attrs) in enumerate(together)}
+
+    def _drop_unused(self) -> None:
+        kept = {attrs.get("source") for attrs in self.func.result_attrs.values()}
+        for arg in list(self.builder.block.args):
+            attrs = self.func.arg_attrs[arg]
+            if attrs["kind"] != "input" and not arg.users and attrs["source"] not in kept:
+                self.builder.block.remove_arg(arg)
+                del self.func.arg_attrs[arg]
+        used = {str(attrs["source"]) for attrs in self.func.arg_attrs.values() if "source" in attrs}
+        self.weights = {name: tensor for name, tensor in self.weights.items() if name in used}
+
+
 def _is_size(value: Any) -> bool:
     """Whether a node computes with sizes or scalars, which types and attributes hold as expressions."""
     return isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
-__all__ = ["import_program"]
+__all__ = ["GraphImporter", "import_program"]

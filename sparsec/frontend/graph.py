@@ -1,0 +1,52 @@
+"""A functional ATen graph, as torch.compile hands it over, as a module in phase `capture`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from sparsec.diagnostics import CompileError
+from sparsec.frontend.importer import GraphImporter
+from sparsec.ir.core import Attr, Module, Value
+from sparsec.ir.opdef import make
+
+
+def import_graph(graph_module: GraphModule) -> tuple[Module, dict[str, torch.Tensor]]:
+    """The module of a graph whose placeholders are tensors and sizes, and the constants that it holds.
+
+    Every placeholder is an input of `main`, in order; constants follow. A result that is None or a size keeps its
+    place outside of the module: see `tensor_results`.
+
+    Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
+    """
+    importer = GraphImporter()
+    constants: dict[str, torch.Tensor] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            importer.argument(node, {"kind": "input"})
+        elif node.op == "get_attr":
+            held = getattr(graph_module, str(node.target))
+            if not isinstance(held, torch.Tensor):
+                continue  # the body of a higher-order operator
+            node.meta.setdefault("val", held)
+            constants[str(node.target)] = held
+            importer.argument(node, {"kind": "constant", "source": str(node.target)})
+    results = [value for value in importer.graph(graph_module) if isinstance(value, Value)]
+    importer.func.result_attrs = {i: dict[str, Attr](kind="output") for i in range(len(results))}
+    importer.builder.block.append(make("func.return", results))
+    return Module([importer.func], {"phase": "capture", "version": 1}), constants
+
+
+def tensor_results(graph_module: GraphModule) -> list[int]:
+    """Which results of the graph are tensors: these, in order, are the results of the imported `main`."""
+    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    returned: Any = output.args[0]
+    places = list[int]()
+    for i, item in enumerate(returned):
+        if isinstance(item, torch.fx.Node):
+            if not isinstance(item.meta.get("val"), torch.Tensor):
+                raise CompileError(f"result {i} of the graph is a size, which a compiled graph cannot return")
+            places.append(i)
+    return places

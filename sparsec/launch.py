@@ -1,0 +1,64 @@
+"""`sparsec::launch`: a compiled kernel as one torch operator, so that Inductor and AOT autograd carry it whole.
+
+    torch.ops.sparsec.launch(name, [x, order, offsets, up])   # -> list of the kernel's results
+
+Kernels are registered by name for the life of the process. Result shapes follow from the kernel's own types.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from sparsec.ir.types import Sym, evaluate
+from sparsec.runtime.backends import Context, KernelCall, bind
+from sparsec.runtime.dtypes import DTYPES
+from sparsec.runtime.plan import Kernel
+
+
+@dataclass(frozen=True)
+class _Registered:
+    kernel: Kernel
+    call: KernelCall
+
+
+_KERNELS: dict[str, _Registered] = {}
+
+
+def register(kernel: Kernel, device: torch.device, files: Mapping[str, bytes]) -> str:
+    """Make a kernel known to `sparsec::launch` and return its name there; the same kernel gets the same name."""
+    content = json.dumps([asdict(kernel), str(device)], sort_keys=True, default=str)
+    name = f"{kernel.name}_{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    if name not in _KERNELS:
+        # No operand is a constant of the program here: weights are inputs of the graph, packed when first seen.
+        context = Context(device, files, lambda slot: None, live=True)
+        _KERNELS[name] = _Registered(kernel, bind(kernel, list(range(len(kernel.params))), context))
+    return name
+
+
+@torch.library.custom_op("sparsec::launch", mutates_args=(), schema="(str kernel, Tensor?[] inputs) -> Tensor[]")
+def launch(kernel: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    return list(_KERNELS[kernel].call(inputs))
+
+
+@launch.register_fake
+def _fake(kernel: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    entry = _KERNELS[kernel].kernel
+    env: dict[str, int] = {}
+    for param, given in zip(entry.params, inputs, strict=True):
+        if param is not None and given is not None:
+            sizes = zip(param.shape, given.shape, strict=True)
+            env.update({dim: size for dim, size in sizes if isinstance(dim, str) and dim.isidentifier()})
+    like = next(given for given in inputs if given is not None)
+    return [
+        like.new_empty(
+            [evaluate(dim if isinstance(dim, int) else Sym(dim), env) for dim in result.shape],
+            dtype=DTYPES[result.dtype],
+        )
+        for result in entry.results
+    ]
