@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from sparsec.frontend import structure
 from sparsec.frontend.failures import explain
 from sparsec.frontend.importer import import_program
 from sparsec.ir.core import Module
+
+_EXPERTS = "_experts_implementation_internal"
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,21 @@ def capture(
             file. Read only `.pt2` files that you trust: torch may unpickle parts of them while loading.
         dynamic: True leaves every dimension open that the model leaves open (for integer inputs such as token ids
             the first two, batch and sequence); False fixes all; anything else is a `dynamic_shapes` for torch.export.
-        use_cache: for transformers' models: whether they return their key/value cache.
+        use_cache: whether a transformers model returns its key/value cache (an argument `use_cache` in `kwargs` decides
+            by itself).
 
     Raises: CompileError with the user's line, for a model that torch.export or the IR cannot hold.
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, str | os.PathLike):
-        return _import(load_program(Path(model)), frozenset())
+        return _import(load_program(Path(model)))
     if isinstance(model, ExportedProgram):
-        return _import(model, frozenset())
-    implied = _implied(model, kwargs, use_cache)
-    with _experts_as_ops(model), torch.no_grad():
+        return _import(model)
+    with _for_capture(model, no_cache=not use_cache and "use_cache" not in kwargs), torch.no_grad():
         device = _device(model)
         args, kwargs = tree_map(lambda leaf: _on(leaf, device), (tuple(args), kwargs))
-        program, warnings = _export(model, args, kwargs | implied, dynamic)
-    return _import(program, frozenset(implied), warnings)
+        program, warnings = _export(model, args, kwargs, dynamic)
+    return _import(program, warnings)
 
 
 def load_program(path: Path) -> ExportedProgram:
@@ -93,7 +95,7 @@ def load_program(path: Path) -> ExportedProgram:
         ) from error
 
 
-def _import(program: ExportedProgram, implied: frozenset[str], warnings: tuple[Diagnostic, ...] = ()) -> Captured:
+def _import(program: ExportedProgram, warnings: tuple[Diagnostic, ...] = ()) -> Captured:
     with torch.no_grad():
         program = program.run_decompositions({})
     module, weights = import_program(program)
@@ -111,9 +113,6 @@ def _import(program: ExportedProgram, implied: frozenset[str], warnings: tuple[D
         if spec.kind.name == "USER_OUTPUT"
     ]
     args_json, kwargs_json = structure.tree(in_spec, given)["items"]
-    for name in implied:
-        place = kwargs_json["keys"].index(name)
-        del kwargs_json["keys"][place], kwargs_json["items"][place]
     inputs = {"args": args_json, "kwargs": kwargs_json}
     return Captured(module, weights, inputs, structure.tree(out_spec, returned), in_spec, out_spec, warnings)
 
@@ -181,36 +180,32 @@ def _fixed(program: ExportedProgram) -> Iterator[Diagnostic]:
                 )
 
 
-def _implied(model: nn.Module, kwargs: Mapping[str, Any], use_cache: bool) -> dict[str, Any]:
-    """Arguments that are added to the call: transformers' models return their cache unless told not to."""
-    has_cache = hasattr(getattr(model, "config", None), "use_cache")
-    parameters = inspect.signature(model.forward).parameters
-    if not has_cache or use_cache or "use_cache" in kwargs or "use_cache" not in parameters:
-        return {}
-    return {"use_cache": False}
-
-
 @contextmanager
-def _experts_as_ops(model: nn.Module) -> Iterator[None]:
-    """Banks of experts that go through transformers' experts interface run as `sparsec::experts`, for a while."""
-    key = "_experts_implementation_internal"
-    configs = {
-        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if key in getattr(c, "__dict__", {})
-    }
-    if not configs:
-        yield
-        return
-    from sparsec.frontend import experts_hook
-
-    experts_hook.register()
-    before = {number: getattr(config, key) for number, config in configs.items()}
-    for config in configs.values():
-        setattr(config, key, experts_hook.NAME)
+def _set(configs: Sequence[Any], key: str, value: Any) -> Iterator[None]:
+    """Set an entry of transformers' configurations, where it exists, for a while."""
+    before = [(config, config.__dict__[key]) for config in configs if key in config.__dict__]
+    for config, _ in before:
+        setattr(config, key, value)
     try:
         yield
     finally:
-        for number, config in configs.items():
-            setattr(config, key, before[number])
+        for config, old in before:
+            setattr(config, key, old)
+
+
+@contextmanager
+def _for_capture(model: nn.Module, no_cache: bool) -> Iterator[None]:
+    """Run transformers' banks of experts as `sparsec::experts`, and without a key/value cache, for a while."""
+    configs = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}.values())
+    with ExitStack() as stack:
+        if any(_EXPERTS in config.__dict__ for config in configs):
+            from sparsec.frontend import experts_hook
+
+            experts_hook.register()
+            stack.enter_context(_set(configs, _EXPERTS, experts_hook.NAME))
+        if no_cache:
+            stack.enter_context(_set(configs, "use_cache", False))
+        yield
 
 
 def _device(model: nn.Module) -> torch.device | None:
