@@ -1,0 +1,22 @@
+"""The passes. Importing this package registers every one under its name."""
+
+from sparsec.passes import canonicalize, cse, dce, fuse, lower, raise_route, reinplace, schedule
+from sparsec.passes.base import PASSES, Option, Pass, PassContext, options, parse_pipeline, print_pipeline
+
+__all__ = [
+    "PASSES",
+    "Option",
+    "Pass",
+    "PassContext",
+    "canonicalize",
+    "cse",
+    "dce",
+    "fuse",
+    "lower",
+    "options",
+    "parse_pipeline",
+    "print_pipeline",
+    "raise_route",
+    "reinplace",
+    "schedule",
+]

@@ -92,6 +92,7 @@ class Group(OpDef, name="moe.group"):
     order: Result  #: [T * k], i32: pair numbers, expert by expert
     offsets: Result  #: [E + 1], i32: expert e owns order[offsets[e]:offsets[e + 1]]
     num_experts: int
+    variants: tuple[dict[str, Any], ...] = ()  #: as of moe.gather_gemm
 
     def infer(self) -> tuple[Type, ...]:
         return group_types(self.ids.tensor, self.num_experts)
@@ -123,6 +124,7 @@ class RouteGroup(OpDef, name="moe.route_group"):
     order: Result  #: [T * k], i32, as of moe.group
     offsets: Result  #: [experts + 1], i32, as of moe.group
     num_experts: int  #: of the expert bank that the offsets are for; logits may have further columns
+    variants: tuple[dict[str, Any], ...] = ()  #: as of moe.gather_gemm
     body: Body  #: as of moe.route
 
     def infer(self) -> tuple[Type, ...]:

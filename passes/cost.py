@@ -1,0 +1,183 @@
+"""The cost model: how long a tile shape takes for one of the two expert GEMMs on one chip.
+
+Roofline with three limits, the worst of which counts:
+
+- compute: padded flops over the tensor cores' rate, in whole waves of tiles over the SMs;
+- memory: the weights of the experts hit plus activations over the memory bandwidth, as far as the loads in flight
+  can use it (Little's law: bandwidth x latency bytes must be under way);
+- cache: every tile's operands over the L2 bandwidth.
+
+Rows per expert follow from uniform routing: E (1 - (1 - k/E)^T) experts are hit. Skewed routing hits fewer, so that
+the figures are an upper bound for memory and a lower bound for padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
+
+from sparsec.diagnostics import CompileError
+from sparsec.dialects.moe import experts_hit
+from sparsec.ir.types import DType
+
+BANDWIDTH_SHARE = 0.90  # H100: a copy reaches 3.0 of 3.35 TB/s
+FLOPS_SHARE = 0.80  # H100: cuBLAS reaches 798 of 989 TFLOP/s (bf16, 8192 cubed)
+MMA_SYNC_SHARE = 0.62  # what mma.sync reaches of wgmma's rate: Luo et al., arXiv 2402.13499
+LATENCY = 800e-9  # seconds from a load's issue to its data, from memory under load
+LAUNCH = 3e-6  # seconds
+ROW_REGISTERS = 64  # registers of a thread beside its accumulators
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU. Rates are the vendor's for dense matrices, in 1/s.
+
+    Args:
+        bandwidth: memory, bytes/s.
+        cache_bandwidth: L2 to the SMs, bytes/s.
+        flops: tensor-core (or matrix-core) rate by dtype.
+        sms: multiprocessors (compute units).
+        shared: bytes of shared memory that one block may use.
+        lanes: threads of a warp (wavefront).
+        wide: rows below which the fast matrix instruction cannot be used (0: no such limit).
+    """
+
+    name: str
+    bandwidth: float
+    cache_bandwidth: float
+    flops: dict[DType, float]
+    sms: int
+    shared: int
+    lanes: int = 32
+    wide: int = 0
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _flops(half: float, single: float) -> dict[DType, float]:
+    return {DType.bf16: half, DType.f16: half, DType.f32: single}
+
+
+# Data sheets: NVIDIA A100 (NVIDIA-1758950), H100 SXM (2287922), Blackwell B200 (DGX B200), AMD MI300X (MI300X data
+# sheet, CDNA 3 white paper). L2: A100 5,120 B/clock (white paper); H100 and B200 scaled by SMs and clock; MI300X is
+# its Infinity Cache.
+CHIPS = {
+    "cuda:sm_80": Chip("NVIDIA A100 SXM 80 GB", 2.04e12, 5.5e12, _flops(312e12, 19.5e12), 108, 163 << 10),
+    "cuda:sm_90": Chip("NVIDIA H100 SXM", 3.35e12, 7.5e12, _flops(989e12, 67e12), 132, 227 << 10, wide=64),
+    "cuda:sm_100": Chip("NVIDIA B200", 8.0e12, 11e12, _flops(2250e12, 80e12), 148, 227 << 10, wide=64),
+    "hip:gfx942": Chip("AMD MI300X", 5.3e12, 17.2e12, _flops(1307e12, 163e12), 304, 64 << 10, lanes=64),
+}
+
+
+def chip(target: str) -> Chip:
+    """The chip of a GPU target. Raises: CompileError for one that is not known."""
+    if target not in CHIPS:
+        raise CompileError(f"there is no target '{target}' (there are: cpu, {', '.join(CHIPS)})")
+    return CHIPS[target]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A grouped GEMM: `pairs` rows in `experts` groups, [rows, inner] by [inner, parts * columns].
+
+    Args:
+        row_bytes: what one row of the result moves, intermediate results included.
+    """
+
+    experts: int
+    k: int
+    inner: int
+    columns: int
+    parts: int
+    dtype: DType
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A variant of the kernel: its tile, warps per block, and stages of loads under way."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def shared(self, gemm: Gemm) -> int:
+        """Bytes of shared memory of one block."""
+        return self.num_stages * self.step(gemm)
+
+    def step(self, gemm: Gemm) -> int:
+        """Bytes of operands that one step of the inner loop loads."""
+        return (self.block_m + self.block_n * gemm.parts) * self.block_k * gemm.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a tile is expected to do.
+
+    Args:
+        us: time in microseconds.
+        limiter: which roof it hits.
+        waste: rows computed for nothing, as a share of those needed.
+        hit: experts expected to have rows.
+    """
+
+    us: float
+    limiter: Literal["memory", "compute"]
+    waste: float
+    hit: float
+
+
+def predict(gemm: Gemm, tile: Tile, tokens: int, on: Chip) -> Prediction | None:
+    """Time of a grouped GEMM for `tokens` tokens; None where the tile does not fit the chip."""
+    shared = tile.shared(gemm)
+    threads = tile.num_warps * on.lanes
+    registers = tile.block_m * tile.block_n * gemm.parts / threads + ROW_REGISTERS
+    if shared > on.shared or registers > 255:
+        return None
+    resident = max(1, min(on.shared // shared, int(65536 * (on.lanes // 32) / (registers * threads)), 2048 // threads))
+    hit, pairs = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k
+    blocks = max(1.0, pairs / hit / tile.block_m + (1 - 1 / tile.block_m) / 2)
+    tiles = hit * blocks * -(-gemm.columns // tile.block_n)
+    inner = -(-gemm.inner // tile.block_k) * tile.block_k
+
+    rate = on.flops.get(gemm.dtype, on.flops[DType.f32]) * FLOPS_SHARE
+    if gemm.dtype is not DType.f32 and tile.block_m < on.wide:
+        rate *= MMA_SYNC_SHARE
+    waves = max(1.0, -(-tiles // on.sms)) * on.sms / tiles
+    compute = 2 * tiles * tile.block_m * tile.block_n * gemm.parts * inner / rate * waves
+
+    weights = hit * gemm.columns * gemm.parts * gemm.inner * gemm.dtype.itemsize
+    moved = weights + pairs * gemm.row_bytes + min(tokens, pairs) * gemm.inner * gemm.dtype.itemsize
+    flying = min(tiles, on.sms * resident) * (tile.num_stages - 1) * tile.step(gemm)
+    memory = moved / (on.bandwidth * BANDWIDTH_SHARE * min(1.0, flying / (on.bandwidth * LATENCY)))
+    cached = tiles * (inner // tile.block_k) * tile.step(gemm) / on.cache_bandwidth
+
+    seconds = max(compute, memory, cached) + LAUNCH
+    limiter: Literal["memory", "compute"] = "compute" if compute >= max(memory, cached) else "memory"
+    return Prediction(seconds * 1e6, limiter, hit * blocks * tile.block_m / pairs - 1, hit)
+
+
+def candidates(on: Chip) -> Iterator[Tile]:
+    """The tiles that are tried, small ones first."""
+    for m, n, k, warps, stages in product((16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)):
+        if on.lanes == 32 or stages <= 3:  # a wavefront machine has no asynchronous copies to keep under way
+            yield Tile(m, n, k, warps, stages)
+
+
+@cache
+def best(gemm: Gemm, tokens: int, on: Chip) -> tuple[Tile, Prediction]:
+    """The fastest tile for `tokens` tokens; among those within 2 % the one that takes least shared memory."""
+    timed = [(tile, made) for tile in candidates(on) if (made := predict(gemm, tile, tokens, on)) is not None]
+    if not timed:
+        raise CompileError(f"no tile of {gemm} fits {on.name}")
+    limit = min(made.us for _, made in timed) * 1.02
+    return min(
+        (pair for pair in timed if pair[1].us <= limit),
+        key=lambda pair: (pair[0].shared(gemm), pair[0].num_warps, pair[1].us),
+    )

@@ -1,0 +1,115 @@
+"""What rules of several passes ask about ops: attributes with their defaults, dims, sizes, splats."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from sparsec.dialects import aten
+from sparsec.ir.core import Attr, Op, Value
+from sparsec.ir.types import Dim, DType, Sym, TensorType, product
+
+
+@cache
+def default(name: str, parameter: str) -> Any:
+    """The default that torch's schema gives a parameter of an op; None where it has none."""
+    for param in aten.parameters(name):
+        if param.name == parameter and param.has_default_value():
+            value = param.default_value
+            return tuple(value) if isinstance(value, list) else value
+    return None
+
+
+def attr(op: Op, name: str) -> Any:
+    """An attribute of an `aten` op, or its default."""
+    return op.attrs[name] if name in op.attrs else default(op.name, name)
+
+
+def with_attrs(op: Op, **changes: Attr) -> dict[str, Attr]:
+    """The attributes of an `aten` op with changes, less those that equal their default."""
+    merged = {**op.attrs, **changes}
+    return {
+        name: value
+        for name, value in merged.items()
+        if name not in changes or value is None or value != default(op.name, name) or default(op.name, name) is None
+    }
+
+
+@cache
+def is_pointwise(name: str) -> bool:
+    """Whether an op computes each element of its result from the elements at the same place (after broadcasting)."""
+    import torch
+
+    found = aten.overload(name)
+    if found is None or found._schema.is_mutable or aten.is_random(found):
+        return False
+    return torch.Tag.pointwise in found.tags or name in _POINTWISE
+
+
+_POINTWISE = frozenset(
+    f"aten.{name}"
+    for name in (
+        "masked_fill.Scalar masked_fill.Tensor _to_copy to.dtype type_as clone alias detach log_sigmoid softplus "
+        "clamp clamp.Tensor clamp_min clamp_max where.self where.ScalarSelf where.ScalarOther where.Scalar "
+        "__and__.Tensor __or__.Tensor __xor__.Tensor pow.Tensor_Scalar silu gelu relu mish elu hardtanh"
+    ).split()
+)
+
+
+def is_tensor(value: Value) -> bool:
+    return isinstance(value.type, TensorType)
+
+
+def negative(dim: int, rank: int) -> int:
+    """A dimension counted from the end."""
+    return dim - rank if dim >= 0 else dim
+
+
+def factors(dim: Dim) -> tuple[int, tuple[str, ...]]:
+    """A size as a number times sorted symbolic factors, so that `s0*s1` and `s1*s0` are seen to be one."""
+    if isinstance(dim, int):
+        return dim, ()
+    number, symbolic = 1, list[str]()
+    stack: list[ast.expr] = [ast.parse(dim, mode="eval").body]
+    while stack:
+        node = stack.pop()
+        match node:
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                stack += [left, right]
+            case ast.Constant(value=int(value)):
+                number *= value
+            case _:
+                symbolic.append(ast.unparse(node))
+    return number, tuple(sorted(symbolic))
+
+
+def same_size(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    """Whether two lists of dimensions certainly have the same number of elements."""
+    return factors(product(tuple(a))) == factors(product(tuple(b)))
+
+
+def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    """Whether two shapes are certainly equal."""
+    return len(a) == len(b) and all(factors(x) == factors(y) for x, y in zip(a, b, strict=True))
+
+
+def substitute(dim: Dim, old: Dim, new: Sym) -> Dim:
+    """`dim` with the size `old` called `new`: `2*(s0*s1)` with `s0*s1 -> t` is `2*t`. Ints are never renamed."""
+    if isinstance(dim, int) or isinstance(old, int):
+        return dim
+    number, left = factors(dim)
+    by, parts = factors(old)
+    rest = list(left)
+    for part in parts:
+        if part not in rest:
+            return dim
+        rest.remove(part)
+    if not parts or number % by:
+        return dim
+    return product((number // by, *(Sym(part) for part in rest), new)) if rest or number != by else new
+
+
+def dtype_of(value: Value) -> DType:
+    return value.tensor.dtype

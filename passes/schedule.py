@@ -1,0 +1,98 @@
+"""Choose how each fused op runs, by ranges of the number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
+from sparsec.ir.core import Module, Op
+from sparsec.ir.types import DType
+from sparsec.passes.base import Pass, PassContext, register
+from sparsec.passes.cost import Chip, Gemm, best, chip
+
+BUCKETS = (1, 16, 64, 256, 1024, 4096)
+MANY = 16384  # tokens that stand for all larger numbers
+CPU_CACHE = 8 << 20  # bytes of intermediate rows up to which all experts at once beat one after another
+
+
+@register
+@dataclass(frozen=True)
+class ScheduleVariants(Pass):
+    """Write the variants of every fused op: for GPUs the tiles that the cost model finds fastest for each range of
+    token counts, for the CPU whether experts run all at once or one after another."""
+
+    name: ClassVar[str] = "schedule"
+
+    def run(self, module: Module, ctx: PassContext) -> None:
+        on = None if ctx.target == "cpu" else chip(ctx.target)
+        count = 0
+        for op in module.walk():
+            variants = cpu_variants(op) if on is None else gpu_variants(op, on)
+            if variants and op.attrs.get("variants") != variants:
+                op.attrs["variants"] = variants
+                count += 1
+        ctx.changed("scheduled ops", count)
+
+
+def gpu_variants(op: Op, on: Chip) -> tuple[dict[str, Any], ...]:
+    """Variants of a fused op for a GPU; none for other ops.
+
+    GEMMs: `block_m, block_n, block_k, num_warps, num_stages` with `predicted_us` at the range's upper end and its
+    `limiter`. `block_n` counts columns of the result (a gated up-projection loads two such blocks). Routers:
+    `block_rows` tokens per program and `num_warps`.
+    """
+    if isinstance(op, RouteGroup | Group):
+        return _router_variants(op)
+    if not isinstance(op, GatherGemm | GemmCombine):
+        return ()
+    gemm, found = _gemm(op), list[dict[str, Any]]()
+    for tokens in (*BUCKETS, MANY):
+        tile, made = best(gemm, tokens, on)
+        variant = {
+            **({} if tokens == MANY else {"up_to": tokens}),
+            **asdict(tile),
+            "predicted_us": round(made.us, 2),
+            "limiter": made.limiter,
+        }
+        if found and all(found[-1][key] == value for key, value in asdict(tile).items()):
+            found.pop()  # the same tile for this range too
+        found.append(variant)
+    return tuple(found)
+
+
+def _gemm(op: GatherGemm | GemmCombine) -> Gemm:
+    if isinstance(op, GatherGemm):
+        inner = op.up.tensor.shape[1 if op.up_transposed else 2]
+        parts = 1 if op.layout == "single" else 2
+        assert isinstance(inner, int)
+        size = op.x.tensor.dtype.itemsize
+        return Gemm(op.num_experts, op.k, inner, op.width, parts, op.x.tensor.dtype, op.width * size)
+    inner, columns = op.h.tensor.shape[-1], op.y.tensor.shape[-1]
+    assert isinstance(inner, int) and isinstance(columns, int)
+    partial = 2 * columns * DType.f32.itemsize  # written by the GEMM, read by the sum over slots
+    return Gemm(op.num_experts, op.k, inner, columns, 1, op.h.tensor.dtype, partial + inner * op.h.tensor.dtype.itemsize)
+
+
+def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
+    """A few tokens: one program routes and sorts them all. Else programs of as many rows as registers hold."""
+    widths = [op.num_experts, *(value.tensor.shape[-1] for value in op.operands if value.tensor.rank)]
+    widest = max(_power(width) for width in widths if isinstance(width, int))
+    few, many = max(4, min(16, 8192 // widest)), max(4, min(32, 4096 // widest))
+    return ({"up_to": few, "block_rows": few, "num_warps": 4}, {"block_rows": many, "num_warps": 4})
+
+
+def _power(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
+
+
+def cpu_variants(op: Op) -> tuple[dict[str, Any], ...]:
+    """Variants of a fused op for the CPU: `batched` while the rows of all pairs stay in the cache, then `streamed`."""
+    if not isinstance(op, GatherGemm | GemmCombine):
+        return ()
+    gemm = _gemm(op)
+    row = (gemm.inner + (gemm.parts + 1) * gemm.columns) * gemm.dtype.itemsize
+    tokens = CPU_CACHE // (row * gemm.k)
+    if tokens < 1:
+        return ({"path": "streamed"},)
+    return ({"up_to": tokens, "path": "batched"}, {"path": "streamed"})

@@ -1,0 +1,73 @@
+"""Every knob of the compiler, once: its keyword, flag, environment variable and meaning.
+
+A value comes from the keyword or flag if given, else from the environment, else from the default here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsec.diagnostics import SparsecError
+
+
+def _knob(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The knobs. `Config.read(target="cpu")` takes what is not given from the environment."""
+
+    target: str = _knob("cpu", "what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942")
+    dump: Path | None = _knob(None, "folder that gets the IR after every pass, diffs and a manifest")
+    verify: bool = _knob(True, "verify the IR after every pass")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
+        """The configuration for what is `given` (None: not given). Raises: SparsecError for an unreadable variable."""
+        environ = os.environ if environ is None else environ
+        values = {name: value for name, value in given.items() if value is not None}
+        for knob in knobs():
+            if knob.name not in values and (text := environ.get(knob.env)):
+                values[knob.name] = knob.read(text)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One row of the table."""
+
+    name: str
+    default: Any
+    doc: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return "SPARSEC_" + self.name.upper()
+
+    def read(self, text: str) -> Any:
+        """The value that a variable's text means. Raises: SparsecError."""
+        if self.default is None:
+            return Path(text)
+        if isinstance(self.default, bool):
+            if text.lower() not in _BOOLS:
+                raise SparsecError(f"{self.env}={text!r} is neither true nor false: write 1 or 0")
+            return _BOOLS[text.lower()]
+        return text
+
+
+_BOOLS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def knobs() -> tuple[Knob, ...]:
+    """Every knob, in the order of `Config`."""
+    return tuple(Knob(row.name, row.default, row.metadata["doc"]) for row in dataclasses.fields(Config))

@@ -1,0 +1,268 @@
+"""The phases of the compiler and the pass manager.
+
+    result = pipeline.run(module, target="cuda:sm_90", to="lower")
+    result.module                 # after the last phase
+    result.ir("fuse")             # as it stood after any phase that ran
+    result.remarks                # what passes did and declined, with the user's lines
+
+The manager, never a pass, verifies, times, counts, reports to instruments and writes the crash reproducer. Dumping,
+numeric checks and progress are instruments (`sparsec.inspect.dump.Dump`).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import sparsec.dialects as _dialects
+import sparsec.passes as _passes
+from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
+from sparsec.ir.core import Module
+from sparsec.ir.equal import clone_module, count_ops
+from sparsec.ir.printer import print_module
+from sparsec.ir.verify import verify_module
+from sparsec.passes.base import Pass, PassContext, parse_pipeline, print_pipeline
+
+Phase: TypeAlias = Literal["capture", "raise", "fuse", "place", "schedule", "lower"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+PIPELINES: dict[Phase, str] = {
+    "capture": "",
+    "raise": "canonicalize,cse,dce,raise-route,canonicalize,cse,dce",
+    "fuse": "fuse-route-group,fuse-experts,cse,dce",
+    "place": "",
+    "schedule": "schedule",
+    "lower": "reinplace-buffers,lower-kernels,dce",
+}
+assert _dialects and _passes  # imported to register ops and passes
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One run of a pass: `ms` is the pass alone, without verification; `counts` says how often each rule applied."""
+
+    phase: str
+    name: str  #: with its options, as in a pipeline
+    ms: float
+    ops_before: int
+    ops_after: int
+    changed: bool
+    counts: dict[str, int]
+    remarks: tuple[Remark, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A module after its passes, and how it came there."""
+
+    module: Module
+    records: tuple[PassRecord, ...]
+    phases: dict[str, Module] = field(repr=False)  #: the module as it stood after each phase that ran
+    made: dict[object, str] = field(repr=False, default_factory=dict)  #: op -> the rule that made it, from what
+
+    @property
+    def remarks(self) -> tuple[Remark, ...]:
+        return tuple(remark for record in self.records for remark in record.remarks)
+
+    def ir(self, phase: str) -> Module:
+        """The module after a phase. Raises: SparsecError for a phase that did not run."""
+        if phase not in self.phases:
+            raise SparsecError(f"phase '{phase}' did not run (there are: {', '.join(self.phases)})")
+        return self.phases[phase]
+
+    def text(self, phase: str) -> str:
+        """The text of the module after a phase."""
+        return print_module(self.ir(phase))
+
+
+class Instrument:
+    """Watches a run; every method may be left as it is. Raising from `after` ends the run (numeric checks do)."""
+
+    def start(self, module: Module, passes: Sequence[tuple[str, Pass]]) -> None:
+        """Before the first pass, with all (phase, pass) to come."""
+
+    def before(self, phase: str, pass_: Pass, module: Module) -> None:
+        """Before a pass."""
+
+    def after(self, record: PassRecord, module: Module) -> None:
+        """After a pass whose result verified."""
+
+    def phase_done(self, phase: str, module: Module) -> None:
+        """After the last pass of a phase."""
+
+    def fail(self, reproducer: str) -> Path | None:
+        """A pass failed: keep its reproducer and say where, or None."""
+        return None
+
+    def finish(self, result: Result) -> None:
+        """After the last pass."""
+
+
+def phase_passes(phase: Phase) -> tuple[Pass, ...]:
+    """The passes of a phase."""
+    return parse_pipeline(PIPELINES[phase])
+
+
+def run(
+    module: Module,
+    *,
+    target: str = "cpu",
+    start: str | None = None,
+    to: str = "lower",
+    instruments: Sequence[Instrument] = (),
+    verify: bool = True,
+) -> Result:
+    """Take a module through the phases after `start` (default: the module's own `phase`) up to and including `to`.
+
+    The module is changed in place; its attributes `phase` and (from `schedule` on) `target` are kept up to date.
+    Raises: CompileError for a phase that is not, for a module past `to`, and for what a pass or the verifier finds.
+    """
+    done = _phase(start or str(module.attrs.get("phase", "capture")))
+    last = _phase(to)
+    if done > last:
+        raise CompileError(f"the module is past phase '{to}': it went through '{PHASES[done]}'")
+    known = module.attrs.get("target", target)
+    if known != target:
+        raise CompileError(
+            f"the module was scheduled for {known}, not for {target}", hint="go on from the text of an earlier phase"
+        )
+    todo = {phase: phase_passes(phase) for phase in PHASES[done + 1 : last + 1]}
+    manager = _Manager(module, target, instruments, verify)
+    manager.start(list(_pairs(todo)))
+    kept: dict[str, Module] = {PHASES[done]: clone_module(module)}
+    if verify:
+        manager.verify("the module given", None)
+    for phase, passes in todo.items():
+        manager.run(phase, passes)
+        module.attrs["phase"] = phase
+        if PHASES.index(phase) >= PHASES.index("schedule"):
+            module.attrs["target"] = target
+        kept[phase] = clone_module(module)
+        for instrument in instruments:
+            instrument.phase_done(phase, module)
+    return manager.finish(kept)
+
+
+def run_passes(
+    module: Module,
+    passes: str | Sequence[Pass],
+    *,
+    target: str = "cpu",
+    instruments: Sequence[Instrument] = (),
+    verify: bool = True,
+) -> Result:
+    """Run a pipeline of one's own, given as passes or as text; the module is changed in place, its phase stays."""
+    todo = parse_pipeline(passes) if isinstance(passes, str) else tuple(passes)
+    manager = _Manager(module, target, instruments, verify)
+    manager.start([("", pass_) for pass_ in todo])
+    manager.run("", todo)
+    return manager.finish({})
+
+
+_HEADER = re.compile(r"^// (pipeline|target): (.*)$", re.MULTILINE)
+
+
+def reproducer_header(text: str) -> tuple[str, str] | None:
+    """Pipeline and target that the header of a crash reproducer names; None if the text has no such header."""
+    found = dict(_HEADER.findall(text.split("\nmodule", 1)[0]))
+    return (found["pipeline"], found.get("target", "cpu")) if "pipeline" in found else None
+
+
+def _phase(name: str) -> int:
+    if name not in PHASES:
+        raise CompileError(f"there is no phase '{name}' (there are: {', '.join(PHASES)})")
+    return PHASES.index(name)
+
+
+def _pairs(todo: dict[Phase, tuple[Pass, ...]]) -> Iterator[tuple[str, Pass]]:
+    for phase, passes in todo.items():
+        for pass_ in passes:
+            yield phase, pass_
+
+
+class _Manager:
+    """Runs passes one by one."""
+
+    def __init__(self, module: Module, target: str, instruments: Sequence[Instrument], verify: bool) -> None:
+        self.module, self.target, self.instruments, self.checked = module, target, instruments, verify
+        self.records: list[PassRecord] = []
+        self.made: dict[object, str] = {}
+
+    def start(self, passes: list[tuple[str, Pass]]) -> None:
+        for instrument in self.instruments:
+            instrument.start(self.module, passes)
+
+    def finish(self, phases: dict[str, Module]) -> Result:
+        result = Result(self.module, tuple(self.records), phases, self.made)
+        for instrument in self.instruments:
+            instrument.finish(result)
+        return result
+
+    def run(self, phase: str, passes: Sequence[Pass]) -> None:
+        snapshot = clone_module(self.module) if passes else self.module
+        for i, pass_ in enumerate(passes):
+            for instrument in self.instruments:
+                instrument.before(phase, pass_, self.module)
+            try:
+                record = self._one(phase, pass_)
+            except Exception as error:
+                raise self._explain(error, passes, i, snapshot) from error
+            for instrument in self.instruments:
+                instrument.after(record, self.module)
+
+    def _one(self, phase: str, pass_: Pass) -> PassRecord:
+        ctx = PassContext(self.target, pass_.name)
+        before, began = count_ops(self.module), time.perf_counter()
+        try:
+            pass_.run(self.module, ctx)
+        finally:
+            self.made.update(ctx.rewriter.made)
+        ms = (time.perf_counter() - began) * 1e3
+        if self.checked:
+            self.verify(f"pass '{pass_}'", ctx)
+        counts = dict(ctx.counts)
+        after = count_ops(self.module)
+        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, tuple(ctx.remarks))
+        self.records.append(record)
+        return record
+
+    def verify(self, maker: str, ctx: PassContext | None) -> None:
+        """Check the module; a problem names the pass and the rule that made the op."""
+        try:
+            verify_module(self.module)
+        except CompileError as error:
+            note = f"found after {maker}" if ctx else f"found in {maker}"
+            rules = tuple(f"rule {rule} applied {count} times" for rule, count in ctx.counts.items()) if ctx else ()
+            raise CompileError([_with_notes(d, (note, *rules)) for d in error.diagnostics]) from error
+
+    def _explain(self, error: Exception, passes: Sequence[Pass], failed: int, snapshot: Module) -> CompileError:
+        """The error with where its reproducer is."""
+        message = str(error) if isinstance(error, SparsecError) else f"{type(error).__name__}: {error}"
+        header = [f"// {line}" for line in message.splitlines()]
+        header += [f"// pipeline: {print_pipeline(passes[: failed + 1])}", f"// target: {self.target}"]
+        text = "\n".join(header) + "\n\n" + print_module(snapshot)
+        place = next((path for i in self.instruments if (path := i.fail(text)) is not None), None)
+        if place is None:
+            with tempfile.NamedTemporaryFile("w", suffix=".sparsec", prefix="crash-", delete=False) as file:
+                file.write(text)
+                place = Path(file.name)
+        note = f"reproduce with: sparsec opt {place}"
+        if isinstance(error, CompileError):
+            return CompileError([*error.diagnostics[:-1], _with_notes(error.diagnostics[-1], (note,))])
+        return CompileError([Diagnostic(f"pass '{passes[failed]}' failed: {message}", notes=(note,))])
+
+
+def _with_notes(diagnostic: Diagnostic, notes: tuple[str, ...]) -> Diagnostic:
+    return Diagnostic(
+        diagnostic.message,
+        diagnostic.loc,
+        diagnostic.severity,
+        diagnostic.excerpt,
+        (*diagnostic.notes, *notes),
+        diagnostic.hint,
+    )
