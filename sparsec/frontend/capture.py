@@ -72,7 +72,7 @@ def capture(
         return _import(load_program(Path(model)))
     if isinstance(model, ExportedProgram):
         return _import(model)
-    with _for_capture(model, no_cache=not use_cache and "use_cache" not in kwargs), torch.no_grad():
+    with for_capture(model, no_cache=not use_cache and "use_cache" not in kwargs), torch.no_grad():
         device = _device(model)
         args, kwargs = tree_map(lambda leaf: _on(leaf, device), (tuple(args), kwargs))
         program, warnings = _export(model, args, kwargs, dynamic)
@@ -194,7 +194,7 @@ def _set(configs: Sequence[Any], key: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _for_capture(model: nn.Module, no_cache: bool) -> Iterator[None]:
+def for_capture(model: nn.Module, no_cache: bool = False) -> Iterator[None]:
     """Run transformers' banks of experts as `sparsec::experts`, and without a key/value cache, for a while."""
     configs = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}.values())
     with ExitStack() as stack:
