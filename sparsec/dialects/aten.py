@@ -11,11 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sparsec.dialects.dtypes import to_torch
 from sparsec.ir.core import Argument, Attr
-from sparsec.ir.opdef import FALLBACKS, Cost, Env, OpDef
+from sparsec.ir.opdef import FALLBACK_NAMES, FALLBACKS, Cost, Env, OpDef
 from sparsec.ir.types import DType, Sym, TensorType, evaluate, product
 
 if TYPE_CHECKING:
@@ -34,8 +34,21 @@ def overload(name: str) -> torch._ops.OpOverload | None:
         parts = parts[1:]
     if len(parts) not in (2, 3):
         return None
-    packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
-    return getattr(packet, parts[2] if len(parts) == 3 else "default", None)
+    packet = getattr(getattr(torch.ops, parts[0], None), parts[1], None)
+    found = getattr(packet, parts[2] if len(parts) == 3 else "default", None)
+    return found if isinstance(found, torch._ops.OpOverload) else None
+
+
+def operator_names() -> list[str]:
+    """Every operator that torch knows now, under its name here."""
+    import torch
+
+    found = list[str]()
+    for schema in torch._C._jit_get_all_schemas():
+        dialect, _, op = schema.name.partition("::")
+        name = f"{dialect}.{op}" if dialect == "aten" else f"torch.{dialect}.{op}"
+        found.append(f"{name}.{schema.overload_name}" if schema.overload_name else name)
+    return found
 
 
 @cache
@@ -69,7 +82,7 @@ class AtenOp(OpDef):
             if is_tensor(param):
                 is_list = "List" in str(param.type)
                 if is_list and arguments and not isinstance(arguments[0], tuple):
-                    yield param, tuple(arguments)  # a lone list needs no brackets
+                    yield param, cast(Argument, tuple(arguments))  # a lone list needs no brackets
                     arguments = []
                 elif arguments:
                     yield param, arguments.pop(0)
@@ -77,11 +90,25 @@ class AtenOp(OpDef):
                 yield param, self.attrs[param.name]
 
     def verify(self) -> Iterator[str]:
+        # What the schema says depends on this alone, and most ops of a model are alike.
+        key = (self.name, tuple(self.attrs), self.segments or len(self.operands), len(self.results))
+        if key in _SOUND:
+            return iter(())
+        found = list(self._schema_problems())
+        if not found:
+            _SOUND.add(key)
+        return iter(found)
+
+    def _schema_problems(self) -> Iterator[str]:
         names = [param.name for param in parameters(self.name)]
         given = {param.name for param, _ in self.bound()}
         for param in parameters(self.name):
             if param.name not in given and not param.has_default_value() and "Optional" not in str(param.type):
                 yield f"needs {'operand' if is_tensor(param) else 'attribute'} '{param.name}' ({self.target._schema})"
+        taken = sum(1 for param, _ in self.bound() if is_tensor(param))
+        takes_list = any(is_tensor(param) and "List" in str(param.type) for param in parameters(self.name))
+        if len(self.arguments) > taken and not (takes_list and self.segments is None):
+            yield f"has {len(self.arguments)} operands, takes at most {taken} ({self.target._schema})"
         for name in self.attrs:
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
@@ -111,10 +138,7 @@ class AtenOp(OpDef):
         values = iter(args)
         positional, keywords = list[Any](), dict[str, Any]()
         for param, given in self.bound():
-            if is_tensor(param):
-                value = _fill(given, values)
-            else:
-                value = concrete(given, env)  # type: ignore[arg-type]
+            value = _fill(given, values) if is_tensor(param) else concrete(cast(Attr, given), env)
             if param.kwarg_only:
                 keywords[param.name] = value
             else:
@@ -165,5 +189,8 @@ def is_random(op: torch._ops.OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded in op.tags
 
 
+_SOUND: set[tuple[object, ...]] = set()  # shapes of ops that were found to be as their schema says
+
 FALLBACKS["aten"] = _aten_class
 FALLBACKS["torch"] = _aten_class
+FALLBACK_NAMES["aten"] = FALLBACK_NAMES["torch"] = operator_names

@@ -10,6 +10,7 @@ and rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsec.ir.opdef import Body, Cost, Env, OpDef, Operand, Operands, OptOperand, Result
@@ -349,7 +350,7 @@ def gather_gemm_reference(
     columns = up.shape[2 if transposed else 1]
     projected = torch.zeros(order.shape[0], columns, dtype=torch.float32, device=x.device)
     bounds = offsets.tolist()
-    for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (start, stop) in enumerate(pairwise(bounds)):
         rows = x[order[start:stop].long() // k].float()
         weight = up[e].float() if transposed else up[e].float().T
         projected[start:stop] = rows @ weight + (up_bias[e].float() if up_bias is not None else 0)
@@ -373,7 +374,7 @@ def gemm_combine_reference(
     tokens, k = weights.shape
     out = torch.zeros(tokens * k, down.shape[2 if transposed else 1], dtype=torch.float32, device=h.device)
     bounds = offsets.tolist()
-    for e, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (start, stop) in enumerate(pairwise(bounds)):
         weight = down[e].float() if transposed else down[e].float().T
         y = h[start:stop].float() @ weight + (down_bias[e].float() if down_bias is not None else 0)
         out[order[start:stop].long()] = y
@@ -381,7 +382,7 @@ def gemm_combine_reference(
     used = torch.zeros(tokens * k, 1, dtype=torch.bool, device=h.device)
     used[order[: bounds[-1]].long()] = True
     weighed = torch.where(used, out * weights.reshape(-1, 1).float(), 0.0)
-    return weighed.reshape(tokens, k, -1).sum(1).to(dtype)
+    return weighed.reshape(tokens, k, out.shape[1]).sum(1).to(dtype)
 
 
 def split_parts(projected: Tensor, layout: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sparsec.ir.core import Argument, Attr, Block, Op, Segments, Value, flatten
+from sparsec.ir.core import Argument, Attr, Block, Op, Value, flatten
 from sparsec.ir.loc import UNKNOWN, Loc
 from sparsec.ir.types import Dim, Type
 
@@ -158,6 +158,7 @@ class DialectFallback(Protocol):
 
 
 FALLBACKS: dict[str, DialectFallback] = {}
+FALLBACK_NAMES: dict[str, Callable[[], list[str]]] = {}  #: the ops such a dialect has, for "did you mean"
 
 
 def _accessor(field: str, kind: str, counts: dict[str, int], default: Any) -> property:
@@ -195,7 +196,9 @@ def lookup(name: str) -> type[OpDef]:
     dialects = sorted({op.partition(".")[0] for op in known} | set(FALLBACKS))
     if dialect not in dialects:
         raise KeyError(f"unknown dialect '{dialect}' (there are: {', '.join(dialects)})")
-    close = difflib.get_close_matches(name, known, n=1)
+    if dialect in FALLBACK_NAMES:
+        known += FALLBACK_NAMES[dialect]()
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     raise KeyError(f"unknown op '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))
 
 
@@ -267,4 +270,4 @@ def _count(what: str, declared: Mapping[str, str], present: list[bool]) -> Itera
 
 
 def _spell(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation).replace("typing.", "")  # type: ignore[return-value]
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -18,7 +18,7 @@ from lark import Lark, Token
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Segments, Value
 from sparsec.ir.loc import UNKNOWN, Loc
-from sparsec.ir.mlir import is_generic, read_generic
+from sparsec.ir.mlir_reader import is_generic, read_generic
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.printer import TERMINATORS
 from sparsec.ir.text import (

@@ -55,6 +55,9 @@ _WORDS = {
 }
 
 
+_PIECE = re.compile(r"\"[^\"\n]*\"?|[%@#^]?[\w.]+|\S")  # what an error shows of the text
+
+
 class TextError(Exception):
     """Something wrong at an offset of the text; `report` makes it a CompileError."""
 
@@ -99,18 +102,17 @@ def _in_words(parser: Lark, text: str, error: UnexpectedInput) -> TextError:
     if isinstance(error, UnexpectedCharacters):
         position, names = error.pos_in_stream or 0, error.allowed or ()
     elif isinstance(error, UnexpectedToken):
-        position, names = getattr(error.token, "start_pos", None) or position, error.accepts or error.expected
-        if error.token.type == "$END":
-            position = len(text)
+        names = error.accepts or error.expected
+        if error.token.type != "$END":
+            position = error.token.start_pos or 0
     elif isinstance(error, UnexpectedEOF):
         names = error.expected
+    names = set(names) - ({"LBRACE"} if "FLAT_DICT" in names else set())
     words = sorted({_word(parser, name) for name in names} - {""})
-    found = re.compile(r"\"[^\"\n]*\"?|[%@#^]?[\w.]+|\S|$").search(text, position)
-    what = f"`{found.group()[:40]}`" if found and found.group() else "the end of the text"
-    expected = (
-        f", expected {' or '.join([', '.join(words[:-1]), words[-1]] if len(words) > 1 else words)}" if words else ""
-    )
-    return TextError(position, f"unexpected {what}{expected}")
+    choice = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    found = _PIECE.search(text, position)
+    what = f"unexpected `{found.group()[:40]}`" if found else "the text ends too early"
+    return TextError(position, what + (f", expected {choice}" if choice else ""))
 
 
 def _word(parser: Lark, name: str) -> str:

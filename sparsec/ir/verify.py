@@ -106,7 +106,8 @@ class _Checker:
                     yield self._invisible(op, operand, block)
                 elif op not in operand.users:
                     yield Problem(func, op, f"{_name(operand)} does not know '{op.name}' as its user")
-            yield from self.op(op)
+            for message in self.op(op):
+                yield Problem(func, op, message)
             for region in op.regions:
                 yield from self.block(region, set(bound), "moe.yield", op)
             for result in op.results:
@@ -121,21 +122,20 @@ class _Checker:
                 if isinstance(value, (Sym, tuple)) and (unbound := _mentioned(value) - bound):
                     yield Problem(func, op, f"attribute '{key}' mentions {_list(unbound)}, which no argument binds")
 
-    def op(self, op: Op) -> Iterator[Problem]:
+    def op(self, op: Op) -> list[str]:
+        """Problems of an op by its class."""
         if not isinstance(op, OpDef):
-            yield Problem(self.func, op, f"'{op.name}' has no class: make ops by `sparsec.ir.opdef.make`")
-            return
+            return [f"'{op.name}' has no class: make ops by `sparsec.ir.opdef.make`"]
         found = list(declared_problems(op))
-        if not found and all(region.ops for region in op.regions):
+        if not found and (not op.regions or all(region.ops for region in op.regions)):
             try:
                 found = list(op.verify())
             except _FAILURES as error:  # what `verify` reads is itself malformed
                 found = [f"cannot be checked: {error}"]
-        for message in found:
-            yield Problem(self.func, op, f"'{op.name}' {message}")
-        if not found and isinstance(callee := op.attrs.get("callee"), str):
-            for message in self._call_problems(op, callee):
-                yield Problem(self.func, op, message)
+        if found:
+            return [f"'{op.name}' {message}" for message in found]
+        callee = op.attrs.get("callee")
+        return list(self._call_problems(op, callee)) if isinstance(callee, str) else []
 
     def _invisible(self, op: Op, operand: Value, block: Block) -> Problem:
         name = _name(operand)
