@@ -15,6 +15,8 @@ from sparsec.ir.types import TensorType, Type
 class Alloc(OpDef, name="kernel.alloc"):
     """An uninitialised buffer, for one launch to write.
 
+    For example:
+
         %buffer = kernel.alloc() : tensor<(2*s0)x48xf32>
     """
 
@@ -33,6 +35,9 @@ class Alloc(OpDef, name="kernel.alloc"):
 class Launch(OpDef, name="kernel.launch"):
     """Run a kernel: read the first list of operands, write the buffers of the second, which become the results.
 
+    For example:
+
+        %buffer = kernel.alloc() : tensor<(2*s0)x48xf32>
         %h = kernel.launch([%x, %order, %offsets, %up], [%buffer]) {callee = "gather_gemm_0"} : tensor<(2*s0)x48xf32>
     """
 

@@ -86,6 +86,8 @@ class Route(OpDef, name="moe.route"):
 class Group(OpDef, name="moe.group"):
     """Sort the (token, slot) pairs by expert, keeping their order within an expert; skipped pairs go last.
 
+    For example:
+
         %order, %offsets = moe.group(%ids) {num_experts = 8} : tensor<(2*s0)xi32>, tensor<9xi32>
     """
 
@@ -111,10 +113,14 @@ class Group(OpDef, name="moe.group"):
 class RouteGroup(OpDef, name="moe.route_group"):
     """`moe.route` and `moe.group` in one kernel: choose, weigh, and sort the pairs by expert.
 
-        %ids, %weights, %order, %offsets = moe.route_group(%logits)
+    For example:
+
+        %ids, %weights, %order, %offsets = moe.route_group(%logits) {num_experts = 8}
             : tensor<s0x2xi64>, tensor<s0x2xf32>, tensor<(2*s0)xi32>, tensor<9xi32> {
           body(%z: tensor<s0x8xf32>):
-            ...
+            %p = aten.softmax.int(%z) {dim = -1} : tensor<s0x8xf32>
+            %w, %e = aten.topk(%p) {k = 2} : tensor<s0x2xf32>, tensor<s0x2xi64>
+            yield %e, %w
         }
     """
 
@@ -149,6 +155,8 @@ class RouteGroup(OpDef, name="moe.route_group"):
 
 class Experts(OpDef, name="moe.experts"):
     """A bank of expert MLPs: for each token the weighted sum of down(activation(up(x))) over its experts.
+
+    For example:
 
         %y = moe.experts(%x, %ids, %weights, %up, %down) {layout = "concat"} : tensor<s0x64xf32> {
           activation(%a: tensor<rx48xf32>, %b: tensor<rx48xf32>):
@@ -221,7 +229,10 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
     Row i of the result belongs to pair order[i]; rows from offsets[E] on are not defined.
 
         %h = moe.gather_gemm(%x, %order, %offsets, %up) {k = 2} : tensor<(2*s0)x48xf32> {
-          activation(%a: tensor<rx48xf32>, %b: tensor<rx48xf32>): ...
+          activation(%a: tensor<rx48xf32>, %b: tensor<rx48xf32>):
+            %g = aten.silu(%a) : tensor<rx48xf32>
+            %h = aten.mul.Tensor(%g, %b) : tensor<rx48xf32>
+            yield %h
         }
     """
 
@@ -271,6 +282,8 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
 
 class GemmCombine(OpDef, name="moe.gemm_combine"):
     """Second half: multiply by the expert's down-projection, weigh, and add the k results of each token.
+
+    For example:
 
         %y = moe.gemm_combine(%h, %order, %offsets, %weights, %down) : tensor<s0x64xf32>
     """
