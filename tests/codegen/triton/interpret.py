@@ -1,0 +1,81 @@
+"""Runs generated kernels in Triton's interpreter, through the runtime's own launcher.
+
+TRITON_INTERPRET must be set before Triton is imported, so tests that use this run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsec.codegen.triton.compile import load_module
+from sparsec.codegen.triton.emit import sketch_kernel
+from sparsec.ir.core import Func
+from sparsec.ir.types import Sym, TensorType
+from sparsec.runtime import plan
+from sparsec.runtime.triton_kernels import launcher
+
+DTYPES = {"*fp32": torch.float32, "*i32": torch.int32}
+FOLDER = tempfile.TemporaryDirectory()
+
+
+def kernel(func: Func) -> Callable[[Sequence[torch.Tensor | None]], Sequence[torch.Tensor]]:
+    """A kernel function as a function of its operands."""
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    sketch = sketch_kernel(func)
+    name = "generated_" + hashlib.sha256(sketch.source.encode()).hexdigest()[:16]
+    path = Path(FOLDER.name, f"{name}.py")
+    path.write_text(sketch.source)
+    module = load_module(name, path)
+
+    def load(config: Any) -> Any:
+        function = getattr(module, config["symbol"])
+
+        def launch(grid: tuple[int, int], args: Sequence[Any]) -> None:
+            # Scratch comes as bytes: a GPU sees addresses only, the interpreter wants to know the element type.
+            typed = [
+                arg.view(DTYPES[type]) if type in DTYPES and arg.dtype is torch.uint8 else arg
+                for arg, type in zip(args, config["types"], strict=True)
+            ]
+            function[grid](*typed, **config["constants"])
+
+        return launch
+
+    variants = [
+        plan.Variant(
+            schedule.up_to,
+            {
+                "scratch": list(schedule.scratch),
+                "launches": [
+                    {
+                        "symbol": entry.name,
+                        "grid": list(entry.grid),
+                        "args": [dict(parameter.argument) for parameter in entry.parameters],
+                        "types": [parameter.type for parameter in entry.parameters],
+                        "constants": dict(entry.constants),
+                    }
+                    for entry in schedule.entries
+                ],
+            },
+        )
+        for schedule in sketch.schedules
+    ]
+    op = func.body.ops[0]
+    params = tuple(_type(arg.type) for arg in func.body.args)
+    results = tuple(_type(value.type) for value in func.body.terminator.operands)
+    described = plan.Kernel(
+        name=func.name, op=op.name, backend="triton", params=params, results=results, tokens="t", attrs={},
+        body_params=(), body=[], body_outs=[], variants=variants,
+    )  # fmt: skip
+    return launcher(described, torch.device("cpu"), load)
+
+
+def _type(type: Any) -> plan.Tensor:
+    assert isinstance(type, TensorType)
+    return plan.Tensor(tuple(str(dim) if isinstance(dim, Sym) else dim for dim in type.shape), type.dtype.value)
