@@ -6,44 +6,19 @@ Backends `torch` and `onednn` are here: the same code on plain weights (any devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsec.runtime import cpu_kernels
+from sparsec.runtime.context import Context, KernelCall, Operand, Region
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.packing import Bank
-from sparsec.runtime.plan import Kernel
+from sparsec.runtime.plan import Free, Kernel
 from sparsec.runtime.steps import Runner
-
-Operand: TypeAlias = Tensor | None
-KernelCall: TypeAlias = Callable[[Sequence[Operand]], Sequence[Tensor]]
-"""A kernel ready to run: its operands, in order, to its results."""
-
-Region: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
-"""The region of a kernel: what it yields for its arguments."""
-
-
-@dataclass
-class Context:
-    """What the kernels of one program share.
-
-    Args:
-        device: where they run.
-        files: files of the artifact (kernel sources and binaries) by relative name.
-        constant: gives the tensor behind a slot that never changes (None for other slots); loads it where it must.
-        banks: packed banks, by the slots they were made of, for every launch that reads the same.
-    """
-
-    device: torch.device
-    files: Mapping[str, bytes]
-    constant: Callable[[int], Operand]
-    banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
-
 
 BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5), "moe.experts": (3, 4, 5, 6)}
 """Which operands of a fused op are banks and their biases: once packed, the originals are not needed."""
@@ -73,7 +48,8 @@ def region(kernel: Kernel, device: torch.device) -> Region:
 def _width(kernel: Kernel) -> int:
     slots = [len(kernel.body_params) - 1, *kernel.body_outs]
     for step in kernel.body:
-        slots += [slot for slot in getattr(step, "outs", ()) if slot is not None]
+        if not isinstance(step, Free):
+            slots += [slot for slot in step.outs if slot is not None]
     return max(slots) + 1
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsec.runtime import structure
-from sparsec.runtime.backends import BANKS, Context, bind, bind_pair
+from sparsec.runtime.backends import BANKS, bind, bind_pair
 from sparsec.runtime.check import check_plan
+from sparsec.runtime.context import Context
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES, NAMES
 from sparsec.runtime.errors import ArtifactError, InputError
@@ -262,7 +263,8 @@ def _placed(device: str | torch.device) -> torch.device:
 def _width(plan: Plan) -> int:
     slots = [arg.slot for arg in plan.args]
     for step in plan.steps:
-        slots += [slot for slot in getattr(step, "outs", ()) if slot is not None]
+        if not isinstance(step, Free):
+            slots += [slot for slot in step.outs if slot is not None]
     return max(slots, default=-1) + 1
 
 

@@ -28,7 +28,7 @@ from sparsec.runtime.gpu_driver import Program
 from sparsec.runtime.plan import Json, Kernel, Variant
 
 if TYPE_CHECKING:
-    from sparsec.runtime.backends import Context, KernelCall
+    from sparsec.runtime.context import Context, KernelCall
 
 ALIGNMENT = 16
 """Bytes that every pointer must be aligned to."""

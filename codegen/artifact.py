@@ -1,0 +1,213 @@
+"""Writes artifacts (the format is described in `sparsec.runtime.artifact`).
+
+Everything is written into a folder beside the final one, which it then replaces by renaming: whoever looks sees the
+old artifact or the new one, and an error, a full disk or Ctrl-C leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsec.runtime.artifact import FORMAT, VERSION, Progress, digest_line, is_safe
+from sparsec.runtime.dtypes import DTYPES
+from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.plan import Arg, Plan
+from sparsec.runtime.plan_json import to_json
+
+SHARD = 512 << 20
+"""Most bytes of tensors in one file, unless a single tensor has more."""
+
+
+def write(
+    path: str | Path,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    target: str,
+    *,
+    module_text: str = "",
+    files: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
+    version: str = "",
+    shard: int = SHARD,
+    progress: Progress | None = None,
+) -> Path:
+    """Write an artifact and return its path.
+
+    Args:
+        path: the folder to make; `.sparsec` is appended if its name lacks it. An artifact there is replaced.
+        plan: what to run.
+        weights: source name -> tensor for all that the plan reads. Asked for one at a time; at most one shard of them
+            is held at once, so a mapping that makes tensors on demand bounds the memory.
+        target: what the plan was compiled for.
+        module_text: the IR after `lower`.
+        files: kernel files by name (`kernels/...`).
+        extra: further files (`tokenizer.json`, `generation.json`).
+        version: of sparsec.
+        progress: called after each file.
+
+    Raises:
+        ArtifactError: the place is taken by something else, a weight is missing or has no values, or the disk refuses.
+    """
+    path = Path(path)
+    path = path if path.suffix == ".sparsec" else path.with_name(path.name + ".sparsec")
+    if path.is_symlink() or (path.exists() and not _is_replaceable(path)):
+        raise ArtifactError(f"{path} exists and is no sparsec artifact: choose another name or remove it")
+    small = {"plan.json": json.dumps(to_json(plan), allow_nan=False).encode(), **(files or {}), **(extra or {})}
+    if module_text:
+        small["module.sparsec"] = module_text.encode()
+    for name in small:
+        if not is_safe(name):
+            raise ArtifactError(f"'{name}' cannot be the name of a file in an artifact")
+    with _whole(path) as folder:
+        writer = _Writer(folder, sum(map(len, small.values())) + sum(map(_size, _stored(plan))), progress)
+        for name, content in small.items():
+            writer.write(name, content)
+        aliases = writer.write_weights(plan, weights, shard)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sparsec": version,
+            "torch": torch.__version__,
+            "target": target,
+            "files": writer.entries,
+            "aliases": aliases,
+        }
+        raw = json.dumps(manifest, indent=1).encode()
+        (folder / "manifest.json").write_bytes(raw)
+        (folder / "manifest.sha256").write_bytes(digest_line(raw))
+    return path
+
+
+class _Writer:
+    """Writes files into a folder and keeps what the manifest says about them."""
+
+    def __init__(self, folder: Path, total: int, progress: Progress | None) -> None:
+        self.folder, self.progress = folder, progress
+        self.total, self.done = total, 0
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def write(self, name: str, content: bytes) -> None:
+        place = self.folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+        self._enter(name, len(content), hashlib.sha256(content).hexdigest())
+
+    def write_weights(self, plan: Plan, weights: Mapping[str, Tensor], limit: int) -> dict[str, str]:
+        """Write every tensor that the plan reads. Returns: names that share another's tensor -> that name."""
+        aliases = dict[str, str]()
+        seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], str]] = {}
+        shard, size = dict[str, Tensor](), 0
+        for arg in _stored(plan):
+            tensor = _tensor(weights, arg)
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            known = seen.get(key)
+            # Only while the first one lives does an equal address mean the same memory.
+            if known is not None and known[0]() is not None and tensor.numel():
+                aliases[arg.source] = known[1]
+                continue
+            seen[key] = weakref.ref(tensor), arg.source
+            if shard and size + _size(arg) > limit:
+                self._write_shard(shard)
+                shard, size = {}, 0
+            shard[arg.source] = tensor
+            size += _size(arg)
+            del tensor
+        if shard:
+            self._write_shard(shard)
+        return aliases
+
+    def _write_shard(self, tensors: dict[str, Tensor]) -> None:
+        number = sum(name.startswith("weights/") for name in self.entries)
+        name = f"weights/{number:05}.safetensors"
+        place = self.folder / name
+        place.parent.mkdir(exist_ok=True)
+        storages = set[int]()
+        for source, tensor in tensors.items():
+            storage = tensor.untyped_storage()
+            own = storage.nbytes() == tensor.numel() * tensor.itemsize and storage.data_ptr() not in storages
+            storages.add(storage.data_ptr())
+            plain = tensor.detach().to("cpu").contiguous()
+            tensors[source] = plain if own or plain.data_ptr() != tensor.data_ptr() else plain.clone()
+        try:
+            save_file(tensors, place)
+        except SafetensorError as error:
+            raise ArtifactError(f"the weights cannot be written: {error}") from None
+        digest = hashlib.sha256()
+        with place.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        self._enter(name, place.stat().st_size, digest.hexdigest())
+
+    def _enter(self, name: str, size: int, digest: str) -> None:
+        self.entries[name] = {"size": size, "sha256": digest}
+        self.done += size
+        if self.progress is not None:
+            self.progress(name, min(self.done, self.total), self.total)
+
+
+def _stored(plan: Plan) -> list[Arg]:
+    """The arguments whose tensors are stored, each source once."""
+    return list({arg.source: arg for arg in plan.args if arg.kind != "input"}.values())
+
+
+def _size(arg: Arg) -> int:
+    assert arg.type is not None
+    size = DTYPES[arg.type.dtype].itemsize
+    for dim in arg.type.shape:
+        size *= int(dim)
+    return size
+
+
+def _tensor(weights: Mapping[str, Tensor], arg: Arg) -> Tensor:
+    try:
+        tensor = weights[arg.source]
+    except KeyError:
+        raise ArtifactError(f"the weights lack '{arg.source}', which the plan reads") from None
+    assert arg.type is not None
+    if tensor.is_meta:
+        raise ArtifactError(f"'{arg.source}' is on the meta device: it has no values to write")
+    if list(tensor.shape) != list(arg.type.shape) or tensor.dtype != DTYPES[arg.type.dtype]:
+        raise ArtifactError(
+            f"'{arg.source}' is {list(tensor.shape)} {tensor.dtype} in the weights, "
+            f"{list(arg.type.shape)} {arg.type.dtype} in the plan"
+        )
+    return tensor
+
+
+def _is_replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / "manifest.json").is_file() or not any(path.iterdir()))
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` if the block ends well, and vanishes if it does not."""
+    token = secrets.token_hex(4)
+    new, old = path.with_name(f".{path.name}.new-{token}"), path.with_name(f".{path.name}.old-{token}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)

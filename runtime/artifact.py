@@ -1,0 +1,314 @@
+"""Reads artifacts: a folder `NAME.sparsec` with a plan, weights and kernels, written by `sparsec.codegen.artifact`.
+
+    manifest.json       format and versions, target, size and SHA-256 of every other file, names that share a tensor
+    manifest.sha256     SHA-256 of manifest.json
+    plan.json           what to run (`sparsec.runtime.plan`)
+    module.sparsec      the IR that the plan was made of, for people
+    weights/*.safetensors
+    kernels/*           sources and binaries
+    generation.json, tokenizer.json     where the model generates text
+
+Files are opened by the names in the manifest only; names that could leave the folder, and links, are refused. Hashes
+say that nothing was damaged, not who wrote it: the binaries of GPU kernels run as they are, so load what you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsec.runtime.dtypes import SAFETENSORS
+from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.executor import Program
+from sparsec.runtime.plan import Plan
+from sparsec.runtime.plan_json import from_json
+
+FORMAT = "sparsec-artifact"
+VERSION = 1
+"""Version of the format: raised when an older reader could no longer run what is written."""
+
+MAX_JSON = 1 << 28
+"""Most bytes that a JSON file of an artifact may have."""
+
+CHUNK = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the file at work, the bytes done and the bytes in all."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose files are all there and as they were written.
+
+    Args:
+        path: its folder.
+        target: what it was compiled for (`cpu`, `cuda:sm_90` ...).
+        manifest: as read.
+        plan: what it runs.
+    """
+
+    path: Path
+    target: str
+    manifest: dict[str, Any]
+    plan: Plan
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Source name -> tensor, read on demand out of the mapped files."""
+        return Weights(self.path, self._names("weights/"), self.manifest["aliases"])
+
+    def read(self, name: str) -> bytes:
+        """The content of a file. Raises: ArtifactError if the manifest does not list it."""
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"{self.path} has no file '{name}'")
+        return _read(self.path, name, self.manifest["files"][name]["size"])
+
+    def json(self, name: str) -> Any:
+        """A JSON file, None if the artifact has none of that name. Raises: ArtifactError."""
+        return _parse(self.read(name), self.path, name) if name in self.manifest["files"] else None
+
+    def program(self, device: str | torch.device | None = None, allow: Collection[str] = ()) -> Program:
+        """Make the artifact ready to run.
+
+        Args:
+            device: where; the default is the kind of device that it was compiled for.
+            allow: as of `Program`.
+
+        Raises:
+            ArtifactError: it was compiled for another kind of device, or this machine has none of the kind.
+        """
+        kind = device_type(self.target)
+        device = torch.device(kind if device is None else device)
+        if device.type != kind:
+            raise ArtifactError(
+                f"{self.path} was compiled for {self.target} and cannot run on {device}: "
+                f"compile it with --target {'cpu' if device.type == 'cpu' else 'cuda:sm_90, or what your GPU is'}"
+            )
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ArtifactError(f"{self.path} was compiled for {self.target}, and torch sees no GPU on this machine")
+        files = {name: self.read(name) for name in self._names("kernels/")}
+        return Program(self.plan, self.weights, device, files=files, allow=allow)
+
+    def _names(self, prefix: str) -> list[str]:
+        return [name for name in self.manifest["files"] if name.startswith(prefix)]
+
+
+def device_type(target: str) -> str:
+    """The kind of torch device that a target runs on (torch calls AMD's GPUs cuda too)."""
+    return "cpu" if target == "cpu" else "cuda"
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    verify: bool = True,
+    allow: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Program:
+    """Load an artifact, ready to run.
+
+    Weights are mapped from the files. On a CPU the expert banks are then packed into memory of their own, one at a
+    time; the rest stays mapped.
+
+    Args:
+        device: where to run; the default follows from the artifact's target.
+        verify: compare every file's hash. Without it only sizes and headers are checked.
+        allow: namespaces or operators beyond PyTorch's own that the model may call.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, of a newer format, for another target, or not allowed to run.
+    """
+    return open_artifact(path, verify=verify, progress=progress).program(device, allow)
+
+
+def open_artifact(path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Artifact:
+    """Read and check an artifact without making it ready to run. Raises: ArtifactError."""
+    path = Path(path)
+    manifest = _manifest(path)
+    files = manifest["files"]
+    total, done = sum(entry["size"] for entry in files.values()), 0
+    for name, entry in files.items():
+        _check_file(path, name, entry["size"])
+    for name, entry in files.items() if verify else ():
+        if _hash(path, name) != entry["sha256"]:
+            raise ArtifactError(f"{path} is damaged: '{name}' is not what was written")
+        done += entry["size"]
+        if progress is not None:
+            progress(name, done, total)
+    if "plan.json" not in files:
+        raise ArtifactError(f"{path} has no plan.json")
+    plan = from_json(_parse(_read(path, "plan.json", files["plan.json"]["size"]), path, "plan.json"))
+    artifact = Artifact(path, manifest["target"], manifest, plan)
+    _check_weights(artifact)
+    return artifact
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name; files stay mapped while a tensor of theirs, or this object, lives."""
+
+    def __init__(self, path: Path, files: Collection[str], aliases: Mapping[str, str]) -> None:
+        self._aliases = aliases
+        self._files: dict[str, Any] = {}
+        self._home: dict[str, Any] = {}
+        for name in files:
+            try:
+                file = safe_open(path / name, framework="pt")  # type: ignore[no-untyped-call]
+                keys = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise ArtifactError(f"{path}: '{name}' is no safetensors file ({error})") from None
+            for key in keys:
+                if key in self._home:
+                    raise ArtifactError(f"{path} has the tensor '{key}' twice")
+                self._home[key] = file
+
+    def _find(self, name: str) -> tuple[Any, str]:
+        stored = self._aliases.get(name, name)
+        return self._home[stored], stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self._find(name)
+        return file.get_tensor(stored)
+
+    def header(self, name: str) -> tuple[list[int], str]:
+        """Shape and dtype (as safetensors spells it) of a tensor, without reading it. Raises: KeyError."""
+        file, stored = self._find(name)
+        part = file.get_slice(stored)
+        return part.get_shape(), part.get_dtype()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._home
+        yield from self._aliases
+
+    def __len__(self) -> int:
+        return len(self._home) + len(self._aliases)
+
+
+def _check_weights(artifact: Artifact) -> None:
+    """Compare what the plan reads with what the files' headers say. Raises: ArtifactError."""
+    weights = Weights(artifact.path, artifact._names("weights/"), artifact.manifest["aliases"])
+    for arg in artifact.plan.args:
+        if arg.kind == "input":
+            continue
+        try:
+            shape, dtype = weights.header(arg.source)
+        except KeyError:
+            raise ArtifactError(f"{artifact.path}: the weights lack '{arg.source}', which the plan reads") from None
+        if arg.type is None or shape != list(arg.type.shape) or dtype != SAFETENSORS[arg.type.dtype]:
+            wanted = "nothing" if arg.type is None else f"{list(arg.type.shape)} {arg.type.dtype}"
+            raise ArtifactError(
+                f"{artifact.path}: '{arg.source}' is {shape} {dtype} in the weights, {wanted} in the plan"
+            )
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest, with every field checked. Raises: ArtifactError."""
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist")
+    if not path.is_dir() or not (path / "manifest.json").is_file():
+        raise ArtifactError(f"{path} is no sparsec artifact: it is not a folder with a manifest.json")
+    _check_file(path, "manifest.json", None)
+    _check_file(path, "manifest.sha256", None)
+    raw = _read(path, "manifest.json", MAX_JSON, exact=False)
+    if _read(path, "manifest.sha256", 100, exact=False) != digest_line(raw):
+        raise ArtifactError(f"{path} is damaged: 'manifest.json' is not what was written")
+    manifest = _parse(raw, path, "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is no sparsec artifact: its manifest says {_format_of(manifest)!r}")
+    version = manifest.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ArtifactError(f"{path}: the manifest has no format version")
+    if version > VERSION:
+        made = manifest.get("sparsec", "a newer sparsec")
+        raise ArtifactError(
+            f"{path} has format version {version} (sparsec {made}), this sparsec reads up to {VERSION}: update sparsec"
+        )
+    if not isinstance(manifest.get("target"), str):
+        raise ArtifactError(f"{path}: the manifest names no target")
+    files, aliases = manifest.get("files"), manifest.get("aliases")
+    if not isinstance(files, dict) or not all(_entry_is_sound(name, entry) for name, entry in files.items()):
+        raise ArtifactError(f"{path}: the manifest's list of files is not sound")
+    pairs = aliases.items() if isinstance(aliases, dict) else [("", None)]
+    if not all(isinstance(name, str) and isinstance(stored, str) for name, stored in pairs):
+        raise ArtifactError(f"{path}: the manifest's aliases are not sound")
+    return manifest
+
+
+def _format_of(manifest: Any) -> Any:
+    return manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+
+
+def _entry_is_sound(name: str, entry: Any) -> bool:
+    if not is_safe(name) or not isinstance(entry, dict):
+        return False
+    size, digest = entry.get("size"), entry.get("sha256")
+    return type(size) is int and size >= 0 and isinstance(digest, str)
+
+
+def is_safe(name: str) -> bool:
+    """Whether a file's name stays inside its folder: plain parts, none of which starts with a dot."""
+    return _NAME.fullmatch(name) is not None and len(name) < 500
+
+
+def digest_line(raw: bytes) -> bytes:
+    """What manifest.sha256 holds."""
+    return hashlib.sha256(raw).hexdigest().encode() + b"\n"
+
+
+def _check_file(path: Path, name: str, size: int | None) -> None:
+    """Raises: ArtifactError unless the file is a plain one of that size, and no folder on the way is a link."""
+    place = path
+    for part in name.split("/"):
+        place = place / part
+        if place.is_symlink():
+            raise ArtifactError(f"{path}: '{name}' is a link, which an artifact may not hold")
+    try:
+        found = place.lstat()
+    except OSError:
+        raise ArtifactError(f"{path} is incomplete: '{name}' is missing") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ArtifactError(f"{path}: '{name}' is no plain file")
+    if size is not None and found.st_size != size:
+        raise ArtifactError(f"{path} is damaged: '{name}' has {found.st_size} bytes of {size}")
+
+
+def _read(path: Path, name: str, size: int, exact: bool = True) -> bytes:
+    try:
+        with (path / name).open("rb") as file:
+            raw = file.read(size + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path}: '{name}' cannot be read ({error.strerror})") from None
+    if len(raw) > size or (exact and len(raw) < size):
+        raise ArtifactError(f"{path} is damaged: '{name}' has another size than it was written with")
+    return raw
+
+
+def _hash(path: Path, name: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with (path / name).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise ArtifactError(f"{path}: '{name}' cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+def _parse(raw: bytes, path: Path, name: str) -> Any:
+    if len(raw) > MAX_JSON:
+        raise ArtifactError(f"{path}: '{name}' has {len(raw)} bytes, more than {MAX_JSON}")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ArtifactError(f"{path}: '{name}' is not JSON") from None

@@ -1,0 +1,36 @@
+"""What the kernels of one program share, whoever runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparsec.runtime.packing import Bank
+
+Operand: TypeAlias = Tensor | None
+KernelCall: TypeAlias = Callable[[Sequence[Operand]], Sequence[Tensor]]
+"""A kernel ready to run: its operands, in order, to its results."""
+
+Region: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+"""The region of a kernel: what it yields for its arguments."""
+
+
+@dataclass
+class Context:
+    """What the kernels of one program share.
+
+    Args:
+        device: where they run.
+        files: files of the artifact (kernel sources and binaries) by relative name.
+        constant: gives the tensor behind a slot that never changes (None for other slots); loads it where it must.
+        banks: packed banks, by the slots they were made of, for every launch that reads the same.
+    """
+
+    device: torch.device
+    files: Mapping[str, bytes]
+    constant: Callable[[int], Operand]
+    banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
