@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PLUMBING = re.compile(r"[/\\]site-packages[/\\]transformers[/\\](?!models[/\\])")  # masks, caches, wrappers of forward
 
 
 def of_node(node: Node) -> Loc:
@@ -68,10 +69,14 @@ def relative(file: str) -> str:
 
 
 def _innermost(frames: list[tuple[str, int]], scope: str) -> Loc:
-    for file, line in reversed(frames):
-        path = os.path.abspath(file)
-        if os.path.isfile(path) and not path.startswith((_TORCH, _HERE)):
-            return place_of(file, line, scope)
+    frames = [
+        (path, line)
+        for file, line in reversed(frames)
+        if not (path := os.path.abspath(file)).startswith((_TORCH, _HERE)) and os.path.isfile(path)
+    ]
+    model_code = [frame for frame in frames if not _PLUMBING.search(frame[0])]
+    for path, line in model_code or frames:
+        return place_of(path, line, scope)
     return Loc(scope=scope) if scope else UNKNOWN
 
 
