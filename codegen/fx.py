@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,28 +29,44 @@ _CALLS: dict[str, Callable[..., Any]] = {"max": torch.sym_max, "min": torch.sym_
 
 
 class FxBuilder:
-    """Builds the graph of one function. `kernels` maps a kernel's name to the one it is registered under."""
+    """Builds the graph of one function; arguments as of `to_fx`."""
 
-    def __init__(self, kernels: Mapping[str, str], device: torch.device) -> None:
-        self.kernels, self.device = kernels, device
+    def __init__(
+        self,
+        kernels: Mapping[str, str],
+        device: torch.device,
+        constants: Mapping[str, torch.Tensor],
+        places: Sequence[int | None] | None,
+    ) -> None:
+        self.kernels, self.device, self.places = kernels, device, places
+        self.root = torch.nn.Module()
+        self.constants = constants
         self.graph = fx.Graph()
         self.nodes: dict[Value, fx.Node] = {}
         self.dims: dict[str, fx.Node] = {}
 
     def build(self, func: Func) -> fx.GraphModule:
-        """The graph module of `func`: one placeholder per argument, a tuple of its results."""
+        """The graph module of `func`: one placeholder per argument that is no constant, a tuple of its results."""
         for arg in func.body.args:
-            self.nodes[arg] = self.graph.placeholder(arg.name.replace(".", "_") or "arg")
+            name = arg.name.replace(".", "_") or "arg"
+            attrs = func.arg_attrs.get(arg, {})
+            if attrs.get("kind") == "constant":
+                self.root.register_buffer(name, self.constants[str(attrs["source"])])
+                self.nodes[arg] = self.graph.get_attr(name)
+            else:
+                self.nodes[arg] = self.graph.placeholder(name)
         for arg in func.body.args:
             self._bind(arg)
         for op in func.body.ops:
             self._emit(op)
-        return fx.GraphModule(torch.nn.Module(), self.graph)
+        return fx.GraphModule(self.root, self.graph)
 
     def _emit(self, op: Op) -> None:
         match op:
             case Return():
-                self.graph.output(tuple(self.nodes[value] for value in op.operands))
+                results = [self.nodes[value] for value in op.operands]
+                places = range(len(results)) if self.places is None else self.places
+                self.graph.output(tuple(None if place is None else results[place] for place in places))
             case Alloc():
                 pass  # the operator allocates what it returns
             case Launch():
@@ -139,18 +155,26 @@ def _creates(op: AtenOp) -> bool:
     return not op.operands and PLACEMENT & {param.name for param in op.target._schema.arguments} != set()
 
 
-def to_fx(func: Func, kernels: Mapping[str, str], device: torch.device) -> fx.GraphModule:
+def to_fx(
+    func: Func,
+    kernels: Mapping[str, str],
+    device: torch.device,
+    constants: Mapping[str, torch.Tensor] | None = None,
+    places: Sequence[int | None] | None = None,
+) -> fx.GraphModule:
     """A torch.fx graph that computes `func`.
 
     Args:
         func: a lowered function: ATen ops, `kernel.alloc`, `kernel.launch`.
         kernels: for each callee, the name under which the runtime's launch operator knows it.
         device: where tensors that the function creates live.
+        constants: the tensors of arguments of kind `constant`, by source; they become buffers of the graph's module.
+        places: what the graph returns: for each place the number of a result, or None. All results by default.
 
     Raises:
         CompileError: for an op that torch has no operator for, or a size that nothing binds.
     """
-    return FxBuilder(kernels, device).build(func)
+    return FxBuilder(kernels, device, constants or {}, places).build(func)
 
 
 __all__ = ["FxBuilder", "to_fx"]

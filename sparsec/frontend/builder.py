@@ -60,7 +60,7 @@ class Builder:
         Returns: the op's result, or a tuple of them where the operator returns several.
         Raises: TypeError, ValueError, KeyError for what the IR cannot hold.
         """
-        target = _scalar_overload(_RESHAPES.get(target, target), args, kwargs)
+        target = _scalar_overload(_plain(_RESHAPES.get(target, target)), args, kwargs)
         operands, attrs = self._bind(target, args, kwargs, loc)
         several = isinstance(result, list | tuple)
         types = [self.type_of(item) for item in (result if several else [result])]
@@ -119,6 +119,13 @@ def attribute(value: Any) -> Attr:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"an argument of type {type(value).__name__} has no place in a compiled graph")
+
+
+def _plain(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """`bitwise_and` for `__and__`: Python's operators have operators of torch beside them that say the same."""
+    name = target._schema.name.removeprefix("aten::__").removesuffix("__")
+    packet = getattr(_aten, f"bitwise_{name}", None) if target._schema.name.startswith("aten::__") else None
+    return getattr(packet, target._overloadname, target)
 
 
 def _scalar_overload(

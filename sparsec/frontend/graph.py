@@ -16,8 +16,8 @@ from sparsec.ir.opdef import make
 def import_graph(graph_module: GraphModule) -> tuple[Module, dict[str, torch.Tensor]]:
     """The module of a graph whose placeholders are tensors and sizes, and the constants that it holds.
 
-    Every placeholder is an input of `main`, in order; constants follow. A result that is None or a size keeps its
-    place outside of the module: see `tensor_results`.
+    Every placeholder is an input of `main`, in order; constants follow. Where a
+    result that is None stood is told by `result_places`.
 
     Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
     """
@@ -39,14 +39,20 @@ def import_graph(graph_module: GraphModule) -> tuple[Module, dict[str, torch.Ten
     return Module([importer.func], {"phase": "capture", "version": 1}), constants
 
 
-def tensor_results(graph_module: GraphModule) -> list[int]:
-    """Which results of the graph are tensors: these, in order, are the results of the imported `main`."""
+def result_places(graph_module: GraphModule) -> list[int | None]:
+    """For each result of the graph, which result of the imported `main` it is; None where the graph returns None.
+
+    Raises: CompileError for a graph that returns a size.
+    """
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
     returned: Any = output.args[0]
-    places = list[int]()
+    places, count = list[int | None](), 0
     for i, item in enumerate(returned):
-        if isinstance(item, torch.fx.Node):
-            if not isinstance(item.meta.get("val"), torch.Tensor):
-                raise CompileError(f"result {i} of the graph is a size, which a compiled graph cannot return")
-            places.append(i)
+        if item is None:
+            places.append(None)
+        elif isinstance(item, torch.fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
+            places.append(count)
+            count += 1
+        else:
+            raise CompileError(f"result {i} of the graph is a size, which a compiled graph cannot return")
     return places
