@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsec import __version__
+from sparsec.codegen.emit import Emitted
 from sparsec.runtime.artifact import FORMAT, VERSION, Progress, digest_line, is_safe
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
@@ -29,19 +31,18 @@ from sparsec.runtime.plan import Arg, Plan
 from sparsec.runtime.plan_json import to_json
 
 SHARD = 512 << 20
-"""Most bytes of tensors in one file, unless a single tensor has more."""
+"""Bytes of a shard where nothing else is asked for."""
 
 
-def write(
+def write_artifact(
     path: str | Path,
-    plan: Plan,
+    emitted: Emitted,
     weights: Mapping[str, Tensor],
-    target: str,
     *,
-    module_text: str = "",
-    files: Mapping[str, bytes] | None = None,
-    extra: Mapping[str, bytes] | None = None,
-    version: str = "",
+    target: str,
+    text: str = "",
+    generation: Mapping[str, Any] | None = None,
+    tokenizer: Path | None = None,
     shard: int = SHARD,
     progress: Progress | None = None,
 ) -> Path:
@@ -49,15 +50,15 @@ def write(
 
     Args:
         path: the folder to make; `.sparsec` is appended if its name lacks it. An artifact there is replaced.
-        plan: what to run.
+        emitted: plan and kernel files.
         weights: source name -> tensor for all that the plan reads. Asked for one at a time; at most one shard of them
             is held at once, so a mapping that makes tensors on demand bounds the memory.
         target: what the plan was compiled for.
-        module_text: the IR after `lower`.
-        files: kernel files by name (`kernels/...`).
-        extra: further files (`tokenizer.json`, `generation.json`).
-        version: of sparsec.
-        progress: called after each file.
+        text: the IR after `lower`.
+        generation: how text is generated with it, as of `sparsec.runtime.generate`.
+        tokenizer: a `tokenizer.json` to take along.
+        shard: most bytes of tensors in one file, unless a single tensor has more.
+        progress: called with the bytes written so far and in all.
 
     Raises:
         ArtifactError: the place is taken by something else, a weight is missing or has no values, or the disk refuses.
@@ -66,9 +67,14 @@ def write(
     path = path if path.suffix == ".sparsec" else path.with_name(path.name + ".sparsec")
     if path.is_symlink() or (path.exists() and not _is_replaceable(path)):
         raise ArtifactError(f"{path} exists and is no sparsec artifact: choose another name or remove it")
-    small = {"plan.json": json.dumps(to_json(plan), allow_nan=False).encode(), **(files or {}), **(extra or {})}
-    if module_text:
-        small["module.sparsec"] = module_text.encode()
+    plan = emitted.plan
+    small = {"plan.json": json.dumps(to_json(plan), allow_nan=False).encode(), **emitted.files}
+    if text:
+        small["module.sparsec"] = text.encode()
+    if generation is not None:
+        small["generation.json"] = json.dumps(dict(generation), allow_nan=False).encode()
+    if tokenizer is not None:
+        small["tokenizer.json"] = _read(tokenizer)
     for name in small:
         if not is_safe(name):
             raise ArtifactError(f"'{name}' cannot be the name of a file in an artifact")
@@ -80,7 +86,7 @@ def write(
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "sparsec": version,
+            "sparsec": __version__,
             "torch": torch.__version__,
             "target": target,
             "files": writer.entries,
@@ -156,7 +162,7 @@ class _Writer:
         self.entries[name] = {"size": size, "sha256": digest}
         self.done += size
         if self.progress is not None:
-            self.progress(name, min(self.done, self.total), self.total)
+            self.progress(min(self.done, self.total), self.total)
 
 
 def _stored(plan: Plan) -> list[Arg]:
@@ -186,6 +192,13 @@ def _tensor(weights: Mapping[str, Tensor], arg: Arg) -> Tensor:
             f"{list(arg.type.shape)} {arg.type.dtype} in the plan"
         )
     return tensor
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _is_replaceable(path: Path) -> bool:

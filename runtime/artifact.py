@@ -43,8 +43,8 @@ MAX_JSON = 1 << 28
 CHUNK = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the file at work, the bytes done and the bytes in all."""
+Progress = Callable[[int, int], None]
+"""Called with the bytes done so far and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def open_artifact(path: str | Path, *, verify: bool = True, progress: Progress |
             raise ArtifactError(f"{path} is damaged: '{name}' is not what was written")
         done += entry["size"]
         if progress is not None:
-            progress(name, done, total)
+            progress(done, total)
     if "plan.json" not in files:
         raise ArtifactError(f"{path} has no plan.json")
     plan = from_json(_parse(_read(path, "plan.json", files["plan.json"]["size"]), path, "plan.json"))

@@ -16,6 +16,7 @@ from sparsec.runtime import cpu_kernels
 from sparsec.runtime.context import Context, KernelCall, Operand, Region
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.live_banks import live_bank
 from sparsec.runtime.packing import Bank
 from sparsec.runtime.plan import Free, Kernel
 from sparsec.runtime.steps import Runner
@@ -200,6 +201,8 @@ def _bank(
     def anew(ins: Sequence[Operand]) -> Bank:
         (given,) = _tensors(fixed if fixed is not None else ins[weight])
         given_bias = fixed_bias if fixed_bias is not None or bias_slot is None else ins[bias]
+        if context.live and pack:
+            return live_bank(given, given_bias, dtype, transposed, interleaved)
         return Bank(given, given_bias, dtype, transposed, interleaved, pack=False)
 
     return anew

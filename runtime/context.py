@@ -27,10 +27,12 @@ class Context:
         device: where they run.
         files: files of the artifact (kernel sources and binaries) by relative name.
         constant: gives the tensor behind a slot that never changes (None for other slots); loads it where it must.
+        live: whether banks that are no constants are the caller's and are packed as of `live_banks`.
         banks: packed banks, by the slots they were made of, for every launch that reads the same.
     """
 
     device: torch.device
     files: Mapping[str, bytes]
     constant: Callable[[int], Operand]
+    live: bool = False
     banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 The `config` of a variant is what `sparsec.codegen.triton` wrote:
 
-    {"target": "cuda:sm_90", "source": "kernels/gather_gemm_0.py",
+    {"target": "cuda:sm_90",
      "scratch": ["t * 64"],                               bytes of each scratch buffer
      "launches": [{"file": "kernels/....cubin", "symbol": "...", "grid": ["(t + 15) // 16", "1"],
                    "threads": 128, "shared": 4096,
