@@ -1,6 +1,6 @@
 """The passes. Importing this package registers every one under its name."""
 
-from sparsec.passes import canonicalize, cse, dce, fuse, lower, raise_route, reinplace, schedule
+from sparsec.passes import canonicalize, cse, dce, fuse, lower, raise_route, schedule
 from sparsec.passes.base import PASSES, Option, Pass, PassContext, options, parse_pipeline, print_pipeline
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "parse_pipeline",
     "print_pipeline",
     "raise_route",
-    "reinplace",
     "schedule",
 ]

@@ -85,7 +85,7 @@ def outline(op: OpDef, backend: str) -> Func:
     for result, type in zip(inner.results, inner.infer(), strict=True):
         result.type = type
     body.append(inner)
-    body.append(Return(list(inner.results)))
+    body.append(Return(list(inner.results), loc=op.loc))
     attrs: dict[str, Attr] = {"backend": backend, "tokens": TOKENS if isinstance(tokens, Sym) else tokens}
     return Func("", body, attrs, op.loc)
 

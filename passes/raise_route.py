@@ -151,7 +151,7 @@ def outline(found: Slice, bank: Experts, rw: Rewriter) -> bool:
         new = localise(op, found.rows[_row_result(op, found)], tokens, values)
         if new is not None:
             body.append(new)
-    yields = body.append(Yield([values[bank.ids], values[bank.weights]]))
+    yields = body.append(Yield([values[bank.ids], values[bank.weights]], loc=found.ops[-1].loc))
     route = rw.insert_after(Route([flat, *found.params], [v.type for v in yields.operands], {}, [body]), at)
     rw.absorb(found.ops)
     position = later.get(at.op, -1) if at.op is not None else -1

@@ -37,7 +37,7 @@ PIPELINES: dict[Phase, str] = {
     "fuse": "fuse-route-group,fuse-experts,cse,dce",
     "place": "",
     "schedule": "schedule",
-    "lower": "reinplace-buffers,lower-kernels,dce",
+    "lower": "lower-kernels,dce",
 }
 assert _dialects and _passes  # imported to register ops and passes
 
