@@ -16,10 +16,11 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 from torch.utils._pytree import TreeSpec, tree_map
 
-from sparsec.diagnostics import CompileError, Diagnostic
+from sparsec.diagnostics import Diagnostic
 from sparsec.frontend import structure
 from sparsec.frontend.failures import explain
 from sparsec.frontend.importer import import_program
+from sparsec.frontend.pt2 import load_program
 from sparsec.ir.core import Module
 
 _EXPERTS = "_experts_implementation_internal"
@@ -59,7 +60,7 @@ def capture(
 
     Args:
         model: a module, whose parameters may be on the meta device; an exported program; or the path of a `.pt2`
-            file. Read only `.pt2` files that you trust: torch may unpickle parts of them while loading.
+            file, which must be trusted (`sparsec.frontend.pt2`).
         dynamic: True leaves every dimension open that the model leaves open (for integer inputs such as token ids
             the first two, batch and sequence); False fixes all; anything else is a `dynamic_shapes` for torch.export.
         use_cache: whether a transformers model returns its key/value cache (an argument `use_cache` in `kwargs` decides
@@ -77,22 +78,6 @@ def capture(
         args, kwargs = tree_map(lambda leaf: _on(leaf, device), (tuple(args), kwargs))
         program, warnings = _export(model, args, kwargs, dynamic)
     return _import(program, warnings)
-
-
-def load_program(path: Path) -> ExportedProgram:
-    """The exported program in a `.pt2` file. Torch may unpickle parts of it: read only files that you trust.
-
-    Raises: CompileError.
-    """
-    if not path.is_file():
-        raise CompileError(f"there is no file {path}")
-    try:
-        return torch.export.load(path)
-    except Exception as error:
-        raise CompileError(
-            f"{path} is no exported program that torch {torch.__version__} can read: {_first_line(error)}",
-            hint="write it with torch.export.save, by the same version of torch",
-        ) from error
 
 
 def _import(program: ExportedProgram, warnings: tuple[Diagnostic, ...] = ()) -> Captured:
@@ -215,7 +200,3 @@ def _device(model: nn.Module) -> torch.device | None:
 
 def _on(leaf: Any, device: torch.device | None) -> Any:
     return leaf.to(device) if isinstance(leaf, torch.Tensor) and device is not None else leaf
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -70,18 +70,17 @@ class _Rows:
         raise KeyError(f"an activation has no function '{name}' to call")
 
 
-_kernel: ExpertsKernel = reference
+_bound: dict[str, ExpertsKernel] = {"kernel": reference}
 
 
 def set_experts_kernel(kernel: ExpertsKernel | None) -> None:
     """Run `sparsec::experts` by `kernel`, which takes the operator's arguments; None puts the reference back."""
-    global _kernel
-    _kernel = kernel or reference
+    _bound["kernel"] = kernel or reference
 
 
 @torch.library.custom_op("sparsec::experts", mutates_args=(), schema=SCHEMA)
 def experts(*args: Any, **kwargs: Any) -> Tensor:
-    return _kernel(*args, **kwargs)
+    return _bound["kernel"](*args, **kwargs)
 
 
 @experts.register_fake

@@ -1,4 +1,4 @@
-"""How a program's arguments and results are put together from tensors, as JSON trees (the plan's `inputs`, `structure`)."""
+"""How arguments and results are put together from tensors: the JSON trees of a plan's `inputs` and `structure`."""
 
 from __future__ import annotations
 
