@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,11 @@ class TritonKernel:
         """The kernel's files in the artifact: source and images."""
         images = {name: binary.image for name, binary in self.binaries.items()}
         return {f"kernels/{self.name}.py": self.source.encode(), **images}
+
+    @property
+    def attrs(self) -> dict[str, Json]:
+        """What the plan says of the kernel besides its op's attributes."""
+        return {"target": self.target, "source": f"kernels/{self.name}.py"}
 
 
 def sketch_kernel(func: Func) -> Sketch:
@@ -77,14 +81,13 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
             file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"
             binaries[file] = binary
             launches.append(_launch(entry, binary, file))
-        variants.append(Variant(schedule.up_to, _config(func, chosen, schedule, launches)))
+        variants.append(Variant(schedule.up_to, _config(chosen, schedule, launches)))
     return TritonKernel(func.name, target, sketch.source, tuple(variants), binaries)
 
 
-def _config(func: Func, target: Target, schedule: Schedule, launches: list[Json]) -> dict[str, Json]:
+def _config(target: Target, schedule: Schedule, launches: list[Json]) -> dict[str, Json]:
     return {
         "target": target.name,
-        "source": f"kernels/{func.name}.py",
         "scratch": list(schedule.scratch),
         "launches": launches,
     }
@@ -102,13 +105,3 @@ def _launch(entry: Entry, binary: Binary, file: str) -> dict[str, Any]:
         "num_warps": entry.num_warps,
         "num_stages": binary.num_stages,
     }
-
-
-def problems(func: Func) -> Iterator[str]:
-    """Why a kernel function cannot become a Triton kernel; nothing if it can."""
-    from sparsec.diagnostics import CompileError
-
-    try:
-        sketch_kernel(func)
-    except CompileError as error:
-        yield from (str(diagnostic) for diagnostic in error.diagnostics)

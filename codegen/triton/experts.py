@@ -119,13 +119,12 @@ def gather_gemm(func: Func, op: GatherGemm) -> Sketch:
     """Text and launches of the up-projection. Raises: CompileError for what no kernel can hold."""
     gemm = _Gemm(func, op, op.x, op.up, op.up_bias)
     width, wide = op.width, op.layout == "interleaved"
-    wiring = Wiring(func, op)
-    stored = wiring.result(op.h, f"t * {op.k * width * op.h.tensor.dtype.itemsize}")
+    wiring = Wiring(op)
     parameters = [
         *(gemm.pointer(name, value, wiring) for name, value in (("x", op.x), ("order", op.order))),
         *(gemm.pointer(name, value, wiring) for name, value in (("offsets", op.offsets), ("up", op.up))),
         *([gemm.pointer("up_bias", op.up_bias, wiring)] if op.up_bias is not None else []),
-        Parameter("h", POINTERS[op.h.tensor.dtype], stored),
+        Parameter("h", POINTERS[op.h.tensor.dtype], wiring.result(op.h)),
         TOKENS,
     ]
     bound = [] if gemm.even(width, "BLOCK_N", width) else ["columns < I"]
@@ -164,15 +163,15 @@ def _up_pointers(op: GatherGemm) -> list[str]:
 
     def at(column: str) -> str:
         if op.up_transposed:
-            return f"bank + depth[:, None] * ({parts}) + ({column})[None, :]"
-        return f"bank + ({column})[None, :] * H + depth[:, None]"
+            return f"bank + depth[:, None] * ({parts}) + {column}[None, :]"
+        return f"bank + {column}[None, :] * H + depth[:, None]"
 
     zeros = "tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
     match op.layout:
         case "single":
             return [*lines, f"up_at = {at('columns')}", f"acc = {zeros}"]
         case "concat":
-            pointers = [f"gate_at = {at('columns')}", f"up_at = {at('columns + I')}"]
+            pointers = [f"gate_at = {at('columns')}", f"up_at = {at('(columns + I)')}"]
             return [*lines, *pointers, f"gate = {zeros}", f"linear = {zeros}"]
         case _:
             both = "both = column_block * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)"
@@ -240,7 +239,7 @@ def gemm_combine(func: Func, op: GemmCombine) -> Sketch:
     """Text and launches of the down-projection and the weighted sum. Raises: CompileError."""
     gemm = _Gemm(func, op, op.h, op.down, op.down_bias)
     hidden = gemm.known(op.y.tensor.shape[-1])
-    wiring = Wiring(func, op)
+    wiring = Wiring(op)
     partial = Parameter("partial", "*fp32", wiring.buffer(f"t * {op.k * hidden * 4}"))
     parameters = [
         *(gemm.pointer(name, value, wiring) for name, value in (("h", op.h), ("order", op.order))),
@@ -279,7 +278,7 @@ def gemm_combine(func: Func, op: GemmCombine) -> Sketch:
     block_h = min(1024, padded(hidden))
     combine_parameters = [
         partial,
-        Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y, f"t * {hidden * op.y.tensor.dtype.itemsize}")),
+        Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y)),
     ]
     constants = {"E": gemm.experts, "E_PAD": padded(gemm.experts + 1), "K": op.k, "H": hidden, "I": gemm.inner}
     summary = "rows of h times their expert's down-projection, weighed, and added per token in the order of slots."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sparsec.ir.core import Func, Op, Value
+from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
 
 Json: TypeAlias = Any
@@ -62,18 +62,20 @@ class Sketch:
 
 @dataclass
 class Wiring:
-    """Says where the operands and results of a kernel's op come from; a result that nobody takes is scratch."""
+    """Says where the operands and results of a kernel's op are passed, and keeps its scratch buffers."""
 
-    func: Func
     op: Op
     scratch: list[str] = field(default_factory=list[str])
 
     def operand(self, value: Value) -> Argument:
-        return {"in": self.func.body.args.index(value)}
+        """By its place among the op's arguments, absent ones counted."""
+        flat = list[Value | None]()
+        for argument in self.op.arguments:
+            flat += argument if isinstance(argument, tuple) else (argument,)
+        return {"in": flat.index(value)}
 
-    def result(self, value: Value, size: str) -> Argument:
-        returned = self.func.body.terminator.operands
-        return {"out": returned.index(value)} if value in returned else self.buffer(size)
+    def result(self, value: Value) -> Argument:
+        return {"out": self.op.results.index(value)}
 
     def buffer(self, size: str) -> Argument:
         """A new scratch buffer of `size` bytes."""

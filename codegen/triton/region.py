@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from sparsec.codegen.triton.tile import FLOATS, INTEGERS, NARROW, Names, Tile, tile_type, unsupported
+from sparsec.codegen.triton.tile import FLOATS, INTEGERS, NARROW, Names, Tile, known_sizes, unsupported
 from sparsec.ir.core import Attr, Block, Op, Value
-from sparsec.ir.types import DType
+from sparsec.ir.types import Dim, DType, Sym
 
 Rule: TypeAlias = Callable[["RegionCode", Op], "str | tuple[str, ...] | Tile"]
 """Gives the text of each result, or the operand that the result is."""
@@ -40,10 +40,15 @@ class RegionCode:
         self.names, self.rounds = names, rounds
         self.lines: list[str] = []
         self.tiles: dict[Value, Tile] = {}
+        self.row_dim: Dim = 0
         self._last_comment = ""
 
     def run(self, block: Block, args: Sequence[Tile]) -> tuple[Tile, ...]:
-        """Write every op of `block`; what it yields. Raises: CompileError naming an op that has no rule."""
+        """Write every op of `block`, whose first argument has the rows; what it yields.
+
+        Raises: CompileError naming an op that has no rule.
+        """
+        self.row_dim = block.args[0].tensor.shape[0]
         self.tiles.update(zip(block.args, args, strict=True))
         for op in block.ops[:-1]:
             self._write(op)
@@ -61,8 +66,11 @@ class RegionCode:
         type = op.results[i].tensor
         if type.dtype not in FLOATS | INTEGERS | {DType.i1}:
             raise unsupported(op, f"element type {type.dtype} is not computed in a kernel")
-        sizes, rows = tile_type(type, op)
-        return Tile("", sizes, rows, type.dtype)
+        # With a fixed number of tokens a size of that number may be something else: rows come only from rows.
+        rows = bool(type.shape) and type.shape[0] == self.row_dim
+        if rows and not isinstance(self.row_dim, Sym):
+            rows = any(self.tiles[v].rows for v in op.operands) if op.operands else len(type.shape) > 1
+        return Tile("", known_sizes(type, rows, op), rows, type.dtype)
 
     def call(self, helper: str, *args: object) -> str:
         """A call of a function of `tiles.py`."""
@@ -90,7 +98,7 @@ class RegionCode:
             tile = self.result(op, i)
             variables.append(self.names.of(result) if result.users else "_")
             self.tiles[result] = Tile(variables[-1], tile.sizes, tile.rows, tile.dtype)
-        if self.rounds and len(texts) == 1:
+        if self.rounds and len(op.results) == 1:
             texts = (rounded(texts[0], op.results[0].tensor.dtype),)
         self.lines.append(f"{', '.join(variables)} = {', '.join(texts)}")
 

@@ -12,10 +12,10 @@ from typing import Any
 from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Schedule, Sketch, Wiring, ceil_div
 from sparsec.codegen.triton.region import RegionCode, converted
 from sparsec.codegen.triton.source import indent, library, module_text
-from sparsec.codegen.triton.tile import FLOATS, INTEGERS, POINTERS, Names, Tile, padded, tile_type, unsupported
+from sparsec.codegen.triton.tile import FLOATS, INTEGERS, POINTERS, Names, Tile, known_sizes, padded, unsupported
 from sparsec.dialects.moe import Group, Route, RouteGroup
 from sparsec.ir.core import Func, Value
-from sparsec.ir.types import DType
+from sparsec.ir.types import DType, Sym
 
 RESERVED = ("rows", "live", "tokens", "ids", "weights", "order", "offsets", "counts", "totals", "place_in", "ROWS")
 MAX_LANES = 16384
@@ -111,7 +111,8 @@ class _Router:
         type, pointer = value.tensor, self.arguments[value]
         if type.dtype not in FLOATS | INTEGERS | {DType.i1}:
             raise unsupported(self.op, f"%{value.name} is {type}: that element type is not computed in a kernel")
-        sizes, rows = tile_type(type, self.op)
+        rows = self._has_rows(value)
+        sizes = known_sizes(type, rows, self.op)
         if len(sizes) > 1 and (rows or sizes[0] != 1):
             if rows:
                 raise unsupported(self.op, f"%{value.name} is {type}: more than one axis after the tokens")
@@ -130,6 +131,13 @@ class _Router:
         cast = {"f32": ".to(tl.float32)", "i32": ".to(tl.int32)", "i1": " != 0"}[stored]
         code.lines.append(f"{name} = {load}{'' if type.dtype is DType.f32 else cast}")
         return Tile(name, sizes, rows, type.dtype, "" if rows else pointer)
+
+    def _has_rows(self, value: Value) -> bool:
+        """Whether an operand has one row per token: the logits, and what is as long (a bias may be, by chance)."""
+        logits, shape = self.inputs[0], value.tensor.shape
+        if value is logits or not shape:
+            return value is logits
+        return shape[0] == logits.tensor.shape[0] and (isinstance(shape[0], Sym) or len(shape) > 1)
 
     def _names(self, after: str) -> str:
         return "".join(name + after for name in self.arguments.values())
@@ -246,7 +254,7 @@ class _Router:
     # Launches
 
     def _schedule(self, variant: Mapping[str, Any]) -> Schedule:
-        op, wiring = self.op, Wiring(self.func, self.op)
+        op, wiring = self.op, Wiring(self.op)
         rows, warps = self._rows(variant), int(variant.get("num_warps", 4))
         blocks = f"max(1, {ceil_div('t', rows)})"
         if isinstance(op, Group):
@@ -254,9 +262,7 @@ class _Router:
             chosen = [stored]
         else:
             given = [Parameter(name, POINTERS[v.tensor.dtype], wiring.operand(v)) for v, name in self.arguments.items()]
-            size = f"t * {self.k}"
-            ids = wiring.result(op.ids, f"{size} * {op.ids.tensor.dtype.itemsize}")
-            weights = wiring.result(op.weights, f"{size} * {op.weights.tensor.dtype.itemsize}")
+            ids, weights = wiring.result(op.ids), wiring.result(op.weights)
             stored = Parameter("ids_in", POINTERS[op.ids.tensor.dtype], ids)
             chosen = [
                 *given,
@@ -268,8 +274,8 @@ class _Router:
         if isinstance(op, Route):
             entry = Entry(f"{name}_count", (*chosen, TOKENS), constants, (blocks, "1"), warps, 1)
             return Schedule(up_to, (entry,), tuple(wiring.scratch))
-        order = Parameter("order", I32, wiring.result(op.order, f"t * {4 * self.k}"))
-        offsets = Parameter("offsets", I32, wiring.result(op.offsets, str(4 * (self.experts + 1))))  # type: ignore[operator]
+        order = Parameter("order", I32, wiring.result(op.order))
+        offsets = Parameter("offsets", I32, wiring.result(op.offsets))
         placed = (order, offsets)
         if self._alone(variant):
             entry = Entry(f"{name}_few", (*chosen, *placed, TOKENS), constants, ("1", "1"), warps, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Op, Value
-from sparsec.ir.types import DType, Sym, TensorType
+from sparsec.ir.types import DType, TensorType
 
 NARROW = {DType.f16: "tl.float16", DType.bf16: "tl.bfloat16"}
 FLOATS = {DType.f32, *NARROW}
@@ -72,14 +72,13 @@ class Tile:
         return "(" + "".join(f"{n}, " for n in ("ROWS", *self.lanes) if self.rows or n != "ROWS").rstrip(" ") + ")"
 
 
-def tile_type(type: TensorType, op: Op | None = None) -> tuple[tuple[int, ...], bool]:
-    """Sizes without rows, and whether there are rows. Raises: CompileError for sizes that are not row-local."""
-    rows = bool(type.shape) and isinstance(type.shape[0], Sym)
+def known_sizes(type: TensorType, rows: bool, op: Op | None = None) -> tuple[int, ...]:
+    """A tensor's sizes without its rows. Raises: CompileError for sizes that only a run gives."""
     sizes = type.shape[1:] if rows else type.shape
     known = tuple(size for size in sizes if isinstance(size, int))
     if len(known) != len(sizes):
-        raise unsupported(op, f"{type} has sizes known only at run time beyond its first")
-    return known, rows
+        raise unsupported(op, f"{type} has sizes that are known only at run time, besides its rows")
+    return known
 
 
 def unsupported(op: Op | None, why: str) -> CompileError:

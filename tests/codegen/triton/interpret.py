@@ -67,8 +67,8 @@ def kernel(func: Func) -> Callable[[Sequence[torch.Tensor | None]], Sequence[tor
         for schedule in sketch.schedules
     ]
     op = func.body.ops[0]
-    params = tuple(_type(arg.type) for arg in func.body.args)
-    results = tuple(_type(value.type) for value in func.body.terminator.operands)
+    params = tuple(_type(value.type) for value in op.operands)
+    results = tuple(_type(value.type) for value in op.results)
     described = plan.Kernel(
         name=func.name, op=op.name, backend="triton", params=params, results=results, tokens="t", attrs={},
         body_params=(), body=[], body_outs=[], variants=variants,
