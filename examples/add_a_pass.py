@@ -16,7 +16,7 @@ import torch
 
 from sparsec.inspect.dump import diff
 from sparsec.ir.core import Module, Op
-from sparsec.ir.interp import run_module
+from sparsec.ir.interp import evaluate_module
 from sparsec.ir.parser import parse_module
 from sparsec.ir.printer import print_module
 from sparsec.ir.rewrite import Rewriter, rule
@@ -67,12 +67,12 @@ def main() -> None:
     """Run the pass, show what it changed and what it declined, and compare the results."""
     module = parse_module(TEXT, "example.sparsec")
     inputs = [torch.linspace(-4, 4, 24).reshape(3, 8), torch.ones(3, 8)]
-    before, text = run_module(module, inputs), print_module(module)
+    before, text = evaluate_module(module, inputs, {}), print_module(module)
     result = run_passes(module, "recognize-silu,dce")
-    after = run_module(module, inputs)
+    after = evaluate_module(module, inputs, {})
     print(diff(text, print_module(module), "before", "after recognize-silu"))
     for remark in result.remarks:
-        print(remark)
+        print(f"{remark.loc}: {remark.message}")
     torch.testing.assert_close(after, before)
     print("same results before and after")
 

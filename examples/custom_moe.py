@@ -82,7 +82,7 @@ def main() -> None:
     torch.manual_seed(0)
     layer = Layer().eval()
     compiled = sparsec.compile(layer, (torch.randn(16, HIDDEN),))
-    print(compiled.text("raise"))
+    print(compiled.ir("raise"))
     for tokens in (2, 16, 100):
         x = torch.randn(tokens, HIDDEN)
         with torch.no_grad():
