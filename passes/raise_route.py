@@ -77,7 +77,7 @@ class Slice:
 
     def collect(self, bank: Experts) -> Problem | None:
         """Fill the slice for `bank`. Returns what is in the way, if anything is."""
-        stack: list[tuple[Value, int, Op]] = [(bank.ids, 1, bank), (bank.weights, 1, bank)]
+        stack: list[tuple[Value, int, Op]] = [(bank.weights, 1, bank), (bank.ids, 1, bank)]
         ops: dict[Op, None] = {}
         while stack:
             value, rows, user = stack.pop()
@@ -105,8 +105,8 @@ class Slice:
     ) -> Problem | None:
         """Take in the op behind a value, or note the value as coming from outside."""
         op = value.op
-        outside = op is None or op.name in LINEAR
-        if not outside and op is not None:
+        stop = op is None or op.name in LINEAR or (not rows and not all(map(is_small, op.operands)))
+        if not stop and op is not None:
             if op in ops:
                 if any(self.rows.get(result, rows) != rows for result in op.results):
                     return Problem(op, f"'{op.name}' is used both per token and across tokens", _WRITE_ROW_LOCAL)
@@ -141,6 +141,7 @@ def outline(found: Slice, bank: Experts, rw: Rewriter) -> bool:
         shape = (found.tokens, logits.tensor.shape[-1])
         type = TensorType(shape, logits.tensor.dtype)
         flat = rw.insert_after(make("aten.reshape", [logits], [type], {"shape": shape}), at).results[0]
+        flat.name = logits.name
     tokens = flat.tensor.shape[0]
     body = Block(
         [flat.type, *(param.type for param in found.params)],
