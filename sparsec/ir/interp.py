@@ -124,8 +124,8 @@ class _Run:
             if op is block.ops[-1]:
                 return tuple(operands)
             outputs = self.op(op, operands)
-            del operands
             values.update((result, out) for result, out in zip(op.results, outputs, strict=True) if result.users)
+            del operands, outputs
         raise CompileError("a block without a terminator", _place(block))
 
     def op(self, op: Op, operands: list[Any]) -> tuple[Any, ...]:

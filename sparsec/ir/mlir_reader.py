@@ -39,7 +39,7 @@ from sparsec.ir.types import Dim, DType, Sym, SymType, TensorType, Type
 
 _INHERENT = frozenset({"sym_name", "function_type", "arg_attrs", "res_attrs", "sym_visibility"})
 _HEAD = re.compile(
-    r'(?:\s|//[^\n]*\n)*(?:["#]|func\.func\b|module\s+attributes\b|module\s*\{\s*(?:func\.func\b|"|\}\s*\Z))'
+    r'(?:\s|//[^\n]*\n)*(?:["#]|func\.func\b|module\s+attributes\b|module\s*\{\s*(?:func\.func\b|\}\s*\Z))'
 )
 
 

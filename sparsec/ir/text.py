@@ -57,6 +57,8 @@ _WORDS = {
 
 _PIECE = re.compile(r"\"[^\"\n]*\"?|[%@#^]?[\w.]+|\S")  # what an error shows of the text
 
+_LOC_LINE = re.compile(r"[ \t]*(loc)[ \t]")
+
 
 class TextError(Exception):
     """Something wrong at an offset of the text; `report` makes it a CompileError."""
@@ -107,6 +109,8 @@ def _in_words(parser: Lark, text: str, error: UnexpectedInput) -> TextError:
             position = error.token.start_pos or 0
     elif isinstance(error, UnexpectedEOF):
         names = error.expected
+    if (loc := _LOC_LINE.match(text, text.rfind("\n", 0, position) + 1)) is not None:
+        return TextError(loc.start(1), 'a location is written `loc "file.py":12 in "scope"` or `loc unknown`')
     names = set(names) - ({"LBRACE"} if "FLAT_DICT" in names else set())
     words = sorted({_word(parser, name) for name in names} - {""})
     choice = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
