@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ def _is_replaceable(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def _whole(path: Path) -> Generator[Path, None, None]:
     """A folder to write into that becomes `path` if the block ends well, and vanishes if it does not."""
     token = secrets.token_hex(4)
     new, old = path.with_name(f".{path.name}.new-{token}"), path.with_name(f".{path.name}.old-{token}")

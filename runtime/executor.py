@@ -255,7 +255,7 @@ class _Spec:
 
 def _placed(device: str | torch.device) -> torch.device:
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":  # tensors say which one they are on
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsec.dialects  # registers the ops  # noqa: F401
+from sparsec.dialects import moe
 from sparsec.dialects.dtypes import from_torch
 from sparsec.ir.core import Argument, Attr, Block, Func, Module, Value
 from sparsec.ir.opdef import OpDef, make
@@ -113,7 +113,9 @@ class Layer:
         bias = ["up_bias"] if self.bias else []
         down_bias = ["down_bias"] if self.bias else []
 
-        def func(name: str, op: str, operands: list[str], results: list[str], regions: list[Block], **more: Any) -> Func:
+        def func(
+            name: str, op: str, operands: list[str], results: list[str], regions: list[Block], **more: Any
+        ) -> Func:
             block = Block([types.get(o) or self.type_of(o) for o in operands], operands)
             made = add(block, op, block.args, [types[r] for r in results], regions=regions, **more)
             add(block, "func.return", made.results, ())
@@ -133,7 +135,7 @@ class Layer:
                 [body],
                 num_experts=self.experts,
             ),
-            func("gather_gemm_0", "moe.gather_gemm", ["x", "order", "offsets", "up", *bias], ["h"], [act], **up),
+            func("gather_gemm_0", moe.GatherGemm.op_name, ["x", "order", "offsets", "up", *bias], ["h"], [act], **up),
             func(
                 "gemm_combine_0",
                 "moe.gemm_combine",
@@ -185,7 +187,7 @@ def cache_module(length: int = 4, width: int = 3) -> Module:
 
 
 def arange_module() -> Module:
-    """x [s0, 4] and an integer s1 -> x + arange(s0)[:, None] * s1, the rows where x is positive: sizes of every kind."""
+    """x [s0, 4] and an integer s1 -> x + s1 * arange(s0)[:, None], and where it is not zero: sizes of every kind."""
     s1, u0 = Sym("s1"), Sym("u0")
     x_type = tensor_type(S0, 4)
     block = Block([x_type, SymType(s1)], ["x", "n"])
