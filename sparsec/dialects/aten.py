@@ -91,7 +91,8 @@ class AtenOp(OpDef):
 
     def verify(self) -> Iterator[str]:
         # What the schema says depends on this alone, and most ops of a model are alike.
-        key = (self.name, tuple(self.attrs), self.segments or len(self.operands), len(self.results))
+        attrs = tuple((key, _kind(value)) for key, value in self.attrs.items())
+        key = (self.name, attrs, self.segments or len(self.operands), len(self.results))
         if key in _SOUND:
             return iter(())
         found = list(self._schema_problems())
@@ -115,6 +116,9 @@ class AtenOp(OpDef):
                 yield f"has no attribute '{name}'" + (
                     f"; did you mean '{close[0]}'?" if close else f" ({self.target._schema})"
                 )
+        for param, value in self.bound():
+            if not is_tensor(param) and not _fits(value, str(param.real_type)):
+                yield f"attribute '{param.name}' is {value!r}, not of type {param.real_type} ({self.target._schema})"
         expected = len(self.target._schema.returns)
         is_list = any("List" in str(ret.type) for ret in self.target._schema.returns)
         if not is_list and len(self.results) != expected:
@@ -148,6 +152,30 @@ class AtenOp(OpDef):
         if in_order:
             return self.target(*[value for _, value in positional], **keywords)
         return self.target(**dict(positional), **keywords)
+
+
+_SCALARS: dict[str, tuple[type, ...]] = {  # schema type -> what an attribute of it may be
+    "bool": (bool,),
+    "int": (int, Sym),
+    "float": (float, int, Sym),
+    "number": (bool, int, float, Sym),
+    "str": (str,),
+    "ScalarType": (DType,),
+}
+
+
+def _kind(value: Attr) -> object:
+    """What of an attribute decides whether it fits its type."""
+    return frozenset(map(type, value)) if isinstance(value, tuple) else type(value)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether an attribute can be given for a parameter of a schema type; a lone value may stand for a list."""
+    if kind.startswith("Optional["):
+        return value is None or _fits(value, kind[9:-1])
+    if kind.startswith("List["):
+        return all(_fits(item, kind[5:-1]) for item in (value if isinstance(value, tuple) else (value,)))
+    return kind not in _SCALARS or type(value) in _SCALARS[kind]
 
 
 def _fill(argument: Any, values: Iterator[Any]) -> Any:

@@ -37,7 +37,7 @@ from sparsec.ir.text import (
     parse_type,
     report,
 )
-from sparsec.ir.types import Sym, Type
+from sparsec.ir.types import Type
 
 _KEYWORDS = {keyword: name for name, keyword in TERMINATORS.items()}
 
@@ -182,7 +182,7 @@ def _value(raw: Any, near: Token, depth: int) -> Attr:
             case "NUMBER":
                 return _number(token)
             case "WORD":
-                return WORDS[token] if token in WORDS else Sym(token)
+                return WORDS[token] if token in WORDS else parse_dim(token)
             case "STRING":
                 return _string(token)
             case _:

@@ -26,7 +26,13 @@ def bank(layout: str, gate: str, e: int, h: int, i: int, k: int, flags: dict[str
     columns = i if layout == "single" else 2 * i
     up = (e, h, columns) if flags["up_transposed"] else (e, columns, h)
     down = (e, i, h) if flags["down_transposed"] else (e, h, i)
-    args = {"x": ("s0", h), "ids": ("s0", k), "weights": ("s0", k), "up": up, "down": down}
+    args: dict[str, tuple[str | int, ...]] = {
+        "x": ("s0", h),
+        "ids": ("s0", k),
+        "weights": ("s0", k),
+        "up": up,
+        "down": down,
+    }
     used = "%x, %ids, %weights, %up, %down"
     if flags["up_bias"]:
         args["up_bias"] = (e, columns)
