@@ -11,17 +11,18 @@ runs the model's Python on fake tensors and notes every operator. Two things kee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -29,6 +30,7 @@ Progress = Callable[[str], None]
 """Called with the path of each module as it starts."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_NEEDS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -99,7 +101,8 @@ class Record:
         parameters: each parameter once, by its first path.
         stopped: for each module that could not run on shapes alone, the reason.
         returned: tensors that the model hands back, in any object it returns.
-        tokens: batch times sequence length of the inputs.
+        tokens: of the first input: elements of ids, rows of features.
+        batch: leading size of the first input.
     """
 
     calls: list[Call] = field(default_factory=list[Call])
@@ -108,6 +111,7 @@ class Record:
     stopped: dict[str, str] = field(default_factory=dict[str, str])
     returned: set[Value] = field(default_factory=set[Value])
     tokens: int = 1
+    batch: int = 1
 
     @cached_property
     def family_of(self) -> dict[str, Family]:
@@ -228,20 +232,18 @@ class _Recorder(TorchDispatchMode):
                 return inner
 
             args, kwargs = tree_map_only(Tensor, enter, (args, kwargs))
-            self.record.tokens = self._tokens()
+            self._measure()
             stack.enter_context(self._watched())
             stack.enter_context(self)
-            output = self.model(*args, **kwargs)
+            output = self._run("", self.model, args, kwargs)
         self.record.returned = {self.values[id(t)] for t in _tensors(output) if id(t) in self.values}
         return self.record
 
-    def _tokens(self) -> int:
-        """Of the first input: ids have one element per token, features one row."""
+    def _measure(self) -> None:
         first = next((value for value in self.values.values() if value.input), None)
-        if first is None:
-            return 1
-        sizes = first.shape[:-1] if first.dtype.is_floating_point else first.shape
-        return prod(size or 1 for size in sizes)
+        if first is not None and first.shape:
+            sizes = first.shape[:-1] if first.dtype.is_floating_point else first.shape
+            self.record.tokens, self.record.batch = prod(size or 1 for size in sizes), first.shape[0] or 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -251,10 +253,11 @@ class _Recorder(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if self.paused or not made or func.namespace == "prim":
             return out
-        read = tree_map_only(Tensor, self._value, (args, kwargs))
+        read_args, read_kwargs = tree_map_only(Tensor, self._value, (args, kwargs))
         mutated = [arg for arg in tree_leaves((args, kwargs)) if any(arg is result for result in made)]
         results = tuple(self._bind(tensor, Value(_sizes(tensor), tensor.dtype)) for tensor in made)
-        self._note(str(func.overloadpacket).replace("::", "."), *read, results, is_view=func.is_view)
+        name = str(func.overloadpacket).replace("::", ".")
+        self._note(name, read_args, read_kwargs, results, is_view=func.is_view)
         if func.is_view:
             source = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             self.base |= {id(tensor): source for tensor in made}
@@ -264,11 +267,12 @@ class _Recorder(TorchDispatchMode):
 
     def _written(self, tensor: Tensor) -> None:
         """A write through a view is a write to what it views."""
-        value = self._value(tensor)
-        while (tensor := cast("Tensor", self.base.get(id(tensor)))) is not None:
-            old = self._value(tensor)
+        value, viewed = self._value(tensor), self.base.get(id(tensor))
+        while viewed is not None:
+            old = self._value(viewed)
             if not old.param:
-                self._note("written", (old, value), {}, (self._bind(tensor, Value(old.shape, old.dtype)),))
+                self._note("written", (old, value), {}, (self._bind(viewed, Value(old.shape, old.dtype)),))
+            viewed = self.base.get(id(viewed))
 
     def _note(self, name: str, args: Any, kwargs: Any, results: tuple[Value, ...], **more: Any) -> None:
         self.record.calls.append(Call(name, self.scopes[-1], tuple(args), kwargs, results, **more))
@@ -282,10 +286,12 @@ class _Recorder(TorchDispatchMode):
         return self.values.get(id(tensor)) or self._bind(tensor, Value(_sizes(tensor), tensor.dtype))
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Every module's `forward` passes through `_call`."""
+    def _watched(self) -> Generator[None]:
+        """Every module's `forward` passes through `_call`; the model is in evaluation mode."""
         changed = list[tuple[nn.Module, Any]]()
+        training = [module for module in self.model.modules() if module.training]
         try:
+            self.model.eval()
             for path, module in self.model.named_modules():
                 if not path:
                     continue
@@ -297,6 +303,8 @@ class _Recorder(TorchDispatchMode):
                 del module.forward
                 if own is not None:
                     module.forward = own
+            for module in training:
+                module.training = True
 
     def _wrap(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -307,11 +315,11 @@ class _Recorder(TorchDispatchMode):
     def _call(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         family = self.record.family_of.get(path)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        static = all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
+        static = not any(isinstance(size, torch.SymInt) for tensor in inputs for size in tensor.shape)
         if family is None or family not in self.outputs or not static:
             if family is not None:
                 self.progress(path)
-            output = self._run(path, forward, args, kwargs, inputs)
+            output = self._run(path, forward, args, kwargs)
             if family is not None and static:
                 self.outputs[family] = output
         else:
@@ -327,22 +335,16 @@ class _Recorder(TorchDispatchMode):
         self.scopes.pop()
         return tree_map_only(Tensor, lambda tensor: fresh[id(tensor)], output)
 
-    def _run(
-        self,
-        path: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        inputs: list[Tensor],
-    ) -> Any:
+    def _run(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.scopes.append(path)
         try:
             return forward(*args, **kwargs)
         except Exception as error:  # whatever the model's Python makes of a tensor without values
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             like = next((tensor for tensor in inputs if tensor.dtype.is_floating_point), None)
-            if like is None:
+            if like is None or (not path and not isinstance(error, _NEEDS_VALUES)):
                 raise
-            self.record.stopped[path] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.record.stopped[path] = _reason(error)
             output = self._like(like)
             read = tuple(self._value(tensor) for tensor in inputs)
             self._note("stopped", read, {}, (self._value(output),))
@@ -360,16 +362,27 @@ class _Recorder(TorchDispatchMode):
         return copy
 
 
+def _reason(error: Exception) -> str:
+    """In a few words, why a module stopped."""
+    if isinstance(error, _NEEDS_VALUES):
+        return "its Python depends on values of tensors"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
-def _as_if_exporting() -> Iterator[None]:
+def _as_if_exporting() -> Generator[None]:
     """Libraries that ask `torch.compiler.is_exporting()` take the path without data-dependent shortcuts."""
     flags = ("_is_compiling_flag", "_is_exporting_flag")
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # reports what `_run` handles
+    level = log.level
     before = {flag: getattr(torch.compiler, flag) for flag in flags if hasattr(torch.compiler, flag)}
     try:
         for flag in before:
             setattr(torch.compiler, flag, True)
+        log.setLevel(logging.CRITICAL)
         yield
     finally:
+        log.setLevel(level)
         for flag, value in before.items():
             setattr(torch.compiler, flag, value)
 
@@ -379,7 +392,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _sizes(tensor: Tensor) -> tuple[int | None, ...]:
-    return tuple(size if isinstance(size, int) else None for size in tensor.shape)
+    return tuple(None if isinstance(size, torch.SymInt) else size for size in tensor.shape)
 
 
 def _tensors(item: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -1,352 +1,239 @@
-"""Which parameters work for which token, read from the operators that `sparsec.frontend.blocks` noted.
-
-Nothing here looks at the name of a parameter, a class or an option. A *selection* is a top-k or arg-max over an axis of
-E; what is computed from its indices carries it along. A *bank* is E equal shares of parameters of which a token uses k:
-
-- the operand of a grouped GEMM (an integer per expert says where its rows end);
-- rows of a parameter gathered by indices that carry a selection;
-- a parameter whose leading size is E, used slice by slice or as the batch of a product that meets a selection of E;
-- E modules built alike whose inputs or results meet a selection of E.
-"""
+"""Figures of a model added up: parameters in all and at work, bytes read per token, experts hit, cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from os.path import commonprefix
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from sparsec.frontend.blocks import Call, Family, Record, Value
+if TYPE_CHECKING:
+    from sparsec.frontend.blocks import Record
+    from sparsec.inspect.dataflow import Dataflow
 
-_MATMULS = frozenset(f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv"))
-_SOFTMAXES = frozenset({"aten._softmax", "aten._safe_softmax", "aten.softmax"})
-_GATHERS = frozenset({"aten.index", "aten.index_select", "aten.embedding"})
-_COPIES = frozenset({"aten._to_copy", "aten.clone", "aten._unsafe_view", "aten.detach"})
-_RESHAPES = frozenset({"aten.view", "aten._unsafe_view", "aten.reshape"})
-_REORDERS = frozenset({"aten.cumsum", "aten.sort", "aten.argsort"})
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """`k` chosen out of `extent`, from `source`, in the module at `scope`."""
-
-    extent: int
-    k: int
-    scope: str
-    source: Value
+BATCHES = (1, 8, 64, 512)
 
 
 @dataclass(frozen=True)
-class Bank:
-    """A parameter, or all parameters below a module, of which a token uses `k / experts`.
+class Routed:
+    """Expert layers that are alike.
 
     Args:
-        path: the parameter, or the first of the E modules.
+        layers: how many there are.
         experts, k: E, and how many of them a token uses.
-        block: path of the innermost module that holds both the bank and what selects from it.
+        parameters: of all E experts of all these layers.
+        expert_parameters: of one expert.
+        shared_parameters: in one layer's block, at work for every token beside the router; None if not derived.
+        shared_experts: the same in experts; None if not derived.
+        place: path of the first such block.
     """
 
-    path: str
+    layers: int
     experts: int
     k: int
-    block: str
+    parameters: int
+    expert_parameters: int
+    shared_parameters: int | None
+    shared_experts: float | None
+    place: str
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Keys and values of one attention, as narrow as they are before heads are repeated."""
+class Traffic:
+    """Weights read for a batch of tokens, one per sequence: bytes, and for each entry of `routed` the experts hit."""
 
-    scope: str
-    keys: Value
-    values: Value
-    returned: bool  #: whether the model hands them back, as a cache
+    batch: int
+    weight_bytes: float
+    experts_hit: list[float]
 
 
 @dataclass(frozen=True)
-class _View:
-    """A parameter seen through views: its leading sizes so far, and whether this is only a part of it."""
+class ModelInfo:
+    """What `sparsec info` prints.
 
-    param: str
-    leads: frozenset[int]
-    rank: int
-    part: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """What would be a bank if its results met a selection."""
-
-    path: str
-    extents: frozenset[int]
-    scope: str
-    family: Family | None = None
-
-
-class Accounting:
-    """Reads a record once, in order.
-
-    Attributes:
-        banks: by the path of their parameter or module.
-        tables: parameters that are only looked up by ids that the caller gave: input embeddings.
-        used: parameters that some operator reads, by canonical path.
-        attentions: softmax attentions, one per place in the code.
-        routers: for each block with a bank, the parameters that lead to its selections.
+    Args:
+        name: class of the model, or name of the artifact.
+        layers: blocks in sequence, encoder and decoder together; 0 if no container holds any.
+        moe_layers: those with experts.
+        routed: expert layers by kind; empty for a dense model.
+        total: parameters, each counted once.
+        active: those at work for one token: all but the experts that it does not use.
+        active_without_embedding: the same without tables that are only looked up.
+        weight_bytes: of all parameters.
+        traffic: weights read at a few batch sizes.
+        kv_bytes_per_token: keys and values of all layers; None if not derived.
+        dtypes: parameters by dtype.
+        unreached: parameters that the traced inputs do not lead to, counted as active (a vision tower, say).
+        notes: what the figures leave out or assume.
     """
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.banks = dict[str, Bank]()
-        self.used = set[str]()
-        self.producer = dict[Value, Call]()
-        self.views = dict[Value, _View]()
-        self.selections = list[Selection]()
-        self._carried = dict[Value, frozenset[Selection]]()
-        self._candidates = dict[Value, frozenset[_Candidate]]()
-        self._ids = set[Value]()
-        self._looked_up, self._multiplied = set[str](), set[str]()
-        for call in record.calls:
-            self._read(call)
-            self.producer |= dict.fromkeys(call.results, call)
-        for call in record.calls:
-            if call.name == "stopped":
-                self._read_stopped(call)
-        self.tables = self._looked_up - self._multiplied
-        self.attentions = list(self._attentions())
-
-    def bank_of(self, path: str) -> Bank | None:
-        """The bank that a parameter, by canonical path, belongs to."""
-        parts = path.split(".")
-        return next((b for i in range(len(parts)) if (b := self.banks.get(".".join(parts[: i + 1])))), None)
-
-    def router_of(self, block: str) -> set[str]:
-        """Parameters inside a block that lead to its selections."""
-        todo = [s.source for s in self.selections if _inside(s.scope, block)]
-        found, seen = set[str](), set[Value]()
-        while todo:
-            value = todo.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            if value in self.views:
-                found.add(self.record.canonical(self.views[value].param))
-            elif (call := self.producer.get(value)) and _inside(call.scope, block):
-                todo += call.operands
-        return found
-
-    def _read(self, call: Call) -> None:
-        operands = call.operands
-        for value in operands:
-            if value.param and value not in self.views:
-                leads = frozenset(size for size in value.shape[:1] if size)
-                self.views[value] = _View(value.param, leads, len(value.shape))
-            if value.input and not value.dtype.is_floating_point:
-                self._ids.add(value)
-        if self._is_view(call):
-            return
-        carried = _union(self._carried, operands)
-        candidates = _union(self._candidates, operands)
-        if call.name == "block":
-            self._read_block(call, carried)
-            return
-        found = self._read_params(call, carried)
-        for candidate in candidates:
-            others = _union(self._carried, (v for v in operands if candidate not in self._candidates.get(v, ())))
-            self._confirm(candidate, others)
-        self._carry(call, carried, candidates | found)
-        self._select(call)
-
-    def _is_view(self, call: Call) -> bool:
-        """Follow a parameter through views and casts."""
-        view = self.views.get(call.operands[0]) if call.operands else None
-        if view is None or not (call.is_view or call.name in _COPIES):
-            return False
-        whole = call.operands[0].numel
-        for result in call.results:
-            part = view.part or result.numel != whole and "expand" not in call.name
-            leads = view.leads
-            if call.name in _RESHAPES and not part and len(result.shape) > 2 and result.shape[0]:
-                leads |= {result.shape[0]}
-            self.views[result] = replace(view, leads=leads, part=part, rank=max(view.rank, len(result.shape)))
-        return True
-
-    def _read_block(self, call: Call, carried: frozenset[Selection]) -> None:
-        """A member's results carry no selection made inside; as one of E alike, it is a candidate."""
-        family = call.family
-        if family is None or len(family) < 2:
-            return
-        candidate = _Candidate(family.members[0], frozenset({len(family)}), family.container, family)
-        self._confirm(candidate, carried)
-        self._candidates |= dict.fromkeys(call.results, frozenset({candidate}))
-
-    def _read_params(self, call: Call, carried: frozenset[Selection]) -> frozenset[_Candidate]:
-        """Note the parameters that a call reads; those that might be banks are returned or confirmed."""
-        found = set[_Candidate]()
-        for value in call.operands:
-            view = self.views.get(value)
-            if view is None:
-                continue
-            path = self.record.canonical(view.param)
-            self.used.add(path)
-            gathered = call.name in _GATHERS and call.operands[0] is value
-            if gathered and any(v in self._ids for v in call.operands):
-                self._looked_up.add(path)
-                continue
-            self._multiplied.add(path)
-            candidate = _Candidate(path, view.leads, call.scope)
-            if gathered and carried and not view.part:
-                ids = max((v.numel or 0 for v in call.operands if v is not value), default=0)
-                self._confirm(candidate, carried, value.shape[0] or 0, ids)
-            elif self._groups(call, value):
-                rows = next((v.shape[0] for v in call.operands if v not in self.views and len(v.shape) == 2), 0)
-                self._confirm(candidate, carried, value.shape[0] or 0, rows or 0)
-            elif view.part or call.name in _MATMULS and view.rank > 2:
-                self._confirm(candidate, carried)
-                found.add(candidate)
-        return frozenset(found)
-
-    def _groups(self, call: Call, bank: Value) -> bool:
-        """Whether the call takes one integer per slice of a whole three-dimensional parameter."""
-        return (
-            len(bank.shape) == 3
-            and not self.views[bank].part
-            and any(v.shape == bank.shape[:1] and not v.dtype.is_floating_point for v in call.operands)
-        )
-
-    def _confirm(
-        self, candidate: _Candidate, carried: Iterable[Selection], experts: int = 0, pairs: int = 0
-    ) -> None:
-        """Make a bank of the candidate if a selection fits it.
-
-        Args:
-            candidate: what the bank would be.
-            carried: selections that reach it.
-            experts: E, where the operator itself tells it; a selection of another extent will then do.
-            pairs: (token, expert) pairs that the operator works on, where it tells.
-        """
-        if candidate.path in self.banks:
-            return
-        members = candidate.family.members if candidate.family else ()
-        outside = [s for s in carried if not any(_inside(s.scope, member) for member in members)]
-        fitting = [s for s in outside if s.extent in candidate.extents]
-        k = _count(fitting, candidate.scope)
-        if pairs and pairs % self.record.tokens == 0:
-            k = pairs // self.record.tokens
-        experts = experts or (fitting[0].extent if fitting else 0)
-        if 0 < k < experts:
-            near = [_common(s.scope, candidate.scope) for s in fitting or outside] or [candidate.scope]
-            self.banks[candidate.path] = Bank(candidate.path, experts, k, max(near, key=len))
-
-    def _carry(self, call: Call, carried: frozenset[Selection], candidates: frozenset[_Candidate]) -> None:
-        for result in call.results:
-            if carried:
-                self._carried[result] = carried
-            if candidates:
-                self._candidates[result] = candidates
-            integer = not result.dtype.is_floating_point and str(result.dtype) != "torch.bool"
-            if integer and call.name not in _REORDERS:
-                same = (v for v in call.operands if v in self._ids and v.numel == result.numel)
-                self._ids |= {result for _ in same}
-
-    def _select(self, call: Call) -> None:
-        """Indices of a top-k or arg-max begin to carry a selection."""
-        name = call.name.removeprefix("aten.")
-        if name not in {"topk", "argmax", "max"} or (name == "max" and len(call.results) < 2):
-            return
-        source = call.operands[0]
-        position = 2 if name == "topk" else 1
-        axis = call.args[position] if len(call.args) > position else call.kwargs.get("dim", -1)
-        extent = source.shape[axis] if isinstance(axis, int) and source.shape else None
-        k = (call.args[1] if len(call.args) > 1 else call.kwargs.get("k")) if name == "topk" else 1
-        if extent and isinstance(k, int) and k < extent:
-            selection = Selection(extent, k, call.scope, source)
-            self.selections.append(selection)
-            ids = call.results[-1]
-            self._carried[ids] = self._carried.get(ids, frozenset()) | {selection}
-
-    def _read_stopped(self, call: Call) -> None:
-        """What a module that stopped did not come to read, where its shape tells: banks of a selection that came in."""
-        carried = _union(self._carried, call.operands)
-        carried |= {s for s in self.selections if _inside(s.scope, call.scope)}
-        for family in self.record.families:
-            if _inside(family.container, call.scope) and len(family) > 1:
-                extents = frozenset({len(family)})
-                self._confirm(_Candidate(family.members[0], extents, family.container, family), carried)
-        seen = {view.param: view.leads for view in self.views.values()}
-        for path, parameter in self.record.parameters.items():
-            if path.rpartition(".")[0] == call.scope and self.record.canonical(path) not in self.used:
-                extents = seen.get(path, frozenset[int]()) | {size for size in parameter.shape[:1] if size}
-                self._confirm(_Candidate(self.record.canonical(path), extents, call.scope), carried)
-
-    def _attentions(self) -> Iterator[Attention]:
-        """Products of a softmax over a product of two activations, and fused attention operators."""
-        handed_back = {value for tensor in self.record.returned for value in self._chain(tensor)}
-        first = dict[str, str]()
-        for call in self.record.calls:
-            keys, values = self._keys_and_values(call)
-            scope = self.record.canonical(call.scope)
-            if keys is None or values is None or first.setdefault(scope, call.scope) != call.scope:
-                continue
-            chains = [list(self._chain(keys)), list(self._chain(values))]
-            narrow = [min(chain, key=lambda value: value.numel or 0) for chain in chains]
-            returned = all(handed_back.intersection(chain) for chain in chains)
-            yield Attention(scope, *narrow, returned)
-
-    def _keys_and_values(self, call: Call) -> tuple[Value | None, Value | None]:
-        operands = call.operands
-        if "scaled_dot_product" in call.name and len(operands) > 2:
-            return operands[1], operands[2]
-        if call.name in _MATMULS and len(operands) == 2 and not any(v in self.views for v in operands):
-            for value in self._chain(operands[0]):
-                softmax = self.producer.get(value)
-                if softmax and softmax.name in _SOFTMAXES:
-                    scores = self._scores(softmax)
-                    return (scores.operands[1], operands[1]) if scores else (None, None)
-        return None, None
-
-    def _scores(self, softmax: Call) -> Call | None:
-        """The product of queries and keys behind a softmax, through scales, masks, biases and sinks."""
-        todo, depth = list(softmax.operands), 0
-        while todo and depth < 32:
-            call, depth = self.producer.get(todo.pop(0)), depth + 1
-            if call is None or call.name in {"block", "stopped"}:
-                continue
-            if call.name in _MATMULS:
-                if len(call.operands) == 2 and not any(v in self.views for v in call.operands):
-                    return call
-                continue
-            todo += call.operands
-        return None
-
-    def _chain(self, value: Value) -> Iterator[Value]:
-        """The value and those that it is a copy, a view or a scaled version of."""
-        while True:
-            yield value
-            call = self.producer.get(value)
-            if call is None or call.name in _MATMULS or call.name in {"block", "stopped"}:
-                return
-            sources = [v for v in call.operands if v.numel is None or v.numel > 1]
-            if len(sources) != 1 or sources[0] in self.views:
-                return
-            value = sources[0]
+    name: str
+    layers: int
+    moe_layers: int
+    routed: list[Routed]
+    total: int
+    active: int
+    active_without_embedding: int
+    weight_bytes: int
+    traffic: list[Traffic]
+    kv_bytes_per_token: int | None
+    dtypes: dict[str, int]
+    unreached: int = 0
+    notes: list[str] = field(default_factory=list[str])
 
 
-def _union(carried: Mapping[Value, frozenset[_T]], values: Iterable[Value]) -> frozenset[_T]:
-    return frozenset[_T]().union(*(carried.get(value, frozenset[_T]()) for value in values))
+def summarise(name: str, flow: Dataflow, batches: Sequence[int] = BATCHES) -> ModelInfo:
+    """Add up what the flow found."""
+    record = flow.record
+    weights = _Weights(flow)
+    routed = weights.routed()
+    layers, moe_layers = _layers(flow)
+    idle = sum(r.parameters - r.parameters * r.k // r.experts for r in routed)
+    notes = [f"{_stopped(path, record)}: {reason}" for path, reason in record.stopped.items()]
+    return ModelInfo(
+        name=name,
+        layers=layers,
+        moe_layers=moe_layers,
+        routed=routed,
+        total=weights.total,
+        active=weights.total - idle,
+        active_without_embedding=weights.total - idle - weights.tables,
+        weight_bytes=weights.bytes,
+        traffic=[weights.traffic(batch, routed) for batch in batches],
+        kv_bytes_per_token=_kv_bytes(flow, notes),
+        dtypes=weights.dtypes,
+        unreached=weights.unreached,
+        notes=notes,
+    )
 
 
-def _count(selections: list[Selection], scope: str) -> int:
-    """How many are chosen in all by the selections nearest to `scope`."""
-    near = [len(_common(s.scope, scope)) for s in selections]
-    by_source = {s.source: s.k for s, distance in zip(selections, near, strict=True) if distance == max(near)}
-    return sum(by_source.values())
+@dataclass
+class _Block:
+    """The banks of alike blocks, all layers together."""
+
+    experts: int
+    k: int
+    parameters: int = 0
+    bytes: int = 0
 
 
-def _common(a: str, b: str) -> str:
-    """The innermost module that holds both."""
-    return ".".join(commonprefix([a.split("."), b.split(".")]))
+class _Weights:
+    """Sums over parameters; every member of a family counts like the one that was traced."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        self.flow = flow
+        self.total = self.bytes = self.tables = self.table_row = self.dense_bytes = self.unreached = 0
+        self.dtypes = dict[str, int]()
+        self.blocks = dict[str, _Block]()
+        self.others = dict[str, int]()  # canonical path -> parameters at work for every token, all layers
+        record = flow.record
+        for path, value in record.parameters.items():
+            canonical, count = record.canonical(path), value.numel or 0
+            size, dtype = count * value.dtype.itemsize, str(value.dtype).removeprefix("torch.")
+            self.total, self.bytes = self.total + count, self.bytes + size
+            self.dtypes[dtype] = self.dtypes.get(dtype, 0) + count
+            if (bank := flow.bank_of(canonical)) is not None:
+                block = self.blocks.setdefault(bank.block, _Block(bank.experts, bank.k))
+                block.parameters, block.bytes = block.parameters + count, block.bytes + size
+            elif canonical in flow.tables:
+                self.tables += count
+                self.table_row += size // (value.shape[0] or 1)
+            else:
+                self.dense_bytes += size
+                self.others[canonical] = self.others.get(canonical, 0) + count
+                if canonical not in flow.used:
+                    self.unreached += count
+
+    def routed(self) -> list[Routed]:
+        """Blocks with as many experts of one size, of which as many are used, are one kind."""
+        kinds = dict[tuple[int, int, int], list[str]]()
+        for path, block in self.blocks.items():
+            one = block.parameters // (block.experts * _copies(self.flow.record, path))
+            kinds.setdefault((block.experts, block.k, one), []).append(path)
+        return [self._routed(*kind, paths) for kind, paths in kinds.items()]
+
+    def _routed(self, experts: int, k: int, one: int, paths: list[str]) -> Routed:
+        shared = self._shared(paths[0])
+        ratio = None if shared is None else round(shared / one, 3)
+        parameters = sum(self.blocks[path].parameters for path in paths)
+        layers = _moe_layers(self.flow, paths)
+        return Routed(layers, experts, k, parameters, one, shared, ratio, paths[0])
+
+    def _shared(self, block: str) -> int | None:
+        """Parameters of the block that are neither in a bank nor in the router; None if it is more than the experts."""
+        flow = self.flow
+        around = flow.record.around(block)
+        wide = not block or (around and block == around[-1].members[0])
+        if wide or any(a.scope == block or a.scope.startswith(block + ".") for a in flow.attentions):
+            return None
+        router = flow.router_of(block)
+        inside = {path: count for path, count in self.others.items() if path.startswith(block + ".")}
+        return sum(count for path, count in inside.items() if path not in router) // _copies(flow.record, block)
+
+    def traffic(self, batch: int, kinds: Sequence[Routed]) -> Traffic:
+        """A dense weight is read once, a looked-up table by rows, an expert if any of the tokens uses it."""
+        banks = sum(b.bytes * expected_experts(b.experts, b.k, batch) / b.experts for b in self.blocks.values())
+        hit = [expected_experts(kind.experts, kind.k, batch) for kind in kinds]
+        return Traffic(batch, self.dense_bytes + batch * self.table_row + banks, hit)
 
 
-def _inside(path: str, module: str) -> bool:
-    return not module or path == module or path.startswith(module + ".")
+def _stopped(path: str, record: Record) -> str:
+    """Which modules could be traced in part only."""
+    copies = _copies(record, path)
+    return f"{path or 'the model'}{f' and {copies - 1} alike' if copies > 1 else ''} traced in part"
+
+
+def expected_experts(experts: int, k: int, batch: int) -> float:
+    """Distinct experts hit by `batch` tokens that choose k of E evenly: E(1 - (1 - k/E)^B)."""
+    return experts * (1 - (1 - k / experts) ** batch)
+
+
+def _copies(record: Record, path: str) -> int:
+    """How many times the module at `path` is there, counting the families around it."""
+    copies = 1
+    for family in record.around(path):
+        copies *= len(family)
+    return copies
+
+
+def _moe_layers(flow: Dataflow, blocks: Mapping[str, int] | Sequence[str]) -> int:
+    """Layers that hold the blocks: members of the outermost container, or the blocks themselves."""
+    counts = dict[str, int]()
+    for block in blocks:
+        around = flow.record.around(block)
+        counts[around[0].members[0] if around else block] = len(around[0]) if around else 1
+    return sum(counts.values())
+
+
+def _layers(flow: Dataflow) -> tuple[int, int]:
+    """Members of outermost containers whose results feed one another, and how many of them hold experts."""
+    record = flow.record
+    made, chained = dict[str, set[Any]](), set[str]()
+    called = dict[Any, None]()
+    for call in record.calls:
+        if call.name != "block" or call.family is None or record.around(call.family.container):
+            continue
+        before = made.setdefault(call.family.container, set())
+        if before.intersection(call.operands):
+            chained.add(call.family.container)
+        before.update(call.results)
+        called[call.family] = None
+    places = {a.scope for a in flow.attentions} | {bank.block for bank in flow.banks.values()}
+    working = {family.container for place in places for family in record.around(place)[:1]}
+    layers = sum(len(family) for family in called if family.container in chained | working)
+    return layers, _moe_layers(flow, list({bank.block: None for bank in flow.banks.values()}))
+
+
+def _kv_bytes(flow: Dataflow, notes: list[str]) -> int | None:
+    """Bytes that one more token adds to the keys and values of all layers."""
+    kept = [a for a in flow.attentions if a.returned]
+    if not kept and flow.attentions:
+        kept = flow.attentions
+        notes.append("the model hands back no cache: KV bytes are those of all its keys and values")
+    total = 0
+    for value, attention in {value: a for a in kept for value in a.memory}.items():
+        tokens = flow.record.batch * (attention.length or 0)
+        size = (value.numel or 0) * value.dtype.itemsize
+        if not tokens or not size or size % tokens:
+            return None
+        total += size // tokens * _copies(flow.record, attention.scope)
+    return total or None

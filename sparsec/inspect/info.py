@@ -1,6 +1,6 @@
 """What a model costs per token: parameters in all and at work, bytes read, experts hit, cache. No weights needed.
 
-The figures follow from operators (`sparsec.inspect.accounting`) noted on shapes alone, so a model of any size takes
+The figures follow from operators (`sparsec.inspect.dataflow`) noted on shapes alone, so a model of any size takes
 seconds.
 """
 
@@ -9,20 +9,21 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.diagnostics import SparsecError
+from sparsec.inspect.accounting import BATCHES, ModelInfo, Routed, summarise
+from sparsec.ir.core import Module
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import nn
 
     from sparsec.frontend.blocks import Progress
-    from sparsec.inspect.accounting import Accounting
+    from sparsec.frontend.capture import Captured
 
-BATCHES = (1, 8, 64, 512)
 LOOKED_FOR = (
     "a top-k or arg-max whose indices reach a grouped GEMM, a gather from a parameter, a batched product over a "
     "parameter's leading axis, or modules built alike"
@@ -30,76 +31,8 @@ LOOKED_FOR = (
 _TOKENS = 7  # a length that is unlikely to equal a number of experts
 
 
-@dataclass(frozen=True)
-class Routed:
-    """Expert layers that are alike.
-
-    Args:
-        layers: how many there are.
-        experts, k: E, and how many of them a token uses.
-        parameters: of all E experts of all these layers.
-        expert_parameters: of one expert.
-        shared_parameters: in one layer's block, at work for every token beside the router; None if not derived.
-        shared_experts: the same in experts; None if not derived.
-        place: path of the first such block.
-    """
-
-    layers: int
-    experts: int
-    k: int
-    parameters: int
-    expert_parameters: int
-    shared_parameters: int | None
-    shared_experts: float | None
-    place: str
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Weights read for a batch of tokens, one per sequence: bytes, and for each entry of `routed` the experts hit."""
-
-    batch: int
-    weight_bytes: float
-    experts_hit: list[float]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What `sparsec info` prints.
-
-    Args:
-        name: class of the model, or name of the artifact.
-        layers: blocks in sequence, encoder and decoder together; 0 if no container holds any.
-        moe_layers: those with experts.
-        routed: expert layers by kind; empty for a dense model.
-        total: parameters, each counted once.
-        active: those at work for one token: all but the experts that it does not use.
-        active_without_embedding: the same without tables that are only looked up.
-        weight_bytes: of all parameters.
-        traffic: weights read at a few batch sizes.
-        kv_bytes_per_token: keys and values of all layers; None if not derived.
-        dtypes: parameters by dtype.
-        unreached: parameters that the traced inputs do not lead to, counted as active (a vision tower, say).
-        notes: what the figures leave out or assume.
-    """
-
-    name: str
-    layers: int
-    moe_layers: int
-    routed: list[Routed]
-    total: int
-    active: int
-    active_without_embedding: int
-    weight_bytes: int
-    traffic: list[Traffic]
-    kv_bytes_per_token: int | None
-    dtypes: dict[str, int]
-    unreached: int = 0
-    notes: list[str] = field(default_factory=list[str])
-
-
 def info(
-    model: nn.Module | str | Path,
+    model: nn.Module | Captured | Module | str | Path,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -109,7 +42,8 @@ def info(
     """Account for a model.
 
     Args:
-        model: a module, on the meta device or with weights, or a folder with a `config.json`.
+        model: a module, on the meta device or with weights; a folder with a `config.json`; an artifact; what the front
+            end captured, or the IR of any phase.
         args, kwargs: example inputs; only shapes matter. Left out, token ids are made up where `forward` takes
             `input_ids`.
         batches: batch sizes to give the weight traffic for.
@@ -118,20 +52,57 @@ def info(
     Raises:
         SparsecError: the folder holds no model, or inputs are needed and not given.
     """
-    from sparsec.frontend.blocks import record
-    from sparsec.inspect.accounting import Accounting
+    from sparsec.frontend.capture import Captured
 
-    module = model if not isinstance(model, (str, Path)) else load_meta(Path(model))
+    if isinstance(model, (str, Path)):
+        path = Path(model)
+        if (path / "manifest.json").is_file():
+            return _of_module(load_module(path), path.name, batches)
+        model = load_meta(path)
+    if isinstance(model, Captured):
+        model = model.module
+    if isinstance(model, Module):
+        return _of_module(model, "main", batches)
+    return _of_model(model, args, kwargs, batches, progress)
+
+
+def _of_model(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    batches: Sequence[int],
+    progress: Progress | None,
+) -> ModelInfo:
+    from sparsec.frontend.blocks import record
+    from sparsec.inspect.dataflow import Dataflow
+
+    name = type(model).__name__
     if not args and not kwargs:
-        kwargs = example_inputs(module)
+        kwargs = example_inputs(model)
     try:
-        accounting = Accounting(record(module, args, kwargs, progress=progress))
+        seen = record(model, args, kwargs, progress=progress)
     except Exception as error:
         raise SparsecError(
-            f"{type(module).__name__} cannot be run on shapes alone: {error}\n"
+            f"{name} cannot be run on shapes alone: {error}\n"
             "  hint: give example inputs of the right shapes: info(model, args, kwargs)"
         ) from error
-    return summarise(type(module).__name__, accounting, batches)
+    return summarise(name, Dataflow(seen), batches)
+
+
+def _of_module(module: Module, name: str, batches: Sequence[int]) -> ModelInfo:
+    from sparsec.inspect.dataflow import Dataflow
+    from sparsec.inspect.ir_record import record_module
+
+    return summarise(name, Dataflow(record_module(module)), batches)
+
+
+def load_module(artifact: Path) -> Module:
+    """The IR of an artifact. Raises: ArtifactError, CompileError."""
+    from sparsec.ir.parser import parse_module
+    from sparsec.runtime.artifact import open_artifact
+
+    text = open_artifact(artifact, verify=False).read("module.sparsec").decode()
+    return parse_module(text, str(artifact / "module.sparsec"))
 
 
 def load_meta(folder: Path) -> nn.Module:
@@ -172,158 +143,6 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
         return {"input_ids": ids}
     mask = torch.ones_like(ids)
     return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-
-def summarise(name: str, accounting: Accounting, batches: Sequence[int] = BATCHES) -> ModelInfo:
-    """Add up what the accounting found."""
-    record = accounting.record
-    weights = _Weights(accounting)
-    routed = [weights.routed(layout) for layout in weights.layouts]
-    layers, moe_layers = _layers(accounting)
-    idle = sum(r.parameters - r.parameters * r.k // r.experts for r in routed)
-    notes = [f"{path} was not traced: {reason}" for path, reason in record.stopped.items()]
-    return ModelInfo(
-        name=name,
-        layers=layers,
-        moe_layers=moe_layers,
-        routed=routed,
-        total=weights.total,
-        active=weights.total - idle,
-        active_without_embedding=weights.total - idle - weights.tables,
-        weight_bytes=weights.bytes,
-        traffic=[weights.traffic(batch) for batch in batches],
-        kv_bytes_per_token=_kv_bytes(accounting, notes),
-        dtypes=weights.dtypes,
-        unreached=weights.unreached,
-        notes=notes,
-    )
-
-
-class _Weights:
-    """Sums over parameters; every member of a family counts like the one that was traced."""
-
-    def __init__(self, accounting: Accounting) -> None:
-        self.accounting = accounting
-        self.total = self.bytes = self.tables = self.table_bytes = self.table_row = self.unreached = 0
-        self.dtypes, self.dense_bytes = dict[str, int](), 0
-        self.layouts = dict[tuple[int, int], dict[str, int]]()  # (E, k) -> block -> parameters of its banks
-        self.bank_bytes = dict[tuple[int, int], int]()
-        self.others = dict[str, int]()  # canonical path -> parameters at work for every token, all layers
-        record = accounting.record
-        stopped = tuple(record.stopped)
-        for path, value in record.parameters.items():
-            canonical, count = record.canonical(path), value.numel or 0
-            size, dtype = count * value.dtype.itemsize, str(value.dtype).removeprefix("torch.")
-            self.total, self.bytes = self.total + count, self.bytes + size
-            self.dtypes[dtype] = self.dtypes.get(dtype, 0) + count
-            bank = accounting.bank_of(canonical)
-            if bank is not None:
-                key = bank.experts, bank.k
-                blocks = self.layouts.setdefault(key, {})
-                blocks[bank.block] = blocks.get(bank.block, 0) + count
-                self.bank_bytes[key] = self.bank_bytes.get(key, 0) + size
-            elif canonical in accounting.tables:
-                self.tables, self.table_bytes = self.tables + count, self.table_bytes + size
-                self.table_row += size // (value.shape[0] or 1)
-            else:
-                self.dense_bytes += size
-                self.others[canonical] = self.others.get(canonical, 0) + count
-                if canonical not in accounting.used and not canonical.startswith(stopped):
-                    self.unreached += count
-
-    def routed(self, layout: tuple[int, int]) -> Routed:
-        experts, k = layout
-        blocks = self.layouts[layout]
-        first = next(iter(blocks))
-        layers = _moe_layers(self.accounting, blocks)
-        parameters = sum(blocks.values())
-        copies = _copies(self.accounting, first)
-        one = blocks[first] // (experts * copies)
-        shared = self._shared(first, copies)
-        return Routed(
-            layers,
-            experts,
-            k,
-            parameters,
-            one,
-            shared,
-            None if shared is None else round(shared / one, 3),
-            first,
-        )
-
-    def _shared(self, block: str, copies: int) -> int | None:
-        """Parameters of the block that are neither in a bank nor in the router; None if it is more than the experts."""
-        accounting = self.accounting
-        around = accounting.record.around(block)
-        wide = not block or (around and block == around[-1].members[0])
-        if wide or any(a.scope == block or a.scope.startswith(block + ".") for a in accounting.attentions):
-            return None
-        router = accounting.router_of(block)
-        inside = {path: count for path, count in self.others.items() if path.startswith(block + ".")}
-        return sum(count for path, count in inside.items() if path not in router) // copies
-
-    def traffic(self, batch: int) -> Traffic:
-        """A dense weight is read once, a looked-up table by rows, an expert if any of the tokens uses it."""
-        hit = [expected_experts(experts, k, batch) for experts, k in self.layouts]
-        banks = sum(self.bank_bytes[layout] * n / layout[0] for layout, n in zip(self.layouts, hit, strict=True))
-        return Traffic(batch, self.dense_bytes + batch * self.table_row + banks, hit)
-
-
-def expected_experts(experts: int, k: int, batch: int) -> float:
-    """Distinct experts hit by `batch` tokens that choose k of E evenly: E(1 - (1 - k/E)^B)."""
-    return experts * (1 - (1 - k / experts) ** batch)
-
-
-def _copies(accounting: Accounting, path: str) -> int:
-    """How many times the module at `path` is there, counting the families around it."""
-    copies = 1
-    for family in accounting.record.around(path):
-        copies *= len(family)
-    return copies
-
-
-def _moe_layers(accounting: Accounting, blocks: Mapping[str, int] | Sequence[str]) -> int:
-    """Layers that hold the blocks: members of the outermost container, or the blocks themselves."""
-    counts = dict[str, int]()
-    for block in blocks:
-        around = accounting.record.around(block)
-        counts[around[0].members[0] if around else block] = len(around[0]) if around else 1
-    return sum(counts.values())
-
-
-def _layers(accounting: Accounting) -> tuple[int, int]:
-    """Members of outermost containers whose results feed one another, and how many of them hold experts."""
-    record = accounting.record
-    made, chained = dict[str, set[Any]](), set[str]()
-    called = dict[Any, None]()
-    for call in record.calls:
-        if call.name != "block" or call.family is None or record.around(call.family.container):
-            continue
-        before = made.setdefault(call.family.container, set())
-        if before.intersection(call.operands):
-            chained.add(call.family.container)
-        before.update(call.results)
-        called[call.family] = None
-    places = {a.scope for a in accounting.attentions} | {bank.block for bank in accounting.banks.values()}
-    working = {family.container for place in places for family in record.around(place)[:1]}
-    layers = sum(len(family) for family in called if family.container in chained | working)
-    return layers, _moe_layers(accounting, list({bank.block: None for bank in accounting.banks.values()}))
-
-
-def _kv_bytes(accounting: Accounting, notes: list[str]) -> int | None:
-    """Bytes that one more token adds to the keys and values of all layers."""
-    kept = [a for a in accounting.attentions if a.returned]
-    if not kept and accounting.attentions:
-        kept = accounting.attentions
-        notes.append("the model returns no cache: KV bytes are those of all keys and values of its attentions")
-    total = 0
-    for attention in kept:
-        for value in (attention.keys, attention.values):
-            size, rest = divmod((value.numel or 0) * value.dtype.itemsize, accounting.record.tokens)
-            if rest or not size:
-                return None
-            total += size * _copies(accounting, attention.scope)
-    return total or None
 
 
 def render(model: ModelInfo) -> RenderableType:
@@ -388,6 +207,4 @@ def _bytes(number: float) -> str:
 
 def to_json(model: ModelInfo) -> str:
     """The figures as JSON, for `--json`."""
-    from dataclasses import asdict
-
     return json.dumps(asdict(model), indent=2)

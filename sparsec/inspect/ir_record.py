@@ -1,0 +1,109 @@
+"""A module of the IR, of any phase, as the record that `sparsec.inspect.dataflow` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from sparsec.dialects.dtypes import to_torch
+from sparsec.dialects.kernel import Launch
+from sparsec.frontend.blocks import Call, Family, Record
+from sparsec.frontend.blocks import Value as Seen
+from sparsec.ir.core import Func, Module, Op, Value
+from sparsec.ir.types import Sym, TensorType, evaluate, symbols
+
+_LENGTH = 7  # stands for every size that is not fixed, but for the batch
+
+
+def record_module(module: Module) -> Record:
+    """Operators of `main`, with kernels in the place of their launches, and the layers that their scopes tell of."""
+    return _Reader(module).record
+
+
+class _Reader:
+    def __init__(self, module: Module) -> None:
+        self.module, self.record = module, Record()
+        self.sizes = dict[str, int]()
+        self.members = dict[str, Family]()
+        main = module.main
+        self._fix_sizes(main)
+        args = dict[Value, Seen]()
+        for arg in main.body.args:
+            attrs = main.arg_attrs.get(arg, {})
+            kind, source = attrs.get("kind", "input"), str(attrs.get("source", ""))
+            args[arg] = self._seen(arg, param=source if kind == "param" else "", input=kind == "input")
+            if kind == "param":
+                self.record.parameters[source] = args[arg]
+        results = self._read(main, args, "")
+        self.record.returned = set(results)
+        self.record.families = list(self.members.values())
+
+    def _fix_sizes(self, main: Func) -> None:
+        """One sequence of a few tokens: the leading size of ids [B, S] and of features [B, S, H] is the batch."""
+        for arg in main.body.args:
+            if main.arg_attrs.get(arg, {}).get("kind", "input") != "input" or not isinstance(arg.type, TensorType):
+                continue
+            shape, first = arg.type.shape, not self.sizes
+            rows = len(shape) - arg.type.dtype.is_float
+            for i, dim in enumerate(shape):
+                for name in symbols(dim):
+                    self.sizes.setdefault(name, 1 if i == 0 and rows > 1 else _LENGTH)
+            if first and shape:
+                sizes = [self._size(dim) for dim in (shape[:-1] if arg.type.dtype.is_float else shape)]
+                self.record.tokens, self.record.batch = torch.Size(sizes).numel(), self._size(shape[0])
+
+    def _size(self, dim: int | Sym) -> int:
+        return evaluate(dim, self.sizes | {name: _LENGTH for name in symbols(dim) if name not in self.sizes})
+
+    def _seen(self, value: Value, param: str = "", input: bool = False) -> Seen:
+        if not isinstance(value.type, TensorType):
+            return Seen((), torch.int64, param, input)
+        return Seen(tuple(map(self._size, value.type.shape)), to_torch(value.type.dtype), param, input)
+
+    def _read(self, func: Func, values: dict[Value, Seen], scope: str) -> list[Seen]:
+        """Note the ops of a function; a kernel's run in the scope of its launch."""
+        for op in func.body.ops[:-1]:
+            place = scope or op.loc.scope
+            self._enter(place)
+            if isinstance(op, Launch):
+                inputs = [values[value] for value in dict.fromkeys(v for v in op.inputs if v is not None)]
+                callee = self.module.funcs[op.callee]
+                inner = self._read(callee, dict(zip(callee.body.args, inputs, strict=True)), place)
+                values |= zip(op.results, inner, strict=True)
+            else:
+                values |= {result: self._seen(result) for result in op.results}
+                self.record.calls.append(self._call(op, values, place))
+        return [values[value] for value in func.body.terminator.operands]
+
+    def _call(self, op: Op, values: dict[Value, Seen], scope: str) -> Call:
+        dialect, packet, *_ = op.name.split(".")
+        attrs = dict(op.attrs)
+        if dialect == "moe" and isinstance(k := getattr(op, "k", None), int):
+            attrs["k"] = k
+        operands = tuple(values[value] for value in op.operands)
+        results = tuple(values[result] for result in op.results)
+        return Call(f"{dialect}.{packet}", scope, operands, attrs, results, is_view=_is_view(op.name))
+
+    def _enter(self, scope: str) -> None:
+        """A numbered part of a scope is a member of a container."""
+        for container, member in _members(scope):
+            if member not in self.members:
+                family = self.members[member] = Family(container, (member,))
+                self.record.calls.append(Call("block", member, (), {}, (), family=family))
+
+
+def _members(scope: str) -> Iterator[tuple[str, str]]:
+    parts = scope.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() and i:
+            yield ".".join(parts[:i]), ".".join(parts[: i + 1])
+
+
+@cache
+def _is_view(name: str) -> bool:
+    """Whether torch's schema of an `aten` op says that its result shares memory with an operand."""
+    dialect, packet, *overload = name.split(".")
+    op = getattr(torch.ops.aten, packet, None) if dialect == "aten" else None
+    return op is not None and getattr(op, overload[0] if overload else "default").is_view
