@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
 from sparsec.diagnostics import CompileError, Remark
@@ -13,6 +13,9 @@ from sparsec.ir.core import Func, Module, Op, Value
 from sparsec.ir.types import SymType
 from sparsec.runtime.operators import IN_PLACE
 from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Variant
+
+if TYPE_CHECKING:
+    from sparsec.codegen.triton.emit import TritonKernel
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class _Emitter:
         """The entry of one kernel function, and its files."""
         op = _fused_op(func)
         backend = str(func.attrs.get("backend", "onednn" if self.target == "cpu" else "triton"))
-        made: Any = None
+        made: TritonKernel | None = None
         if backend == "triton":
             made = self._triton(func, op)
             backend = "triton" if made is not None else "torch"
@@ -87,12 +90,12 @@ class _Emitter:
             params=tuple(None if value is None else tensor(value.tensor) for value in _arguments(op)),
             results=tuple(tensor(value.tensor) for value in op.results),
             tokens=_tokens(func),
-            attrs={**_attrs(op), **(made.attrs if made is not None else {})},
+            attrs=_attrs(op),
             **_region(op),
             variants=_variants(op) if made is None else list(made.variants),
         )
 
-    def _triton(self, func: Func, op: Op) -> Any:
+    def _triton(self, func: Func, op: Op) -> TritonKernel | None:
         """What the Triton generator makes of a kernel; None, with a remark, where PyTorch has to run it."""
         from sparsec.codegen.triton.emit import emit_kernel
 

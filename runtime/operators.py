@@ -183,7 +183,7 @@ def _tag_is_sound(tree: Any, tag: str) -> bool:
         compile_dim(value)
         return True
     table: Collection[Any] = {"dtype": DTYPES, "memory_format": MEMORY_FORMATS, "float": FLOATS, "device": (True,)}[tag]
-    return value in table
+    return isinstance(value, str | bool) and value in table
 
 
 def _short(tree: Any) -> str:

@@ -80,9 +80,7 @@ class Case:
         x = cast(self.x)
         up, up_bias, down, down_bias = map(cast, (self.up, self.up_bias, self.down, self.down_bias))
         env: Any = Env()
-        h = gather_gemm_reference(
-            env, Block(), self.layout, x, order, offsets, up, up_bias, self.transposed[0], self.k
-        )
+        h = gather_gemm_reference(env, Block(), self.layout, x, order, offsets, up, up_bias, self.transposed[0], self.k)
         return gemm_combine_reference(h, order, offsets, self.weights, down, down_bias, self.transposed[1], x.dtype)
 
     def banks(self, pack: bool = True) -> tuple[Bank, Bank]:
