@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsec.api import CompiledModel, compile, load
+    from sparsec.api import CompiledModel, compile, compile_language_model, load
     from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
     from sparsec.frontend.capture import Captured, capture
     from sparsec.runtime.errors import ArtifactError, InputError
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "sparsec.api",
+    "compile_language_model": "sparsec.api",
     "load": "sparsec.api",
     "CompiledModel": "sparsec.api",
     "capture": "sparsec.frontend.capture",
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "capture",
     "compile",
+    "compile_language_model",
     "load",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from sparsec.codegen.emit import Emitted, emit
 from sparsec.diagnostics import Diagnostic, Remark, SparsecError
 from sparsec.frontend.capture import Captured, capture
 from sparsec.inspect.dump import Dump
+from sparsec.ir.core import Attr, Module
 from sparsec.ir.printer import print_module
 from sparsec.runtime import structure
 from sparsec.runtime.artifact import load as load_program
@@ -72,8 +74,24 @@ class CompiledModel:
     @cached_property
     def emitted(self) -> Emitted:
         """The plan and the files of its kernels, made when first asked for."""
-        captured = self.captured
-        return emit(self.result.module, str(self.target), captured.inputs_json, captured.structure_json)
+        return emit_module(self.result.module, str(self.target))
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """How text is generated with it (`sparsec.runtime.generate`); None for a model that was compiled otherwise."""
+        return plain(self.result.module.attrs.get("generation"))  # type: ignore[no-any-return]
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The tokens that greedy search appends to `prompt`, for a model made by `compile_language_model`.
+
+        Raises: SparsecError for another model; InputError for a prompt that is too long.
+        """
+        from sparsec.runtime.generate import Generator
+
+        if self.generation is None:
+            raise SparsecError("only a model made by sparsec.compile_language_model generates text")
+        generator = Generator(self.program, self.generation)
+        return [token.id for token in generator.stream(prompt, max_new_tokens)]
 
     @cached_property
     def program(self) -> Program:
@@ -107,15 +125,13 @@ class CompiledModel:
         self,
         path: str | os.PathLike[str],
         *,
-        generation: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
         progress: Progress | None = None,
     ) -> Path:
         """Write the artifact folder `path`, whole or not at all; an artifact that is there already is replaced.
 
         Args:
-            generation: how text is generated with it (`sparsec.runtime.generate`), for language models.
-            tokenizer: a `tokenizer.json` to take along.
+            tokenizer: a `tokenizer.json` to take along, for a model that generates text.
             progress: called with the bytes written so far and in all.
 
         Raises:
@@ -129,7 +145,7 @@ class CompiledModel:
             self.captured.weights,
             target=str(self.target),
             text=print_module(self.result.module),
-            generation=generation,
+            generation=self.generation,
             tokenizer=tokenizer,
             progress=progress,
         )
@@ -183,11 +199,91 @@ def compile_captured(
 ) -> CompiledModel:
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
     parsed = Target.parse(target)
+    module = with_structure(captured).module
     watching = list(instruments)
     if folder := dump or os.environ.get("SPARSEC_DUMP"):
         watching.append(Dump(Path(folder), name))
-    result = pipeline.run(captured.module, target=target, to="lower", instruments=watching)
+    result = pipeline.run(module, target=target, to="lower", instruments=watching)
     return CompiledModel(captured, result, parsed)
+
+
+def compile_language_model(
+    model: Any,
+    *,
+    max_length: int | None = None,
+    target: str = "cpu",
+    dump: str | os.PathLike[str] | None = None,
+    name: str = "model",
+    instruments: Sequence[pipeline.Instrument] = (),
+) -> CompiledModel:
+    """Compile a causal language model of transformers for generating text, its key/value cache inside.
+
+    The program takes `input_ids` [1, s] and the position `start` [1] of the first of them, and returns the logits of
+    the last. A model that keeps other states than keys and values is compiled without a cache: it then runs the whole
+    text for every token, which `generation["kind"]` and a warning say.
+
+    Args:
+        max_length: positions that the cache has; by default what the model was made for, at most 4096.
+
+    Raises: CompileError.
+    """
+    captured = capture_language_model(model, max_length)
+    return compile_captured(captured, target, dump=dump, name=name, instruments=instruments)
+
+
+def capture_language_model(model: Any, max_length: int | None = None) -> Captured:
+    """Capture a causal language model as `compile_language_model` does. Raises: CompileError."""
+    from sparsec.frontend.causal_lm import CausalLM, UnsupportedCache
+
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
+    length = max_length or min(positions, 4096)
+    try:
+        captured = CausalLM(model, length).capture()
+        kind, inputs = "static-cache", ("input_ids", "start")
+    except UnsupportedCache as error:
+        warned = tuple(replace(diagnostic, severity="warning") for diagnostic in error.diagnostics)
+        captured = capture(model, (), {"input_ids": torch.zeros(1, 7, dtype=torch.int64)})
+        captured = replace(captured, warnings=(*captured.warnings, *warned))
+        kind, inputs = "recompute", ("input_ids",)
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    captured.module.attrs["generation"] = {
+        "kind": kind,
+        "max_len": length,
+        "batch": 1,
+        "eos": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "inputs": inputs,
+    }
+    return with_structure(captured)
+
+
+def with_structure(captured: Captured) -> Captured:
+    """The same, its module carrying the structure of arguments and results, so that its text alone can be emitted."""
+    attrs = captured.module.attrs
+    attrs["inputs"], attrs["structure"] = frozen(captured.inputs_json), frozen(captured.structure_json)
+    return captured
+
+
+def emit_module(module: Module, target: str) -> Emitted:
+    """Plan and kernels of a lowered module, with the structure of arguments and results that it carries."""
+    return emit(module, target, plain(module.attrs.get("inputs")), plain(module.attrs.get("structure")))
+
+
+def frozen(json: Any) -> Attr:
+    """JSON as an attribute: lists become tuples."""
+    if isinstance(json, list):
+        return tuple(frozen(item) for item in json)
+    if isinstance(json, dict):
+        return {key: frozen(value) for key, value in json.items()}
+    return json
+
+
+def plain(attr: Any) -> Any:
+    """An attribute as JSON."""
+    if isinstance(attr, tuple):
+        return [plain(item) for item in attr]
+    if isinstance(attr, dict):
+        return {key: plain(value) for key, value in attr.items()}
+    return attr
 
 
 def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> LoadedModel:
@@ -208,6 +304,3 @@ def _leaves(tree: Any, outputs: Sequence[Any]) -> Any:
     else:
         for item in tree["items"]:
             yield from _leaves(item, outputs)
-
-
-__all__ = ["CompiledModel", "IRText", "LoadedModel", "SparsecError", "compile", "compile_captured", "load"]

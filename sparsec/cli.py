@@ -1,0 +1,165 @@
+"""The command `sparsec`. Exit status: 0 done, 1 not done (the reason is on stderr), 2 a wrong command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from sparsec import __version__
+from sparsec.commands.options import DTYPES, PHASES
+from sparsec.diagnostics import SparsecError
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def target_option(function: CommandT) -> CommandT:
+    return click.option("--target", default="cpu", show_default=True, help="See `sparsec targets`.")(function)
+
+
+def dtype_option(function: CommandT) -> CommandT:
+    return click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the parameters; default: the model's.")(
+        function
+    )
+
+
+def random_option(function: CommandT) -> CommandT:
+    return click.option("--random-weights", is_flag=True, help="Make weights up instead of reading them.")(function)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sparsec")
+def cli() -> None:
+    """Compile sparse expert (Mixture-of-Experts) models.
+
+    MODEL is a folder of transformers (config.json, with or without weights), FILE.py:FACTORY whose factory() returns
+    (model, example inputs), a .pt2 file of torch.export that you trust, or the text of a module (.sparsec).
+    """
+
+
+@cli.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Artifact, or text with --to.")
+@target_option
+@dtype_option
+@random_option
+@click.option("--to", "to", type=click.Choice(PHASES), default="emit", show_default=True, help="Stop after a phase.")
+@click.option("--from", "start", type=click.Choice(PHASES[:-1]), help="Phase that a text is at; default: what it says.")
+@click.option("--weights", type=click.Path(path_type=Path), help="For a text: the artifact with its weights.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
+@click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
+@click.option("--dump", type=click.Path(path_type=Path), help="Folder for the IR after every pass, diffs, remarks.")
+@click.option("--json", "as_json", is_flag=True, help="Say what was done as JSON.")
+def compile_command(**options: Any) -> None:
+    """Compile MODEL into an artifact, or with --to PHASE into the text of that phase."""
+    from sparsec.commands import compile_model
+
+    compile_model.run(**options)
+
+
+@cli.command("run")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Text to go on from; needs a tokenizer.json in the artifact.")
+@click.option("--prompt-ids", help="Token ids to go on from: 1,2,3.")
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print tokens and speed as JSON.")
+def run_command(**options: Any) -> None:
+    """Generate text with the language model in ARTIFACT."""
+    from sparsec.commands import run_artifact
+
+    run_artifact.run(**options)
+
+
+@cli.command("check")
+@click.argument("model")
+@dtype_option
+@random_option
+@click.option("--tokens", default="1,7,64", show_default=True, help="Token counts to run at.")
+@click.option("--json", "as_json", is_flag=True)
+def check_command(**options: Any) -> None:
+    """Compile MODEL for the CPU and compare it with eager PyTorch, block by block with forced routing.
+
+    In f32 a block must agree to a relative error of 1e-5. In bf16 and f16 it must be no further from an f32 reference
+    than eager PyTorch is, times 1.1.
+    """
+    from sparsec.commands import check_model
+
+    check_model.run(**options)
+
+
+@cli.command("info")
+@click.argument("model")
+@click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Batch sizes to give traffic for.")
+@click.option("--json", "as_json", is_flag=True)
+def info_command(**options: Any) -> None:
+    """Account for MODEL (or an artifact): experts, total and active parameters, bytes per token. Needs no weights."""
+    from sparsec.commands import info_model
+
+    info_model.run(**options)
+
+
+@cli.command("opt")
+@click.argument("source", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--passes", help="A pipeline: canonicalize,raise-route{max-ops=64},dce. Default: a reproducer's own.")
+@click.option("--target", help="What the passes plan for; default: what the text says, else cpu.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("-"))
+@click.option("--generic", is_flag=True, help="Print MLIR's generic form.")
+@click.option("--list", "list_passes", is_flag=True, help="List the passes and their options.")
+def opt_command(**options: Any) -> None:
+    """Run passes over the text of a module: IR in, IR out (`-` is standard input or output)."""
+    from sparsec.commands import opt_text
+
+    opt_text.run(**options)
+
+
+@cli.command("targets")
+@click.option("--json", "as_json", is_flag=True)
+def targets_command(as_json: bool) -> None:
+    """List what sparsec compiles for, and what of it runs on this machine."""
+    from rich.table import Table
+
+    from sparsec.console import out
+    from sparsec.targets import TARGETS
+
+    rows = [(str(target), target.chips, target.obstacle()) for target in TARGETS]
+    if as_json:
+        print(json.dumps([{"target": t, "chips": c, "runs_here": not o, "obstacle": o} for t, c, o in rows]))
+        return
+    table = Table("target", "chips", "runs here", box=None, header_style="dim")
+    for name, chips, obstacle in rows:
+        table.add_row(name, chips, f"no: {obstacle}" if obstacle else "yes")
+    out.print(table)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    from sparsec.runtime.errors import ArtifactError, InputError
+
+    try:
+        cli(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(1)
+    except (SparsecError, ArtifactError, InputError) as error:
+        from sparsec.console import fail
+
+        fail(str(error))
+        sys.exit(1)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""`sparsec opt`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from sparsec import pipeline
+from sparsec.console import out, print_remarks
+from sparsec.inspect.dump import write_atomic
+from sparsec.ir.mlir import print_generic
+from sparsec.ir.parser import parse_module
+from sparsec.ir.printer import print_module
+from sparsec.passes.base import PASSES, options
+
+
+def run(source: Path, passes: str | None, target: str | None, output: Path, generic: bool, list_passes: bool) -> None:
+    """Run passes over a text. Raises: CompileError, click.UsageError."""
+    if list_passes:
+        for name, cls in sorted(PASSES.items()):
+            out.print(f"[bold]{name}[/]  {(cls.__doc__ or '').splitlines()[0]}")
+            for option in options(cls):
+                out.print(f"    {option.name} ({option.type}, default {option.default}): {option.doc}", markup=False)
+        return
+    text = sys.stdin.read() if str(source) == "-" else source.read_text()
+    module = parse_module(text, "<stdin>" if str(source) == "-" else str(source))
+    header = pipeline.reproducer_header(text)
+    if passes is None:
+        if header is None:
+            raise click.UsageError("name the passes with --passes: the text is no crash reproducer that says its own")
+        passes = header[0]
+    planned_for = target or (header[1] if header else str(module.attrs.get("target", "cpu")))
+    result = pipeline.run_passes(module, passes, target=planned_for)
+    print_remarks(result.remarks)
+    written = print_generic(result.module) if generic else print_module(result.module)
+    if str(output) == "-":
+        sys.stdout.write(written)
+    else:
+        write_atomic(output, written)

@@ -1,0 +1,106 @@
+"""What the command line shows: progress while it works, tables of what was done, errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsec.diagnostics import Diagnostic, Remark
+from sparsec.ir.core import Module
+from sparsec.passes.base import Pass
+from sparsec.pipeline import Instrument, PassRecord
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Watch(Instrument):
+    """Shows the pass that runs."""
+
+    def __init__(self, status: Status) -> None:
+        self.status = status
+
+    def before(self, phase: str, pass_: Pass, module: Module) -> None:
+        self.status.say(f"{phase}: {pass_}")
+
+
+class Status:
+    """One line that says what is going on: a spinner on a terminal, plain lines for long steps elsewhere."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None) if progress is not None else None
+
+    def say(self, what: str) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=what)
+
+    def step(self, what: str) -> None:
+        """A step that takes seconds: also told where there is no terminal."""
+        self.say(what)
+        if self._progress is None:
+            err.print(what)
+
+
+@contextmanager
+def working(quiet: bool = False) -> Iterator[Status]:
+    """A status line for as long as the work lasts."""
+    if not err.is_terminal or quiet:
+        yield _Silent(None) if quiet else Status(None)
+        return
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True
+    ) as bar:
+        yield Status(bar)
+
+
+class _Silent(Status):
+    def step(self, what: str) -> None:
+        """Nothing: the output is for a program."""
+
+
+@contextmanager
+def bytes_bar(what: str, quiet: bool = False) -> Iterator[Any]:
+    """A progress bar over bytes; yields a function of (done, total)."""
+    if not err.is_terminal or quiet:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def passes_table(records: Sequence[PassRecord]) -> Table:
+    """What each pass did to the number of ops, and how long it took."""
+    table = Table("phase", "pass", "ops before", "after", "ms", "did", box=None, header_style="dim")
+    for record in records:
+        did = sum(record.counts.values())
+        row = (record.phase, record.name, str(record.ops_before), str(record.ops_after), f"{record.ms:.1f}")
+        table.add_row(*row, f"{did} changes" if did else "", style="" if did else "dim")
+    return table
+
+
+def print_remarks(remarks: Sequence[Remark]) -> None:
+    """The remarks on what was declined, with what to try."""
+    for remark in remarks:
+        if remark.kind == "missed":
+            tail = f"; {remark.suggestion}" if remark.suggestion else ""
+            err.print(f"{remark.loc}: not done by {remark.pass_name}: {remark.message}{tail}", markup=False)
+
+
+def print_warnings(warnings: Sequence[Diagnostic]) -> None:
+    for warning in warnings:
+        err.print(str(warning), markup=False)
+
+
+def fail(message: str) -> None:
+    """Print an error, with `error:` in front unless it names its own place."""
+    text = message if "error: " in message.split("\n", 1)[0] else f"error: {message}"
+    print(text, file=sys.stderr)
