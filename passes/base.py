@@ -94,7 +94,9 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
     while at < len(text):
         item = _ITEM.match(text, at)
         if item is None:
-            raise CompileError(f"cannot read the pipeline from {text[at:]!r} on", hint="write `pass,pass{option=value}`")
+            raise CompileError(
+                f"cannot read the pipeline from {text[at:]!r} on", hint="write `pass,pass{option=value}`"
+            )
         passes.append(_make(item[1], item[2] or ""))
         at = item.end()
     return tuple(passes)

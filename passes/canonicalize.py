@@ -231,10 +231,23 @@ def _dims(op: Op, names: tuple[str, ...], rank: int) -> set[int]:
 
 
 # Ops that see strides, and those that hand them on.
-_SEES_LAYOUT = frozenset({"aten.as_strided", "aten.view_as_complex", "aten.view_as_real", "aten.view.dtype", "aten._grouped_mm"})
+_SEES_LAYOUT = frozenset(
+    {"aten.as_strided", "aten.view_as_complex", "aten.view_as_real", "aten.view.dtype", "aten._grouped_mm"}
+)
 _KEEPS_LAYOUT = frozenset(
     f"aten.{name}"
-    for name in "reshape expand transpose.int permute unsqueeze squeeze.dim slice.Tensor select.int alias detach".split()
+    for name in [
+        "reshape",
+        "expand",
+        "transpose.int",
+        "permute",
+        "unsqueeze",
+        "squeeze.dim",
+        "slice.Tensor",
+        "select.int",
+        "alias",
+        "detach",
+    ]
 )
 
 

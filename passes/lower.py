@@ -10,7 +10,7 @@ from typing import ClassVar
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.kernel import Alloc, Launch
 from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
-from sparsec.ir.core import Attr, Block, Func, Module, Op
+from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.rewrite import Rewriter, rule
@@ -45,7 +45,7 @@ class LowerKernels(Pass):
                 kernel.name = name
                 module.funcs[name] = kernel
             buffers = [rw.insert(Alloc((), [result.type]), op).result for result in op.results]
-            new = Launch([op.arguments, tuple(buffers)], None, {"callee": name})
+            new = Launch([_lone(op), tuple(buffers)], None, {"callee": name})
             rw.insert(new, op)
             for old, buffer in zip(op.results, buffers, strict=True):
                 buffer.name = f"{old.name}.buffer" if old.name else ""
@@ -53,6 +53,11 @@ class LowerKernels(Pass):
             return True
 
         ctx.rewrite(module, [launch])
+
+
+def _lone(op: OpDef) -> tuple[Value | None, ...]:
+    """The arguments of a fused op, none of which is a list."""
+    return tuple(argument for argument in op.arguments if not isinstance(argument, tuple))
 
 
 def backend(op: OpDef, target: str) -> str:

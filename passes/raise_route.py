@@ -189,4 +189,3 @@ def _origin(value: Value) -> str:
     """A value in words: its name and type, and the op behind it."""
     made = f" of '{value.op.name}' ({value.op.loc})" if value.op is not None else ""
     return f"%{value.name or '?'}: {value.type}{made}"
-

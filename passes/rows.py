@@ -19,7 +19,20 @@ Verdict: TypeAlias = list[int] | str
 """Rows of each operand, or the reason why the op is not row-local."""
 
 LINEAR = frozenset(
-    f"aten.{name}" for name in "linear mm addmm matmul bmm baddbmm addbmm einsum conv1d conv2d embedding".split()
+    f"aten.{name}"
+    for name in [
+        "linear",
+        "mm",
+        "addmm",
+        "matmul",
+        "bmm",
+        "baddbmm",
+        "addbmm",
+        "einsum",
+        "conv1d",
+        "conv2d",
+        "embedding",
+    ]
 )
 """Ops that mix the hidden dimension: a router starts at the result of one."""
 
@@ -103,12 +116,42 @@ _HANDLERS: dict[str, Callable[[Op, int], Verdict]] = {
     **dict.fromkeys(
         (
             f"aten.{name}"
-            for name in (
-                "softmax.int log_softmax.int topk sort argsort sum.dim_IntList mean.dim amax amin max.dim min.dim "
-                "argmax argmin logsumexp linalg_vector_norm norm.ScalarOpt_dim cumsum prod.dim_int any.dim all.dim "
-                "gather scatter.value scatter.src scatter_add cat concat stack unsqueeze squeeze.dim slice.Tensor "
-                "select.int split.Tensor split_with_sizes unbind.int"
-            ).split()
+            for name in [
+                "softmax.int",
+                "log_softmax.int",
+                "topk",
+                "sort",
+                "argsort",
+                "sum.dim_IntList",
+                "mean.dim",
+                "amax",
+                "amin",
+                "max.dim",
+                "min.dim",
+                "argmax",
+                "argmin",
+                "logsumexp",
+                "linalg_vector_norm",
+                "norm.ScalarOpt_dim",
+                "cumsum",
+                "prod.dim_int",
+                "any.dim",
+                "all.dim",
+                "gather",
+                "scatter.value",
+                "scatter.src",
+                "scatter_add",
+                "cat",
+                "concat",
+                "stack",
+                "unsqueeze",
+                "squeeze.dim",
+                "slice.Tensor",
+                "select.int",
+                "split.Tensor",
+                "split_with_sizes",
+                "unbind.int",
+            ]
         ),
         _along,
     ),
@@ -138,10 +181,9 @@ def localise(op: Op, rows: int, tokens: Dim, values: ValueMap) -> Op | None:
         return clone_op(op, values)
     result = folded(op.results[0].type, rows, tokens)
     assert isinstance(result, TensorType)
-    if op.name in ("aten.reshape", "aten.view", "aten._unsafe_view"):
-        if values[op.operands[0]].type == result:
-            values[op.results[0]] = values[op.operands[0]]
-            return None
+    if op.name in ("aten.reshape", "aten.view", "aten._unsafe_view") and values[op.operands[0]].type == result:
+        values[op.results[0]] = values[op.operands[0]]
+        return None
     new = clone_op(op, values, lambda type: folded(type, rows, tokens))
     new.attrs = _folded_attrs(op, rows, result)
     return new

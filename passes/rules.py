@@ -50,11 +50,36 @@ def is_pointwise(name: str) -> bool:
 
 _POINTWISE = frozenset(
     f"aten.{name}"
-    for name in (
-        "masked_fill.Scalar masked_fill.Tensor _to_copy to.dtype type_as clone alias detach log_sigmoid softplus "
-        "clamp clamp.Tensor clamp_min clamp_max where.self where.ScalarSelf where.ScalarOther where.Scalar "
-        "__and__.Tensor __or__.Tensor __xor__.Tensor pow.Tensor_Scalar silu gelu relu mish elu hardtanh"
-    ).split()
+    for name in [
+        "masked_fill.Scalar",
+        "masked_fill.Tensor",
+        "_to_copy",
+        "to.dtype",
+        "type_as",
+        "clone",
+        "alias",
+        "detach",
+        "log_sigmoid",
+        "softplus",
+        "clamp",
+        "clamp.Tensor",
+        "clamp_min",
+        "clamp_max",
+        "where.self",
+        "where.ScalarSelf",
+        "where.ScalarOther",
+        "where.Scalar",
+        "__and__.Tensor",
+        "__or__.Tensor",
+        "__xor__.Tensor",
+        "pow.Tensor_Scalar",
+        "silu",
+        "gelu",
+        "relu",
+        "mish",
+        "elu",
+        "hardtanh",
+    ]
 )
 
 

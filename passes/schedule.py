@@ -71,7 +71,9 @@ def _gemm(op: GatherGemm | GemmCombine) -> Gemm:
     inner, columns = op.h.tensor.shape[-1], op.y.tensor.shape[-1]
     assert isinstance(inner, int) and isinstance(columns, int)
     partial = 2 * columns * DType.f32.itemsize  # written by the GEMM, read by the sum over slots
-    return Gemm(op.num_experts, op.k, inner, columns, 1, op.h.tensor.dtype, partial + inner * op.h.tensor.dtype.itemsize)
+    return Gemm(
+        op.num_experts, op.k, inner, columns, 1, op.h.tensor.dtype, partial + inner * op.h.tensor.dtype.itemsize
+    )
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:

@@ -12,10 +12,22 @@ Number: TypeAlias = bool | int | float
 
 _SAME_ELEMENTS = frozenset(
     f"aten.{name}"
-    for name in (
-        "view reshape _unsafe_view unsqueeze squeeze.dim expand clone contiguous alias detach slice.Tensor "
-        "transpose.int permute select.int"
-    ).split()
+    for name in [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unsqueeze",
+        "squeeze.dim",
+        "expand",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "slice.Tensor",
+        "transpose.int",
+        "permute",
+        "select.int",
+    ]
 )
 
 

@@ -6,26 +6,25 @@ A value comes from the keyword or flag if given, else from the environment, else
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sparsec.diagnostics import SparsecError
 
 
-def _knob(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"doc": doc})
-
-
 @dataclass(frozen=True)
 class Config:
     """The knobs. `Config.read(target="cpu")` takes what is not given from the environment."""
 
-    target: str = _knob("cpu", "what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942")
-    dump: Path | None = _knob(None, "folder that gets the IR after every pass, diffs and a manifest")
-    verify: bool = _knob(True, "verify the IR after every pass")
+    target: str = "cpu"  #: what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942
+    dump: Path | None = None  #: folder that gets the IR after every pass, diffs and a manifest
+    verify: bool = True  #: verify the IR after every pass
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -68,6 +67,8 @@ class Knob:
 _BOOLS = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
 
 
+@cache
 def knobs() -> tuple[Knob, ...]:
-    """Every knob, in the order of `Config`."""
-    return tuple(Knob(row.name, row.default, row.metadata["doc"]) for row in dataclasses.fields(Config))
+    """Every knob, in the order of `Config`; its meaning is the `#:` comment on its line."""
+    docs = dict(re.findall(r"^    (\w+): .*#: (.*)$", inspect.getsource(Config), re.MULTILINE))
+    return tuple(Knob(row.name, row.default, docs[row.name]) for row in dataclasses.fields(Config))

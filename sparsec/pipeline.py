@@ -17,21 +17,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 import sparsec.dialects as _dialects
 import sparsec.passes as _passes
 from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
-from sparsec.ir.core import Module
+from sparsec.ir.core import Module, Op
 from sparsec.ir.equal import clone_module, count_ops
 from sparsec.ir.printer import print_module
-from sparsec.ir.verify import verify_module
+from sparsec.ir.verify import problems, verify_module
 from sparsec.passes.base import Pass, PassContext, parse_pipeline, print_pipeline
 
-Phase: TypeAlias = Literal["capture", "raise", "fuse", "place", "schedule", "lower"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
 
-PIPELINES: dict[Phase, str] = {
+PIPELINES: dict[str, str] = {
     "capture": "",
     "raise": "canonicalize,cse,dce,raise-route,canonicalize,cse,dce",
     "fuse": "fuse-route-group,fuse-experts,cse,dce",
@@ -63,7 +61,7 @@ class Result:
     module: Module
     records: tuple[PassRecord, ...]
     phases: dict[str, Module] = field(repr=False)  #: the module as it stood after each phase that ran
-    made: dict[object, str] = field(repr=False, default_factory=dict)  #: op -> the rule that made it, from what
+    made: dict[Op, str] = field(repr=False, default_factory=dict[Op, str])  #: op -> the rule that made it, from what
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
@@ -103,7 +101,7 @@ class Instrument:
         """After the last pass."""
 
 
-def phase_passes(phase: Phase) -> tuple[Pass, ...]:
+def phase_passes(phase: str) -> tuple[Pass, ...]:
     """The passes of a phase."""
     return parse_pipeline(PIPELINES[phase])
 
@@ -179,7 +177,7 @@ def _phase(name: str) -> int:
     return PHASES.index(name)
 
 
-def _pairs(todo: dict[Phase, tuple[Pass, ...]]) -> Iterator[tuple[str, Pass]]:
+def _pairs(todo: dict[str, tuple[Pass, ...]]) -> Iterator[tuple[str, Pass]]:
     for phase, passes in todo.items():
         for pass_ in passes:
             yield phase, pass_
@@ -191,7 +189,7 @@ class _Manager:
     def __init__(self, module: Module, target: str, instruments: Sequence[Instrument], verify: bool) -> None:
         self.module, self.target, self.instruments, self.checked = module, target, instruments, verify
         self.records: list[PassRecord] = []
-        self.made: dict[object, str] = {}
+        self.made: dict[Op, str] = {}
 
     def start(self, passes: list[tuple[str, Pass]]) -> None:
         for instrument in self.instruments:
@@ -237,8 +235,9 @@ class _Manager:
             verify_module(self.module)
         except CompileError as error:
             note = f"found after {maker}" if ctx else f"found in {maker}"
-            rules = tuple(f"rule {rule} applied {count} times" for rule, count in ctx.counts.items()) if ctx else ()
-            raise CompileError([_with_notes(d, (note, *rules)) for d in error.diagnostics]) from error
+            rules = [self.made.get(problem.op) if problem.op else None for problem in problems(self.module)]
+            made = [(note, *([f"made by {rule}"] if rule else [])) for rule in rules]
+            raise CompileError(map(_with_notes, error.diagnostics, made)) from error
 
     def _explain(self, error: Exception, passes: Sequence[Pass], failed: int, snapshot: Module) -> CompileError:
         """The error with where its reproducer is."""

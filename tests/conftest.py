@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from sparsec.diagnostics import SparsecError
+
 EXPECT = "// ----- expect"
 SIZES = (3, 5, 7, 2)  # of the first symbols; `t` and the like come after
 
@@ -76,11 +78,11 @@ class GoldenItem(pytest.Item):
             return
         wanted = parse_module(expected, self.path.name) if expected.strip() else before
         if not equal(wanted, after):
-            lines = [print_module(module).splitlines() for module in (wanted, after)]
-            raise GoldenError("\n".join(difflib.unified_diff(*lines, "expected", "actual", lineterm="")))
+            old, new = print_module(wanted).splitlines(), print_module(after).splitlines()
+            raise GoldenError("\n".join(difflib.unified_diff(old, new, "expected", "actual", lineterm="")))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, GoldenError):
+        if isinstance(excinfo.value, GoldenError | SparsecError):
             return f"{self.path}\n{excinfo.value}\n(rewrite with `pytest --update`)"
         return super().repr_failure(excinfo, style)
 

@@ -46,7 +46,9 @@ def new_run(parent: Path, name: str) -> Path:
     """Make and return `parent/NAME-0001`, or the next number that is free."""
     parent.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    taken = [int(found[1]) for path in parent.iterdir() if (found := re.fullmatch(rf"{re.escape(stem)}-(\d+)", path.name))]
+    taken = [
+        int(found[1]) for path in parent.iterdir() if (found := re.fullmatch(rf"{re.escape(stem)}-(\d+)", path.name))
+    ]
     for number in range(max(taken, default=0) + 1, MAX_RUNS + 1):
         try:
             (run := parent / f"{stem}-{number:04}").mkdir()

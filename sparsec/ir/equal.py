@@ -6,7 +6,7 @@ are spelled out although they equal their default make no difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
@@ -35,7 +35,9 @@ def attrs_key(op: Op) -> Key:
         return ()
     defaults = op.fields().defaults if isinstance(op, OpDef) else {}
     keys = {name: attr_key(value) for name, value in op.attrs.items()}
-    return tuple(sorted(item for item in keys.items() if item[0] not in defaults or item[1] != attr_key(defaults[item[0]])))
+    return tuple(
+        sorted(item for item in keys.items() if item[0] not in defaults or item[1] != attr_key(defaults[item[0]]))
+    )
 
 
 def op_key(op: Op, numbers: dict[Value, int]) -> Key:
@@ -149,8 +151,3 @@ def count_ops(module: Module) -> int:
 
 def _count(block: Block) -> int:
     return len(block.ops) + sum(_count(region) for op in block.ops for region in op.regions)
-
-
-def users_outside(values: Iterable[Value], ops: set[Op]) -> set[Op]:
-    """The ops that read any of `values` and are not among `ops`."""
-    return {user for value in values for user in value.users if user not in ops}

@@ -1,0 +1,51 @@
+"""Model families of transformers through every phase: the same bits as captured, at two token counts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsec import pipeline
+from sparsec.ir.interp import evaluate_module
+
+ZOO = Path(__file__).parents[2] / ".." / "shared" / "zoo"
+QUICK = ("gpt_oss", "deepseek_v3")
+FAMILIES = ["mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "granitemoe", "glm4_moe", "phimoe", "ernie4_5_moe", "mistral4", "minimax_m2", "gemma4", "aria"]
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Any:
+    if not (ZOO / "zoo.py").exists():
+        pytest.skip("the model zoo is not beside the repository")
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(ZOO))
+    try:
+        import zoo  # pyright: ignore[reportMissingImports]
+    finally:
+        sys.path.remove(str(ZOO))
+    return zoo
+
+
+@pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+def test_every_phase_gives_the_bits_of_the_capture(zoo: Any, family: str) -> None:
+    from sparsec.frontend.capture import capture
+
+    model, inputs = zoo.FAMILIES[family]()
+    captured = capture(model, (), dict(inputs))
+    ids = inputs["input_ids"]
+    again = torch.randint(3, 128, (3, 7), generator=torch.Generator().manual_seed(3))
+    runs = [(ids, evaluate_module(captured.module, [ids], captured.weights)) for ids in (ids, again)]
+    result = pipeline.run(captured.module, target="cpu")
+    assert not [remark for remark in result.remarks if remark.kind == "missed"]
+    raised = [op.name for op in result.ir("raise").walk()]
+    assert raised.count("moe.route") == raised.count("moe.experts") > 0
+    for phase in pipeline.PHASES[1:]:
+        for ids, wanted in runs:
+            for new, old in zip(evaluate_module(result.ir(phase), [ids], captured.weights), wanted, strict=True):
+                assert torch.equal(new, old), phase
+    kernels = [name for name in result.module.funcs if name != "main"]
+    assert kernels == ["route_group_0", "gather_gemm_0", "gemm_combine_0"], "layers that are alike share kernels"
