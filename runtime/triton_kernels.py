@@ -54,7 +54,9 @@ class Run:
 
 def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
     """A kernel of a plan as a function of its operands. Raises: ArtifactError if it cannot run on this device."""
-    device, driver = context.device, gpu_driver.driver()
+    driver, device = gpu_driver.driver(), context.device
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
     found = gpu_driver.architecture(device)
 
     def load(config: Json) -> Program:

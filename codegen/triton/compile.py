@@ -140,7 +140,7 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
         except (TritonError, RuntimeError) as error:
             raise CompileError(f"{what}: Triton cannot compile '{entry.name}' for {target.name}: {error}") from error
     metadata = compiled.metadata
-    if metadata.global_scratch_size or metadata.profile_scratch_size:
+    if any(getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")):
         raise CompileError(f"{what}: '{entry.name}' wants scratch memory of Triton's own, which no artifact provides")
     cuda = target.backend == "cuda"
     image, assembly = compiled.asm["cubin" if cuda else "hsaco"], compiled.asm["ptx" if cuda else "amdgcn"]

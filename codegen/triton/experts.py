@@ -23,7 +23,7 @@ GROUP_M = 8
 DEFAULTS: tuple[Mapping[str, Any], ...] = (
     {"up_to": 64, "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4},
     {"up_to": 1024, "block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 4},
-    {"up_to": None, "block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3},
+    {"up_to": None, "block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 8, "num_stages": 3},
 )
 """Variants where the schedule names none."""
 

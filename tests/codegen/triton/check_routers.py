@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from sparsec.dialects.moe import group_reference
 
+from sparsec.dialects.moe import group_reference
 from tests.codegen.triton import build
 from tests.codegen.triton.interpret import kernel
 from tests.codegen.triton.routers import ROUTERS, Router

@@ -25,8 +25,8 @@ DTYPES = {"*fp32": torch.float32, "*i32": torch.int32}
 FOLDER = tempfile.TemporaryDirectory()
 
 
-def kernel(func: Func) -> Callable[[Sequence[torch.Tensor | None]], Sequence[torch.Tensor]]:
-    """A kernel function as a function of its operands."""
+def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | None]], Sequence[torch.Tensor]]:
+    """A kernel function as a function of its operands; `constants` replace those that entry points have."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     sketch = sketch_kernel(func)
     name = "generated_" + hashlib.sha256(sketch.source.encode()).hexdigest()[:16]
@@ -58,7 +58,7 @@ def kernel(func: Func) -> Callable[[Sequence[torch.Tensor | None]], Sequence[tor
                         "grid": list(entry.grid),
                         "args": [dict(parameter.argument) for parameter in entry.parameters],
                         "types": [parameter.type for parameter in entry.parameters],
-                        "constants": dict(entry.constants),
+                        "constants": {n: constants.get(n, value) for n, value in entry.constants.items()},
                     }
                     for entry in schedule.entries
                 ],

@@ -48,7 +48,7 @@ def group_limited(z: Tensor, k: int, groups: int, kept: int) -> tuple[Tensor, Te
 
 def biased_groups(z: Tensor, bias: Tensor, k: int, groups: int, kept: int) -> tuple[Tensor, Tensor]:
     """deepseek_v3, glm4_moe: biased sigmoid scores choose, plain ones weigh; groups by the sum of their best two."""
-    tokens, experts = z.shape
+    experts = z.shape[1]
     scores = z.sigmoid()
     biased = scores + bias
     best = biased.view(-1, groups, experts // groups).topk(2, dim=-1)[0].sum(dim=-1)
