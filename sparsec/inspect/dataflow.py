@@ -248,7 +248,7 @@ class Dataflow:
             k = pairs // self.record.tokens
         experts = experts or (fitting[0].extent if fitting else 0)
         if 0 < k < experts:
-            near = [_common(s.scope, candidate.scope) for s in fitting or outside] or [candidate.scope]
+            near = [innermost(s.scope, candidate.scope) for s in fitting or outside] or [candidate.scope]
             block = self.record.canonical(max(near, key=len))
             self.banks[candidate.path] = Bank(candidate.path, experts, k, block)
 
@@ -267,7 +267,8 @@ class Dataflow:
         """Indices of a top-k or arg-max begin to carry a selection."""
         name = call.name.removeprefix("aten.")
         if name in {"moe.route", "moe.route_group"}:
-            self._selected(call, call.operands[0].shape[-1], call.results[0].shape[-1], call.results[0])
+            self._selected(call, call.operands[0].shape[-1], call.results[0].shape[-1], call.results)
+            return
         if name not in {"topk", "argmax", "max"} or (name == "max" and len(call.results) < 2):
             return
         source = call.operands[0]
@@ -275,13 +276,13 @@ class Dataflow:
         axis = call.args[position] if len(call.args) > position else call.kwargs.get("dim", -1)
         extent = source.shape[axis] if isinstance(axis, int) and source.shape else None
         k = (call.args[1] if len(call.args) > 1 else call.kwargs.get("k")) if name == "topk" else 1
-        self._selected(call, extent, k, call.results[-1])
+        self._selected(call, extent, k, call.results[-1:])
 
-    def _selected(self, call: Call, extent: int | None, k: Any, ids: Value) -> None:
+    def _selected(self, call: Call, extent: int | None, k: Any, chosen: tuple[Value, ...]) -> None:
         if extent and isinstance(k, int) and k < extent:
             selection = Selection(extent, k, call.scope, call.operands[0])
             self.selections.append(selection)
-            self._carried[ids] = self._carried.get(ids, frozenset()) | {selection}
+            self._carried |= {value: self._carried.get(value, frozenset()) | {selection} for value in chosen}
 
     def _read_stopped(self, call: Call) -> None:
         """What a module that stopped did not come to read, where its shape tells: banks of a selection that came in."""
@@ -373,15 +374,15 @@ def _union(carried: Mapping[Value, frozenset[_T]], values: Iterable[Value]) -> f
 
 def _count(selections: list[Selection], scope: str) -> int:
     """How many are chosen in all by the selections nearest to `scope`."""
-    near = [len(_common(s.scope, scope)) for s in selections]
+    near = [len(innermost(s.scope, scope)) for s in selections]
     by_source = {s.source: s.k for s, distance in zip(selections, near, strict=True) if distance == max(near)}
     return sum(by_source.values())
 
 
-def _common(a: str, b: str) -> str:
-    """The innermost module that holds both."""
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False))
-    return ".".join(part for part, _ in pairs)
+def innermost(*paths: str) -> str:
+    """The innermost module that holds all of them; the model itself for none."""
+    columns = takewhile(lambda parts: len(set(parts)) == 1, zip(*(path.split(".") for path in paths), strict=False))
+    return ".".join(parts[0] for parts in columns)
 
 
 def _inside(path: str, module: str) -> bool:

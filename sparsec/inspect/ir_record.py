@@ -11,6 +11,7 @@ from sparsec.dialects.dtypes import to_torch
 from sparsec.dialects.kernel import Launch
 from sparsec.frontend.blocks import Call, Family, Record
 from sparsec.frontend.blocks import Value as Seen
+from sparsec.inspect.dataflow import innermost
 from sparsec.ir.core import Func, Module, Op, Value
 from sparsec.ir.types import Sym, TensorType, evaluate, symbols
 
@@ -65,7 +66,7 @@ class _Reader:
     def _read(self, func: Func, values: dict[Value, Seen], scope: str) -> list[Seen]:
         """Note the ops of a function; a kernel's run in the scope of its launch."""
         for op in func.body.ops[:-1]:
-            place = scope or op.loc.scope
+            place = scope or innermost(*(loc.scope for loc in (op.loc, *op.loc.origins) if loc.scope))
             self._enter(place)
             if isinstance(op, Launch):
                 inputs = [values[value] for value in dict.fromkeys(v for v in op.inputs if v is not None)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+import sparsec
 from sparsec.diagnostics import SparsecError
 from sparsec.frontend.blocks import families, record
 from sparsec.inspect.accounting import expected_experts
@@ -265,19 +267,40 @@ def test_json() -> None:
     assert json.loads(to_json(found)) == asdict(found)
 
 
-def test_folder(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=1,
-        architectures=["MixtralForCausalLM"], dtype="bfloat16",
+def tiny(config: Any, **options: Any) -> Any:
+    """Three layers of four experts, one of which is used."""
+    return config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts=4,
+        num_experts_per_tok=1, shared_expert_intermediate_size=48, **options,
     )  # fmt: skip
+
+
+def test_folder(tmp_path: Path) -> None:
+    config = tiny(pytest.importorskip("transformers").MixtralConfig, architectures=["MixtralForCausalLM"])
+    config.dtype = "bfloat16"
     config.save_pretrained(tmp_path)
     found = info(tmp_path)
     assert found.name == "MixtralForCausalLM"
     assert (found.layers, found.moe_layers, found.dtypes) == (3, 3, {"bfloat16": found.total})
     assert found.kv_bytes_per_token == 3 * 2 * 2 * 8 * 2
     assert [(r.experts, r.k, r.parameters) for r in found.routed] == [(4, 1, 3 * 4 * 3 * 32 * 48)]
+
+
+def test_every_phase_and_the_artifact_tell_the_same(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Qwen2MoeForCausalLM(tiny(transformers.Qwen2MoeConfig)).eval()
+    ids = torch.randint(0, 64, (2, 6))
+    traced = info(model, (ids,))
+    assert traced.routed[0].shared_experts == pytest.approx(1 + 32 / (3 * 32 * 48), abs=1e-3)
+
+    compiled = sparsec.compile(model, (ids,), target="cpu")
+    artifact = compiled.save(tmp_path / "qwen")
+    for told in (info(compiled.captured), info(compiled.result.module), info(artifact)):
+        assert replace(told, name=traced.name, notes=[], traffic=traced.traffic) == traced
+        for a, b in zip(told.traffic, traced.traffic, strict=True):
+            assert a.weight_bytes == pytest.approx(b.weight_bytes)
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
