@@ -207,7 +207,7 @@ class _Reader:
         for param in raw.params:
             hint = param.name[1:]
             value = block.add_arg(self.types(param.type)[0], "" if hint.isdigit() else hint)
-            scope.define(str(param.name), value, lambda name=param.name: name.start_pos or 0)
+            scope.define(str(param.name), value, param.name)
         for op in raw.ops:
             block.append(self.op(op, scope, depth))
         return block, scope

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -291,7 +291,7 @@ class _Builder:
         for name, type, _ in params:
             hint = name[1:]
             value = block.add_arg(self.types(type)[0], "" if hint.isdigit() else hint)
-            scope.define(str(name), value, _at(name))
+            scope.define(str(name), value, name)
         return block
 
     def items(self, items: list[_RawOp | Token], block: Block, scope: Scope, loc: Loc, depth: int) -> None:
@@ -382,10 +382,6 @@ class _Builder:
             self.items(region.items, block, inner, loc, depth)
             blocks.append(block)
         return blocks
-
-
-def _at(token: Token) -> Callable[[], int]:
-    return lambda: token.start_pos or 0
 
 
 def _split(token: str) -> list[str]:

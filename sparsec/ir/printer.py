@@ -20,7 +20,7 @@ from sparsec.ir.types import DType, Sym, Type
 
 TERMINATORS = {"func.return": "return", "moe.yield": "yield"}
 RESERVED = frozenset({"true", "false", "none", "inf", "nan", *(dtype.value for dtype in DType)})
-_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*\Z")
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*\Z")
 _HINT = re.compile(r"[A-Za-z_$.-][A-Za-z0-9_$.-]*\Z")
 
 
@@ -244,12 +244,16 @@ def format_float(value: float) -> str:
 
 
 def format_key(key: str) -> str:
-    return key if _KEY.match(key) else json.dumps(key, ensure_ascii=False)
+    return (
+        key
+        if key.isidentifier() and key.isascii() and key not in TERMINATORS.values()
+        else json.dumps(key, ensure_ascii=False)
+    )
 
 
 def format_symbol(name: str) -> str:
     """The name of a function, after its `@`."""
-    return name if _KEY.match(name) else json.dumps(name, ensure_ascii=False)
+    return name if _SYMBOL.match(name) else json.dumps(name, ensure_ascii=False)
 
 
 def format_loc(loc: Loc) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, NoReturn, TypeAlias
@@ -42,7 +42,7 @@ _WORDS = {
     "TYPES": "types (`tensor<s0x8xf32>`)",
     "TYPE": "a type (`tensor<s0x8xf32>`)",
     "SYMBOL": "a name (`@main`)",
-    "NAME": "a region (`body(...):`)",
+    "NAME": "a name (of an attribute or region)",
     "KEY": "an attribute's name",
     "FLAT_DICT": "attributes (`{key = value}`)",
     "NUMBER": "a number",
@@ -225,10 +225,10 @@ class Scope:
         self.values: dict[str, Value] = {}
         self.outer, self.label = outer, label
 
-    def define(self, name: str, value: Value, position: Callable[[], int]) -> None:
-        """Raises: TextError if the name is taken."""
+    def define(self, name: str, value: Value, token: Token) -> None:
+        """Make a name visible that `token` holds. Raises: TextError if it is taken."""
         if name in self.values:
-            raise TextError(position(), f"{name} is defined twice")
+            raise TextError(offset_of(token, name), f"{name} is defined twice")
         self.values[name] = value
 
     def missing(self, name: str, position: int) -> NoReturn:
@@ -259,7 +259,7 @@ def op_class(name: str, position: int) -> type[OpDef]:
 
 def offset_of(token: Token, name: str) -> int:
     """Where a value's name stands in a token that lists several."""
-    found = re.search(re.escape(name) + r"(?![A-Za-z0-9_$.\-])", token)
+    found = re.search(re.escape(name.partition("#")[0]) + r"(?![A-Za-z0-9_$.\-])", token)
     return (token.start_pos or 0) + (found.start() if found else 0)
 
 
@@ -270,4 +270,4 @@ def finish_op(op: Op, results: list[tuple[str, Token]], scope: Scope) -> None:
         raise TextError(position or 0, f"'{op.name}' has {len(op.results)} result types for {len(results)} names")
     for (name, token), value in zip(results, op.results, strict=True):
         value.name = "" if name[1:].isdigit() else name[1:]
-        scope.define(name, value, lambda name=name, token=token: offset_of(token, name))
+        scope.define(name, value, token)

@@ -116,11 +116,11 @@ class _Checker:
                 if not used <= bound:
                     is_sym = isinstance(result.type, SymType)
                     bound |= {name for name in binds if is_sym or is_unbacked(name)}
-                    if unbound := used - bound:
-                        yield Problem(func, op, _unbound(result, unbound))
+                    if missing := used - bound:
+                        yield Problem(func, op, _unbound(result, missing))
             for key, value in op.attrs.items():
-                if isinstance(value, (Sym, tuple)) and (unbound := _mentioned(value) - bound):
-                    yield Problem(func, op, f"attribute '{key}' mentions {_list(unbound)}, which no argument binds")
+                if isinstance(value, (Sym, tuple)) and (unknown := _mentioned(value) - bound):
+                    yield Problem(func, op, f"attribute '{key}' mentions {_list(unknown)}, which no argument binds")
 
     def op(self, op: Op) -> list[str]:
         """Problems of an op by its class."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsec import dialects
@@ -92,8 +92,12 @@ ATTRS = st.recursive(
 )
 
 
+KEYS = st.text(min_size=1) | st.sampled_from(["return", "loc", "func", "a.b", "none", "fused", "in"])
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.text(min_size=1), ATTRS, max_size=3))
+@example({"A.0": None, "0": None})
+@given(st.dictionaries(KEYS, ATTRS, max_size=3))
 def test_any_attribute_survives_both_forms(attrs: dict[str, Any]) -> None:
     block = Block([F32], ["x"])
     block.append(make("aten.silu", [block.args[0]], [F32], attrs))
