@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch.utils._pytree import TreeSpec, tree_map
 
 from sparsec.diagnostics import Diagnostic
 from sparsec.frontend import structure
-from sparsec.frontend.failures import explain
+from sparsec.frontend.failures import explain, quiet
 from sparsec.frontend.importer import import_program
 from sparsec.frontend.pt2 import load_program
 from sparsec.ir.core import Module
+from sparsec.ir.types import TensorType
 
 _EXPERTS = "_experts_implementation_internal"
 
@@ -68,21 +69,27 @@ def capture(
 
     Raises: CompileError with the user's line, for a model that torch.export or the IR cannot hold.
     """
-    kwargs = dict(kwargs or {})
     if isinstance(model, str | os.PathLike):
-        return _import(load_program(Path(model)))
+        model = load_program(Path(model))
     if isinstance(model, ExportedProgram):
-        return _import(model)
-    with for_capture(model, no_cache=not use_cache and "use_cache" not in kwargs), torch.no_grad():
+        return _import(model.run_decompositions({}))
+    with for_capture(model, no_cache=not use_cache and "use_cache" not in (kwargs or {})), torch.no_grad():
         device = _device(model)
-        args, kwargs = tree_map(lambda leaf: _on(leaf, device), (tuple(args), kwargs))
-        program, warnings = _export(model, args, kwargs, dynamic)
-    return _import(program, warnings)
+        call: Any = tree_map(lambda leaf: _on(leaf, device), (tuple(args), dict(kwargs or {})))
+        try:
+            with quiet():
+                program = _export(model, call[0], call[1], dynamic).run_decompositions({})
+        except Exception as error:
+            raise explain(error, model) from error
+    captured = _import(program)
+    warnings = list(_fixed(captured.module)) if dynamic is True else []
+    if model.training:
+        warnings.append(Diagnostic("the model is in training mode", severity="warning", hint="call model.eval() first"))
+    return replace(captured, warnings=tuple(warnings))
 
 
-def _import(program: ExportedProgram, warnings: tuple[Diagnostic, ...] = ()) -> Captured:
-    with torch.no_grad():
-        program = program.run_decompositions({})
+def _import(program: ExportedProgram) -> Captured:
+    """`program`, which must be functional, in the IR."""
     module, weights = import_program(program)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None and out_spec is not None
@@ -99,43 +106,25 @@ def _import(program: ExportedProgram, warnings: tuple[Diagnostic, ...] = ()) -> 
     ]
     args_json, kwargs_json = structure.tree(in_spec, given)["items"]
     inputs = {"args": args_json, "kwargs": kwargs_json}
-    return Captured(module, weights, inputs, structure.tree(out_spec, returned), in_spec, out_spec, warnings)
+    return Captured(module, weights, inputs, structure.tree(out_spec, returned), in_spec, out_spec)
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Any
-) -> tuple[ExportedProgram, tuple[Diagnostic, ...]]:
-    shapes = dynamic
-    if isinstance(dynamic, bool):
-        shapes = None
-        if dynamic:
-            args, kwargs = tree_map(_not_one, (args, kwargs))
-            shapes = _open_shapes(model, args, kwargs)
-    try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise explain(error, model) from error
-    return program, tuple(_fixed(program)) if dynamic is True else ()
-
-
-def _open_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dimensions that torch.export may leave open, in the structure of the arguments."""
-    return tree_map(_open_dims, _by_name(model, args, kwargs))
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Any) -> ExportedProgram:
+    shapes: Any = None if dynamic is False else dynamic
+    if dynamic is True:
+        args, kwargs = tree_map(_not_one, (args, kwargs))
+        # In the structure that torch.export wants: by name of the forward's parameters.
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        shapes = tree_map(_open_dims, dict(bound.arguments))
+    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _open_dims(leaf: Any) -> Any:
+    """Dimensions of an argument that torch.export may leave open."""
     if not isinstance(leaf, torch.Tensor):
         return None
     dims = leaf.dim() if leaf.dtype.is_floating_point else min(leaf.dim(), 2)
     return {i: Dim.AUTO for i in range(dims)}
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arguments in the order that torch.export wants for `dynamic_shapes`: by name of the forward's parameters."""
-    if not kwargs:
-        return args
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    return dict(bound.arguments)
 
 
 def _not_one(leaf: Any) -> Any:
@@ -148,25 +137,22 @@ def _not_one(leaf: Any) -> Any:
     return leaf
 
 
-def _fixed(program: ExportedProgram) -> Iterator[Diagnostic]:
-    """The batch and sequence dimensions of integer inputs that the model fixed while it was traced."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if not isinstance(value, torch.Tensor) or node.name not in program.graph_signature.user_inputs:
+def _fixed(module: Module) -> Iterator[Diagnostic]:
+    """The batch and sequence dimensions of integer inputs, and first of others, that the model's code has fixed."""
+    for arg in module.main.body.args:
+        if module.main.arg_attrs[arg]["kind"] != "input" or not isinstance(arg.type, TensorType):
             continue
-        if value.dtype.is_floating_point:
-            continue
-        for dim, size in enumerate(value.shape[:2]):
+        for dim, size in enumerate(arg.type.shape[: 1 if arg.type.dtype.is_float else 2]):
             if isinstance(size, int):
                 yield Diagnostic(
-                    f"dimension {dim} of '{node.name}' is fixed to {size}: the model's code depends on this size",
+                    f"dimension {dim} of '{arg.name}' is fixed to {size}: the model's code depends on this size",
                     severity="warning",
                     hint="TORCH_LOGS=+dynamic shows where",
                 )
 
 
 @contextmanager
-def _set(configs: Sequence[Any], key: str, value: Any) -> Iterator[None]:
+def _set(configs: Sequence[Any], key: str, value: Any) -> Generator[None, None, None]:
     """Set an entry of transformers' configurations, where it exists, for a while."""
     before = [(config, config.__dict__[key]) for config in configs if key in config.__dict__]
     for config, _ in before:
@@ -179,7 +165,7 @@ def _set(configs: Sequence[Any], key: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def for_capture(model: nn.Module, no_cache: bool = False) -> Iterator[None]:
+def for_capture(model: nn.Module, no_cache: bool = False) -> Generator[None, None, None]:
     """Run transformers' banks of experts as `sparsec::experts`, and without a key/value cache, for a while."""
     configs = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}.values())
     with ExitStack() as stack:

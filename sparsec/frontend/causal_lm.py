@@ -42,6 +42,9 @@ class CausalLM(nn.Module):
     Raises: UnsupportedCache for a model whose layers keep other states (linear attention, state spaces).
     """
 
+    cache: nn.ModuleList
+    _model: Any
+
     def __init__(self, model: Any, max_length: int, batch: int = 1, *, all_logits: bool = False) -> None:
         super().__init__()
         # The model's parts are this module's own, so that parameters keep the names that they have in the model.
@@ -74,9 +77,9 @@ class CausalLM(nn.Module):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        for slot in self.cache:
-            slot.keys.zero_()  # type: ignore[operator,union-attr]
-            slot.values.zero_()  # type: ignore[operator,union-attr]
+        for slot in self.cache.children():
+            for buffer in slot.buffers():
+                buffer.zero_()
 
 
 class _Slot(nn.Module):
@@ -149,7 +152,7 @@ def _states(model: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
     """An empty tensor like the key and the value of each layer, from a run of the model on fake tensors."""
     config = model.config.get_text_config(decoder=True)
     sliding = _sliding(model)
-    layers = [_Probe(i < len(sliding) and sliding[i]) for i in range(config.num_hidden_layers)]
+    layers: list[Any] = [_Probe(i < len(sliding) and sliding[i]) for i in range(config.num_hidden_layers)]
     device = next(model.parameters()).device
     try:
         with for_capture(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):

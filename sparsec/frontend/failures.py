@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import re
+import sys
+import warnings
+from collections.abc import Generator
 
 from torch import nn
 
@@ -14,6 +20,24 @@ _BRANCH = re.compile(r"[Dd]ata-dependent|Could not guard|u\d+\b")
 _SPECIALISED = re.compile(
     r"Constraints violated|marked as dynamic|inferred to be a constant|specialized", re.IGNORECASE
 )
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None, None, None]:
+    """Keep back what torch prints and logs about an export that fails: the error says it in a sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+    sys.stderr.write(said.getvalue())
 
 
 def explain(error: BaseException, model: nn.Module) -> CompileError:
@@ -51,7 +75,10 @@ def _data_dependent(text: str, loc: Loc) -> CompileError:
         )
     elif re.match(r"(if|elif|while|assert)\b", source):
         what = "this branch depends on values that are known only at run time"
-        hint = "remove the `if`: an expert without tokens gives an empty tensor, which adds nothing"
+        hint = (
+            "remove an emptiness test: an expert without tokens gives an empty tensor, which adds nothing; "
+            "compute both sides of any other branch and choose by torch.where"
+        )
     elif re.search(r"tolist\(\)|bincount|split\(", source):
         what = "the sizes here depend on values that are known only at run time"
         hint = (
@@ -61,8 +88,8 @@ def _data_dependent(text: str, loc: Loc) -> CompileError:
     else:
         what = "this line needs a value that is known only at run time"
         hint = "compute with tensors instead of Python numbers here (torch.where, masks), or use sparsec's experts op"
-    found = re.search(r"data-dependent expression ([^\n(]+)", text)
-    because = f" (torch could not decide {found[1].strip()})" if found else ""
+    found = re.search(r"data-dependent expression (.+?)(?: \(unhinted|\.?\s*\n|$)", text)
+    because = f" (torch could not decide {found[1]})" if found else ""
     return CompileError(what + because, loc, hint)
 
 

@@ -190,8 +190,8 @@ class _ProgramImporter(GraphImporter):
         if spec.kind is not InputKind.USER_INPUT:
             assert spec.target is not None
             attrs["source"] = spec.target
-            found = self.program.state_dict.get(spec.target)
-            self.weights[spec.target] = self.program.constants[spec.target] if found is None else found
+            held: dict[str, Any] = self.program.constants | self.program.state_dict
+            self.weights[spec.target] = held[spec.target]
         self.argument(node, attrs)
 
     def _results(self, results: Sequence[Any]) -> None:
@@ -218,7 +218,7 @@ class _ProgramImporter(GraphImporter):
         self.func.result_attrs = {i: attrs for i, (_, attrs) in enumerate(together)}
 
     def _drop_unused(self) -> None:
-        kept = {attrs.get("source") for attrs in self.func.result_attrs.values()}
+        kept = {str(attrs.get("source")) for attrs in self.func.result_attrs.values()}
         for arg in list(self.builder.block.args):
             attrs = self.func.arg_attrs[arg]
             if attrs["kind"] != "input" and not arg.users and attrs["source"] not in kept:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-import sparsec.frontend.experts_op  # noqa: F401  programs may hold the operator
 from sparsec.diagnostics import CompileError
+from sparsec.frontend import experts_op
+from sparsec.frontend.failures import quiet
 
 # Size expressions are strings that sympy evaluates as Python: calls of these on symbols and numbers, nothing else.
 _WORD = re.compile(
@@ -48,19 +48,16 @@ def load_program(path: Path) -> ExportedProgram:
         raise CompileError(f"{path} is refused: {problem}", hint="export the model anew, with plain tensors only")
     if records and importlib.util.find_spec("transformers"):
         importlib.import_module("transformers.modeling_outputs")  # tells torch what these results are made of
-    log = logging.getLogger("torch.export")
-    level = log.level
+    assert experts_op.TARGET  # programs may hold it, so that it must be registered
     try:
-        log.setLevel(logging.ERROR)  # what goes wrong is raised too
-        return torch.export.load(path)
+        with quiet():
+            return torch.export.load(path)
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CompileError(
             f"{path} is no exported program that torch {torch.__version__} can read: {said}",
             hint="write it with torch.export.save, by the same version of torch",
         ) from error
-    finally:
-        log.setLevel(level)
 
 
 def _problems(archive: zipfile.ZipFile) -> Iterator[str]:

@@ -51,9 +51,8 @@ def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, 
         projected = torch.empty(_PROBE, 2 * width if gated else width, dtype=dtype, device="meta")
         with recorder:
             out = fn(projected)
-    if not isinstance(out, torch.Tensor) or tuple(out.shape) != (_PROBE, width):
-        shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise UnsupportedActivation(f"it returns {shape}, not [rows, {width}]")
+    if tuple(out.shape) != (_PROBE, width):
+        raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
     layout, parts = _parts(recorder.calls, projected, width) if gated else ("single", [projected])
     return layout, encode(_region(recorder.calls, parts, out, width, dtype))
 

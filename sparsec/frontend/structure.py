@@ -40,7 +40,7 @@ def _tree(spec: TreeSpec, leaves: Iterator[Any], numbers: Iterator[int]) -> Any:
 
 def _children(spec: TreeSpec) -> list[TreeSpec]:
     # The method is newer than the oldest torch that we run on.
-    return spec.children() if hasattr(spec, "children") else spec.children_specs
+    return spec.children() if hasattr(spec, "children") else getattr(spec, "children_specs")  # noqa: B009
 
 
 def _keys(spec: TreeSpec) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsec.ir.types import Dim, Sym
 
@@ -37,18 +37,18 @@ class Symbols:
             self.names[symbol] = f"{letter}{taken}"
         return self.names[symbol]
 
-    def _text(self, expr: sympy.Expr, around: int) -> str:
+    def _text(self, expr: Any, around: int) -> str:
         """`expr` as text, in brackets if it binds less tightly than what stands around it."""
         text, binds = self._write(expr)
         return f"({text})" if binds < around else text
 
-    def _write(self, expr: sympy.Expr) -> tuple[str, int]:
+    def _write(self, expr: Any) -> tuple[str, int]:
         import sympy
 
         args = expr.args
         match type(expr).__name__:
             case "Symbol":
-                return self._name(expr), _ATOM  # type: ignore[arg-type]
+                return self._name(expr), _ATOM
             case "Add":
                 return self._sum(expr), _SUM
             case "Mul":
@@ -73,7 +73,7 @@ class Symbols:
             case _:
                 raise ValueError(f"size {expr} is no expression of + - * // % max min")
 
-    def _sum(self, expr: sympy.Expr) -> str:
+    def _sum(self, expr: Any) -> str:
         """Positive terms first, the constant last: `s0+1`, `s1-s0`."""
         terms = list[tuple[bool, bool, str]]()
         for term in expr.args:
@@ -84,7 +84,7 @@ class Symbols:
         text = "".join(("-" if negative else "+") + text for negative, _, text in terms)
         return text.removeprefix("+")
 
-    def _product(self, expr: sympy.Expr) -> tuple[str, int]:
+    def _product(self, expr: Any) -> tuple[str, int]:
         coefficient, rest = expr.as_coeff_Mul()
         factors = sorted(
             self._text(factor, _PRODUCT if factor.is_Pow else _ATOM) for factor in rest.as_ordered_factors()
