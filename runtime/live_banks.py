@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.runtime.packing import Bank, can_pack, compute_dtype
+from sparsec.runtime.packing import Bank, compute_dtype, should_pack
 
 
 @dataclass
@@ -33,8 +33,8 @@ def live_bank(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transpose
     """A bank as of `packing.Bank`, packed if these tensors were seen before and have not changed."""
     made = (dtype, transposed, interleaved)
     tensors = (weight,) if bias is None else (weight, bias)
-    wanted = weight.device.type == "cpu" and weight.numel() > 0 and can_pack(compute_dtype(dtype, weight.dtype))
-    if not wanted or any(tensor.is_inference() for tensor in tensors):  # those have no version counter
+    untracked = any(tensor.is_inference() for tensor in tensors)  # made in inference mode: no version counter
+    if untracked or not should_pack(weight, compute_dtype(dtype, weight.dtype)):
         return Bank(weight, bias, *made, pack=False)
     storages = [tensor.untyped_storage() for tensor in tensors]
     key = (*map(id, storages), *made, *((t.storage_offset(), t.shape, t.stride()) for t in tensors))

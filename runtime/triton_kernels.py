@@ -55,8 +55,7 @@ class Run:
 def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
     """A kernel of a plan as a function of its operands. Raises: ArtifactError if it cannot run on this device."""
     driver, device = gpu_driver.driver(), context.device
-    if device.index is None:
-        device = torch.device(device.type, torch.cuda.current_device())
+    device = torch.empty(0, device=device).device  # with its index, as tensors say it
     found = gpu_driver.architecture(device)
 
     def load(config: Json) -> Program:
@@ -135,7 +134,7 @@ def _checked(kernel: Kernel, arg: Json, counts: dict[str, int]) -> tuple[str, in
 
 def _size(kernel: Kernel, size: Any) -> int | Expr:
     expr = compile_dim(size)
-    if isinstance(expr, Expr) and expr.symbols != {"t"}:
+    if isinstance(expr, Expr) and expr.symbols != frozenset({"t"}):
         raise ArtifactError(f"kernel '{kernel.name}': the size {size!r} is not one of the token count 't' alone")
     return expr
 

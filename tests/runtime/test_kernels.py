@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,15 @@ torch.set_num_threads(1)
 
 def gated(parts: Sequence[Tensor]) -> Tensor:
     return F.silu(parts[0]) * parts[1] if len(parts) == 2 else F.silu(parts[0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pack_small_banks() -> Iterator[None]:
+    """The banks of these tests are smaller than what is packed otherwise."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(packing, "SMALLEST", {2: 1, 4: 1})
+    yield
+    patch.undo()
 
 
 class Env:
@@ -238,6 +247,23 @@ def test_weights_wider_than_the_rows_are_not_rounded() -> None:
     got = case.run(True)
     assert got.dtype == torch.bfloat16
     assert float((got.float() - wide).norm() / wide.norm()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_banks_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(packing, "SMALLEST", {2: 1 << 10, 4: 1 << 10})
+    case = Case(5, 9, 4, 2, dtype)
+    up, down = case.banks()
+    assert not up.packed
+    assert not down.packed
+    assert up.weights[1].data_ptr() == case.up[1].data_ptr()
+
+
+def test_packed_banks_are_packed() -> None:
+    up, down = Case(5, 9, 4, 2, torch.float32).banks()
+    assert up.packed
+    assert down.packed
+    assert {weight.layout for weight in up.weights} == {torch._mkldnn}  # type: ignore[attr-defined]
 
 
 def test_without_onednn_the_plain_weights_serve(monkeypatch: pytest.MonkeyPatch) -> None:
