@@ -92,6 +92,7 @@ def negative(dim: int, rank: int) -> int:
     return dim - rank if dim >= 0 else dim
 
 
+@cache
 def factors(dim: Dim) -> tuple[int, tuple[str, ...]]:
     """A size as a number times sorted symbolic factors, so that `s0*s1` and `s1*s0` are seen to be one."""
     if isinstance(dim, int):
@@ -117,9 +118,10 @@ def same_size(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
 
 def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
     """Whether two shapes are certainly equal."""
-    return len(a) == len(b) and all(factors(x) == factors(y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(x == y or factors(x) == factors(y) for x, y in zip(a, b, strict=True))
 
 
+@cache
 def substitute(dim: Dim, old: Dim, new: Sym) -> Dim:
     """`dim` with the size `old` called `new`: `2*(s0*s1)` with `s0*s1 -> t` is `2*t`. Ints are never renamed."""
     if isinstance(dim, int) or isinstance(old, int):

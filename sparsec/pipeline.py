@@ -132,15 +132,17 @@ def run(
     todo = {phase: phase_passes(phase) for phase in PHASES[done + 1 : last + 1]}
     manager = _Manager(module, target, instruments, verify)
     manager.start(list(_pairs(todo)))
-    kept: dict[str, Module] = {PHASES[done]: clone_module(module)}
+    last_copy = clone_module(module)
+    kept: dict[str, Module] = {PHASES[done]: last_copy}
     if verify:
         manager.verify("the module given", None)
     for phase, passes in todo.items():
-        manager.run(phase, passes)
+        changed = manager.run(phase, passes, last_copy)
         module.attrs["phase"] = phase
         if PHASES.index(phase) >= PHASES.index("schedule"):
             module.attrs["target"] = target
-        kept[phase] = clone_module(module)
+        last_copy = clone_module(module) if changed else Module(last_copy.funcs.values(), module.attrs)
+        kept[phase] = last_copy
         for instrument in instruments:
             instrument.phase_done(phase, module)
     return manager.finish(kept)
@@ -158,7 +160,7 @@ def run_passes(
     todo = parse_pipeline(passes) if isinstance(passes, str) else tuple(passes)
     manager = _Manager(module, target, instruments, verify)
     manager.start([("", pass_) for pass_ in todo])
-    manager.run("", todo)
+    manager.run("", todo, clone_module(module))
     return manager.finish({})
 
 
@@ -201,8 +203,9 @@ class _Manager:
             instrument.finish(result)
         return result
 
-    def run(self, phase: str, passes: Sequence[Pass]) -> None:
-        snapshot = clone_module(self.module) if passes else self.module
+    def run(self, phase: str, passes: Sequence[Pass], snapshot: Module) -> bool:
+        """Run passes; `snapshot` is a copy of the module before them. Returns: whether one changed anything."""
+        first = len(self.records)
         for i, pass_ in enumerate(passes):
             for instrument in self.instruments:
                 instrument.before(phase, pass_, self.module)
@@ -212,6 +215,7 @@ class _Manager:
                 raise self._explain(error, passes, i, snapshot) from error
             for instrument in self.instruments:
                 instrument.after(record, self.module)
+        return any(record.changed for record in self.records[first:])
 
     def _one(self, phase: str, pass_: Pass) -> PassRecord:
         ctx = PassContext(self.target, pass_.name)
@@ -221,9 +225,9 @@ class _Manager:
         finally:
             self.made.update(ctx.rewriter.made)
         ms = (time.perf_counter() - began) * 1e3
-        if self.checked:
-            self.verify(f"pass '{pass_}'", ctx)
         counts = dict(ctx.counts)
+        if self.checked and counts:
+            self.verify(f"pass '{pass_}'", ctx)
         after = count_ops(self.module)
         record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, tuple(ctx.remarks))
         self.records.append(record)

@@ -198,7 +198,11 @@ def rewrite(module: Module, rules: Sequence[Rule], rewriter: Rewriter | None = N
         for root in rule.roots:
             by_root.setdefault(root, []).append(rule)
     for _ in range(MAX_SWEEPS):
-        if not sum(_sweep(func.body, by_root, anywhere, rw) for func in list(module.funcs.values())):
+        changes = 0
+        for func in list(module.funcs.values()):
+            changes += _sweep(func.body, by_root, anywhere, rw)
+            rw.flush()
+        if not changes:
             return rw
     raise RuntimeError(f"rewriting does not end: {', '.join(str(rule) for rule in rw.counts)}")
 
@@ -211,5 +215,4 @@ def _sweep(block: Block, by_root: Mapping[str, list[Rule]], anywhere: list[Rule]
         for rule in (*by_root.get(op.name, ()), *anywhere):
             if op.block is block and rw.apply(rule, op):
                 changes += 1
-    rw.flush()
     return changes

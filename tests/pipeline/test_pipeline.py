@@ -63,7 +63,7 @@ def test_every_phase_gives_the_same_bits(target: str) -> None:
         wanted = results(layer(), tokens)
         for phase in pipeline.PHASES:
             assert torch.equal(results(result.ir(phase), tokens), wanted), phase
-    backends = {func.attrs["backend"] for name, func in result.module.funcs.items() if name != "main"}
+    backends = {str(func.attrs["backend"]) for name, func in result.module.funcs.items() if name != "main"}
     assert backends == ({"torch", "onednn"} if target == "cpu" else {"triton"})
 
 
@@ -169,6 +169,7 @@ class Break(Pass):
         wrong = make("moe.group", [ops[2].results[1]], [ops[2].results[0].type] * 2, {"num_experts": 8}, loc=ops[2].loc)
         ops.insert(3, wrong)
         wrong.block = module.main.body
+        ctx.changed("wrong ops")
 
 
 @pytest.fixture
@@ -195,6 +196,7 @@ def test_a_failing_pass_leaves_a_reproducer_that_fails_alike(broken: object, how
     assert found == ("cse,test-break" if how == "raise" else "cse,test-break{how=type}", "cpu")
     again = parse_module(text)
     assert equal(again, layer())
+    assert found is not None
     error, path = fail(again, found[0])
     path.unlink()
     assert wanted in str(error)
