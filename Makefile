@@ -22,8 +22,9 @@ types: $(INSTALLED) $(MLIR)
 	$(BIN)/mypy -p sparsec
 	$(BIN)/mypy tests examples
 
+# One thread for each worker: more would wait for each other.
 unit: $(INSTALLED) $(MLIR)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks

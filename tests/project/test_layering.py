@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 COMPILER = {"ir", "dialects", "frontend", "passes", "codegen", "pipeline", "inspect"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "": COMPILER | {"runtime", "api", "cli", "backend"},  # sparsec/__init__.py, which names the API lazily
+    "": COMPILER | {"runtime", "api", "cli", "backend", "hf"},  # sparsec/__init__.py, which names the API lazily
     "__main__": {"cli"},
     "diagnostics": {"ir.loc"},
     "config": set(),
@@ -28,7 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"ir", "runtime"},
     "api": COMPILER | {"runtime"},
     "backend": COMPILER | {"runtime", "api", "launch"},
-    "cli": COMPILER | {"runtime", "api"},
+    "console": COMPILER,
+    "commands": COMPILER | {"runtime", "api", "console"},
+    "cli": {"commands", "console", "runtime"},
     "runtime": set(),
 }
 UNDER_ALL = {"diagnostics", "config", "targets", "__version__"}

@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 MODEL = Path(__file__).parents[2] / "examples" / "tinymoe" / "model"
-PROMPT = "def read_lines(path):\n"
+PROMPT = "class Server:\n    def run(self):\n"  # as in examples/demo.py
 TEXT = Path(json.__file__).read_text()[:2048]  # the standard library's, as its training text was
 
 
@@ -39,11 +39,11 @@ def test_a_token_is_a_byte(tokenizer: Any) -> None:
 
 
 def test_it_has_learnt(model: Any, tokenizer: Any) -> None:
-    """Under 2 bits for a byte of Python; a uniform guess needs 8."""
+    """Under 2.5 bits for a byte of Python; a uniform guess needs 8."""
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0, :2048].reshape(8, 256)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert loss.item() / math.log(2) < 2.0
+    assert loss.item() / math.log(2) < 2.5
 
 
 def test_every_expert_works(model: Any, tokenizer: Any) -> None:
@@ -61,7 +61,7 @@ def test_every_expert_works(model: Any, tokenizer: Any) -> None:
 def test_greedy_decoding_is_stable_in_f32(model: Any, tokenizer: Any) -> None:
     """No choice of an expert or of a byte is so close that the order of a sum in f32 could turn it."""
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    out = model.generate(ids, max_new_tokens=96)
+    out = model.generate(ids, max_new_tokens=120)
     with torch.no_grad():
         scores = model(out, output_router_logits=True)
     k = model.config.num_experts_per_tok
