@@ -30,6 +30,8 @@ from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.plan import Arg, Plan
 from sparsec.runtime.plan_json import to_json
 
+__all__ = ["SHARD", "Progress", "write_artifact"]
+
 SHARD = 512 << 20
 """Bytes of a shard where nothing else is asked for."""
 

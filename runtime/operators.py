@@ -49,8 +49,12 @@ MEMORY_FORMATS: dict[str, torch.memory_format] = {
     "channels_last_3d": torch.channels_last_3d,
 }
 
-FLOATS = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
-"""Numbers that JSON lacks."""
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "dtype": {**DTYPES},
+    "memory_format": {**MEMORY_FORMATS},
+    "float": {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")},
+}
+"""What argument trees such as `{"dtype": "bf16"}` and `{"float": "inf"}` stand for."""
 
 
 @lru_cache(None)
@@ -182,8 +186,7 @@ def _tag_is_sound(tree: Any, tag: str) -> bool:
     if tag == "dim":
         compile_dim(value)
         return True
-    table: Collection[Any] = {"dtype": DTYPES, "memory_format": MEMORY_FORMATS, "float": FLOATS, "device": (True,)}[tag]
-    return isinstance(value, str | bool) and value in table
+    return value is True if tag == "device" else isinstance(value, str) and value in CONSTANTS[tag]
 
 
 def _short(tree: Any) -> str:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from sparsec.runtime.dims import Expr, compile_dim
-from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import InputError
-from sparsec.runtime.operators import FLOATS, MEMORY_FORMATS, dims_of, resolve, slots_of
+from sparsec.runtime.operators import CONSTANTS, dims_of, resolve, slots_of
 from sparsec.runtime.plan import Call, Free
 
 Slots = list[Any]
@@ -150,7 +149,7 @@ class Runner:
             return size(env or {}) if isinstance(size, Expr) else size
         if tag == "device":
             return self._device
-        return {"dtype": DTYPES, "memory_format": MEMORY_FORMATS, "float": FLOATS}[tag][value]
+        return CONSTANTS[tag][value]
 
     def _bind(self, step: Call) -> Closure:
         binds = list(step.binds)
