@@ -32,7 +32,7 @@ def overload(name: str) -> torch._ops.OpOverload | None:
     parts = name.split(".")
     if parts[0] == "torch":
         parts = parts[1:]
-    if len(parts) not in (2, 3):
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isidentifier() for part in parts):
         return None
     packet = getattr(getattr(torch.ops, parts[0], None), parts[1], None)
     found = getattr(packet, parts[2] if len(parts) == 3 else "default", None)
