@@ -27,7 +27,7 @@ unit: $(INSTALLED) $(MLIR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -73,7 +73,7 @@ def main() -> None:
         sys.exit(f"different from transformers' greedy search from new token {at} on")
     console.print(f"[green]all {len(written)} new tokens are those of transformers' greedy search in f32")
 
-    console.rule(f"[bold]how fast, on one thread of this CPU")
+    console.rule("[bold]how fast, on one thread of this CPU")
     console.print(speed(model, generator, ids))
     console.print(f"\nagain: [bold]sparsec run {ARTIFACT} --prompt 'import '")
 
