@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +108,13 @@ def compile_entry(source: str, entry: Entry, target: Target, what: str) -> Binar
 
 def _fitting(source: str, entry: Entry, target: Target, what: str) -> Binary:
     """Compile with as many stages as fit."""
-    for stages in range(entry.num_stages, 0, -1):
+    stages = max(1, entry.num_stages)
+    binary = _compile(source, entry, target, stages, what)
+    while binary.shared > target.shared_limit and stages > 1:
+        stages -= 1
         binary = _compile(source, entry, target, stages, what)
-        if binary.shared <= target.shared_limit:
-            return binary
+    if binary.shared <= target.shared_limit:
+        return binary
     raise CompileError(
         f"{what}: '{entry.name}' needs {binary.shared} bytes of shared memory, {target.name} has {target.shared_limit}",
         hint="give this variant smaller tiles (block_m, block_n, block_k)",
@@ -153,22 +156,22 @@ def _triton() -> Any:
     """Triton, ready to compile. Raises: CompileError."""
     try:
         import triton
+        from triton import knobs
     except ImportError as error:
         raise CompileError(f"compiling for a GPU needs Triton: {error}", hint="pip install triton") from error
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise CompileError("Triton is in interpreter mode", hint="unset TRITON_INTERPRET to compile for a GPU")
     return triton
 
 
 @contextmanager
-def _module(source: str) -> Iterator[ModuleType]:
+def _module(source: str) -> Generator[ModuleType]:
     """A generated module, imported from a folder of its own; Triton's cache lies there too, and both go at the end."""
-    triton = _triton()
+    knobs: Any = _triton().knobs
     name = "sparsec_generated_" + hashlib.sha256(source.encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
         path = Path(folder, f"{name}.py")
         path.write_text(source, encoding="utf-8")
-        knobs = triton.knobs
         with knobs.cache.scope(), knobs.compilation.scope():
             knobs.cache.dir = str(Path(folder, "cache"))
             knobs.compilation.disable_line_info = True  # it would hold the folder's name

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsec.codegen.triton import experts, pointwise, route, rowwise  # noqa: F401 - the rules register themselves
+from sparsec.codegen.triton import experts, pointwise, route, rowwise
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
 from sparsec.codegen.triton.tile import unsupported
 from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
 from sparsec.ir.core import Func
 from sparsec.runtime.plan import Variant
+
+RULE_MODULES = (pointwise, rowwise)
+"""Importing them registers how each aten op is written."""
 
 
 @dataclass(frozen=True)

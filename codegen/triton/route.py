@@ -21,7 +21,7 @@ RESERVED = ("rows", "live", "tokens", "ids", "weights", "order", "offsets", "cou
 MAX_LANES = 16384
 """Most lanes of a tile that still fit in registers."""
 
-KEEP = "ids = tl.where(live[:, None] & (ids >= 0) & (ids < E), ids, -1)"
+KEEP = "ids = tl.where(live[:, None] & (ids >= 0) & (ids < E), ids, -1).to(tl.int32)"
 
 
 def sketch(func: Func, op: Route | RouteGroup | Group) -> Sketch:
@@ -39,14 +39,15 @@ class _Router:
         if len(ids.shape) != 2 or not isinstance(ids.shape[1], int) or ids.dtype not in INTEGERS:
             raise unsupported(op, f"ids are {ids}, must be [tokens, k] integers with k known")
         self.k = ids.shape[1]
-        self.experts = op.num_experts
-        if not isinstance(self.experts, int):
+        experts = op.num_experts
+        if not isinstance(experts, int):
             raise unsupported(op, "the number of experts is known only at run time")
+        self.experts = experts
         self.inputs = list[Value]() if isinstance(op, Group) else list(dict.fromkeys(op.operands))
         self.names = Names((*RESERVED, *library()))
         self.arguments = {value: self.names.of(value) for value in self.inputs}
-        widest = max([padded(self.experts), *(padded(v.tensor.shape[-1]) for v in self.inputs if v.tensor.shape)])  # type: ignore[arg-type]
-        self.widest = widest
+        widths = [experts, *(value.tensor.shape[-1] for value in self.inputs if value.tensor.shape)]
+        self.widest = max(padded(width) for width in widths if isinstance(width, int))
 
     def sketch(self) -> Sketch:
         functions = list[str]()
@@ -58,7 +59,7 @@ class _Router:
         if self.groups and any(self._alone(v) for v in variants):
             functions.append(self._alone_text())
         constants = {"E": self.experts, "E_PAD": padded(self.experts), "K": self.k, "K_PAD": padded(self.k)}
-        source = module_text(self.func, self.op, self._summary(), constants, functions)  # type: ignore[arg-type]
+        source = module_text(self.func, self.op, self._summary(), constants, functions)
         return Sketch(source, tuple(self._schedule(variant) for variant in variants))
 
     def _summary(self) -> str:
@@ -113,10 +114,8 @@ class _Router:
             raise unsupported(self.op, f"%{value.name} is {type}: that element type is not computed in a kernel")
         rows = self._has_rows(value)
         sizes = known_sizes(type, rows, self.op)
-        if len(sizes) > 1 and (rows or sizes[0] != 1):
-            if rows:
-                raise unsupported(self.op, f"%{value.name} is {type}: more than one axis after the tokens")
-            return Tile(pointer, sizes, rows, type.dtype, pointer)
+        if len(sizes) > 1 and (rows or sizes[:-1] != (1,)):
+            raise unsupported(self.op, f"%{value.name} is {type}: more than one axis besides the tokens")
         name = self.names.fresh(f"{pointer}_tile")
         size = sizes[-1] if sizes else 1
         lane = f"tl.arange(0, {padded(size)})"
@@ -148,7 +147,7 @@ class _Router:
             lines = [
                 "slot = tl.arange(0, K_PAD)[None, :]",
                 "mask = live[:, None] & (slot < K)",
-                "ids = tl.load(ids_in + rows[:, None] * K + slot, mask=mask, other=-1).to(tl.int32)",
+                "ids = tl.load(ids_in + rows[:, None] * K + slot, mask=mask, other=-1)",
             ]
         else:
             lines = [f"ids, weights = region({self._names(', ')}rows, live, ROWS)", *self._store_chosen()]
@@ -220,7 +219,7 @@ class _Router:
             "live = rows < tokens",
             "slot = tl.arange(0, K_PAD)[None, :]",
             "at = ids_in + rows[:, None].to(tl.int64) * K + slot",
-            "ids = tl.load(at, mask=live[:, None] & (slot < K), other=-1).to(tl.int32)",
+            "ids = tl.load(at, mask=live[:, None] & (slot < K), other=-1)",
             KEEP,
             "first = stops - count + before",
             "earlier, total = tl.sum(before, axis=0), tl.sum(count, axis=0)",
@@ -280,8 +279,8 @@ class _Router:
         if self._alone(variant):
             entry = Entry(f"{name}_few", (*chosen, *placed, TOKENS), constants, ("1", "1"), warps, 1)
             return Schedule(up_to, (entry,), tuple(wiring.scratch))
-        counts = Parameter("counts", I32, wiring.buffer(f"{blocks} * {4 * self.experts}"))  # type: ignore[operator]
-        totals = Parameter("totals", I32, wiring.buffer(str(4 * self.experts)))  # type: ignore[operator]
+        counts = Parameter("counts", I32, wiring.buffer(f"{blocks} * {4 * self.experts}"))
+        totals = Parameter("totals", I32, wiring.buffer(str(4 * self.experts)))
         many = Parameter("blocks", "i32", {"size": blocks})
         entries = (
             Entry(f"{name}_count", (*chosen, counts, TOKENS), constants, (blocks, "1"), warps, 1),

@@ -61,11 +61,15 @@ def _extremes(code: RegionCode, op: Op) -> str:
 @rule("max.dim")
 def _max(code: RegionCode, op: Op) -> tuple[str, str]:
     tile = code.tile(op, 0)
-    return _reduce(code, op, tile, "tl.max", 'float("-inf")'), _arg_max(code, op)
+    return _reduce(code, op, tile, "tl.max", 'float("-inf")'), _index_of_max(code, op)
 
 
 @rule("argmax")
 def _arg_max(code: RegionCode, op: Op) -> str:
+    return _index_of_max(code, op)
+
+
+def _index_of_max(code: RegionCode, op: Op) -> str:
     tile = code.tile(op, 0)
     (axis,) = _axes(op, tile)
     text = code.call("arg_max", tile.text, axis, tile.size(axis))

@@ -4,7 +4,7 @@ A tile is a block of a tensor in registers: axis 0 holds tokens (rows), and each
 two. Padded lanes hold anything; a function that mixes lanes takes the true SIZE and leaves them out. Floats are f32,
 integers i32.
 """
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
 # ruff: noqa: ANN001, ANN201, PLR0124, RUF059
 
 import triton
