@@ -1,0 +1,136 @@
+"""The operator `sparsec::experts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsec.frontend import experts_op, region
+from sparsec.frontend.capture import capture
+from sparsec.ir.verify import verify_module
+from tests.frontend.helpers import outputs, relative_error
+
+T, H, I, E, K = 7, 16, 12, 4, 2
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATION = region.record(swiglu, I, True, torch.float32)[1]
+
+
+def operands(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    return {
+        "x": normal(T, H),
+        "ids": torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)]),
+        "weights": normal(T, K).abs(),
+        "up": normal(E, 2 * I, H),
+        "down": normal(E, H, I),
+        "up_bias": normal(E, 2 * I),
+        "down_bias": normal(E, H),
+    }
+
+
+def expected(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor) -> Tensor:  # fmt: skip
+    """Token by token, slot by slot."""
+    out = torch.zeros(x.shape[0], down.shape[1])
+    for t in range(x.shape[0]):
+        for slot in range(ids.shape[1]):
+            e = int(ids[t, slot])
+            if 0 <= e < up.shape[0]:
+                h = swiglu(F.linear(x[t], up[e], up_bias[e]))
+                out[t] += weights[t, slot] * F.linear(h, down[e], down_bias[e])
+    return out
+
+
+def test_it_computes_the_weighted_sum_of_the_experts() -> None:
+    given = operands()
+    assert relative_error(torch.ops.sparsec.experts(**given, activation=ACTIVATION), expected(**given)) < 1e-6
+
+
+@pytest.mark.parametrize("sentinel", [E, E + 5, -1])
+def test_ids_out_of_range_are_skipped(sentinel: int) -> None:
+    given = operands()
+    given["ids"][2] = sentinel
+    given["weights"][2] = torch.nan
+    got = torch.ops.sparsec.experts(**given, activation=ACTIVATION)
+    given["weights"][2] = 0
+    assert torch.equal(got[2], torch.zeros(H))
+    assert relative_error(got, expected(**given)) < 1e-6
+
+
+def test_transposed_banks() -> None:
+    given = operands()
+    right = expected(**given)
+    given["up"], given["down"] = given["up"].mT.contiguous(), given["down"].mT.contiguous()
+    got = torch.ops.sparsec.experts(**given, activation=ACTIVATION, up_transposed=True, down_transposed=True)
+    assert relative_error(got, right) < 1e-6
+
+
+def test_a_bound_kernel_runs_instead() -> None:
+    seen = list[str]()
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs["activation"])
+        return experts_op.reference(*args, **kwargs)
+
+    experts_op.set_experts_kernel(kernel)
+    try:
+        torch.ops.sparsec.experts(**operands(), activation=ACTIVATION)
+    finally:
+        experts_op.set_experts_kernel(None)
+    torch.ops.sparsec.experts(**operands(), activation=ACTIVATION)
+    assert seen == [ACTIVATION]
+
+
+def test_torch_finds_the_operator_sound() -> None:
+    given = operands()
+    torch.library.opcheck(torch.ops.sparsec.experts.default, tuple(given.values()), {"activation": ACTIVATION})
+
+
+class Layer(nn.Module):
+    """A hand-written layer over the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        given = operands()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.up, self.down = nn.Parameter(given["up"]), nn.Parameter(given["down"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = torch.topk(torch.softmax(self.gate(x), dim=-1), K)
+        return torch.ops.sparsec.experts(x, ids, weights, self.up, self.down, activation=ACTIVATION)
+
+
+def test_a_hand_written_layer_is_captured_with_its_region(tmp_path: Path) -> None:
+    layer = Layer().eval()
+    captured = capture(layer, (torch.randn(T, H),))
+    verify_module(captured.module)
+    (bank,) = [op for op in captured.module.walk() if op.name == "moe.experts"]
+    assert [op.name for op in bank.regions[0].ops] == ["aten.silu", "aten.mul.Tensor", "moe.yield"]
+    assert bank.loc.file.endswith("test_experts_op.py")
+    for tokens in (T, 1, 20):
+        x = torch.randn(tokens, H)
+        assert torch.equal(outputs(captured, x)[0], layer(x))
+
+
+def test_it_survives_a_pt2_file(tmp_path: Path) -> None:
+    layer = Layer().eval()
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(layer, (torch.randn(T, H),), dynamic_shapes=dynamic, strict=False)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    captured = capture(tmp_path / "layer.pt2")
+    x = torch.randn(3, H)
+    assert torch.equal(outputs(captured, x)[0], layer(x))
