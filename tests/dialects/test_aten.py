@@ -72,7 +72,9 @@ def test_what_the_schema_accepts_runs(line: str) -> None:
     assert torch.equal(z, RIGHT[line](x, y, i))
 
 
-@pytest.mark.parametrize("name", ["aten.nope", "torch.load_library.__call__", "aten.add.Nope", "torch.aten", "aten", "aten.\ud800"])
+@pytest.mark.parametrize(
+    "name", ["aten.nope", "torch.load_library.__call__", "aten.add.Nope", "torch.aten", "aten", "aten.\ud800"]
+)
 def test_what_is_no_operator(name: str) -> None:
     assert overload(name) is None
     with pytest.raises(KeyError):
