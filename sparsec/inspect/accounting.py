@@ -62,7 +62,7 @@ class ModelInfo:
         traffic: weights read at a few batch sizes.
         kv_bytes_per_token: keys and values of all layers; None if not derived.
         dtypes: parameters by dtype.
-        unreached: parameters that the traced inputs do not lead to, counted as active (a vision tower, say).
+        unreached: parameters that the traced inputs do not lead to, a vision tower say: in `active`, not in `traffic`.
         notes: what the figures leave out or assume.
     """
 
@@ -88,7 +88,7 @@ def summarise(name: str, flow: Dataflow, batches: Sequence[int] = BATCHES) -> Mo
     routed = weights.routed()
     layers, moe_layers = _layers(flow)
     idle = sum(r.parameters - r.parameters * r.k // r.experts for r in routed)
-    notes = [f"{_stopped(path, record)}: {reason}" for path, reason in record.stopped.items()]
+    notes = [_stopped(record, path, weights.unseen.get(path, 0)) for path in record.stopped]
     return ModelInfo(
         name=name,
         layers=layers,
@@ -120,9 +120,12 @@ class _Weights:
     """Sums over parameters; every member of a family counts like the one that was traced."""
 
     def __init__(self, flow: Dataflow) -> None:
+        from sparsec.inspect.dataflow import inside
+
         self.flow = flow
         self.total = self.bytes = self.tables = self.table_row = self.dense_bytes = self.unreached = 0
         self.dtypes = dict[str, int]()
+        self.unseen = dict[str, int]()  # stopped module -> parameters, of no bank, that it did not come to read
         self.blocks = dict[str, _Block]()
         self.others = dict[str, int]()  # canonical path -> parameters at work for every token, all layers
         record = flow.record
@@ -138,10 +141,14 @@ class _Weights:
                 self.tables += count
                 self.table_row += size // (value.shape[0] or 1)
             else:
-                self.dense_bytes += size
                 self.others[canonical] = self.others.get(canonical, 0) + count
-                if canonical not in flow.used:
+                where = next((p for p in record.stopped if inside(canonical, record.canonical(p))), None)
+                if canonical in flow.used or where is not None:
+                    self.dense_bytes += size
+                else:
                     self.unreached += count
+                if canonical not in flow.used and where is not None:
+                    self.unseen[where] = self.unseen.get(where, 0) + count
 
     def routed(self) -> list[Routed]:
         """Blocks with as many experts of one size, of which as many are used, are one kind."""
@@ -166,8 +173,8 @@ class _Weights:
         if wide or any(a.scope == block or a.scope.startswith(block + ".") for a in flow.attentions):
             return None
         router = flow.router_of(block)
-        inside = {path: count for path, count in self.others.items() if path.startswith(block + ".")}
-        return sum(count for path, count in inside.items() if path not in router) // _copies(flow.record, block)
+        held = {path: count for path, count in self.others.items() if path.startswith(block + ".")}
+        return sum(count for path, count in held.items() if path not in router) // _copies(flow.record, block)
 
     def traffic(self, batch: int, kinds: Sequence[Routed]) -> Traffic:
         """A dense weight is read once, a looked-up table by rows, an expert if any of the tokens uses it."""
@@ -176,10 +183,12 @@ class _Weights:
         return Traffic(batch, self.dense_bytes + batch * self.table_row + banks, hit)
 
 
-def _stopped(path: str, record: Record) -> str:
-    """Which modules could be traced in part only."""
+def _stopped(record: Record, path: str, unseen: int) -> str:
+    """Which modules could be traced in part only, why, and what that leaves open."""
     copies = _copies(record, path)
-    return f"{path or 'the model'}{f' and {copies - 1} alike' if copies > 1 else ''} traced in part"
+    alike = f" and {copies - 1} alike" if copies > 1 else ""
+    left = f"; {unseen:,} parameters in there are taken to work for every token" if unseen else ""
+    return f"{path or 'the model'}{alike} traced in part: {record.stopped[path]}{left}"
 
 
 def expected_experts(experts: int, k: int, batch: int) -> float:

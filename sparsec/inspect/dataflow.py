@@ -133,7 +133,7 @@ class Dataflow:
 
     def router_of(self, block: str) -> set[str]:
         """Parameters inside a block that lead to its selections."""
-        todo = [s.source for s in self.selections if _inside(s.scope, block)]
+        todo = [s.source for s in self.selections if inside(s.scope, block)]
         found, seen = set[str](), set[Value]()
         while todo:
             value = todo.pop()
@@ -142,7 +142,7 @@ class Dataflow:
             seen.add(value)
             if value in self.views:
                 found.add(self.record.canonical(self.views[value].param))
-            elif (call := self.producer.get(value)) and _inside(call.scope, block):
+            elif (call := self.producer.get(value)) and inside(call.scope, block):
                 todo += call.operands
         return found
 
@@ -241,7 +241,7 @@ class Dataflow:
         if candidate.path in self.banks:
             return
         members = candidate.family.members if candidate.family else ()
-        outside = [s for s in carried if not any(_inside(s.scope, member) for member in members)]
+        outside = [s for s in carried if not any(inside(s.scope, member) for member in members)]
         fitting = [s for s in outside if s.extent in candidate.extents]
         k = _count(fitting, candidate.scope)
         if pairs and pairs % self.record.tokens == 0:
@@ -287,16 +287,16 @@ class Dataflow:
     def _read_stopped(self, call: Call) -> None:
         """What a module that stopped did not come to read, where its shape tells: banks of a selection that came in."""
         carried = _union(self._carried, call.operands)
-        carried |= {s for s in self.selections if _inside(s.scope, call.scope)}
+        carried |= {s for s in self.selections if inside(s.scope, call.scope)}
         for family in self.record.families:
-            if _inside(family.container, call.scope) and len(family) > 1:
+            if inside(family.container, call.scope) and len(family) > 1:
                 extents = frozenset({len(family)})
                 self._confirm(_Candidate(family.members[0], extents, family.container, family), carried)
         leads = dict[str, frozenset[int]]()
         for view in self.views.values():
             leads[view.param] = leads.get(view.param, frozenset()) | view.leads
         for path, parameter in self.record.parameters.items():
-            if _inside(path, call.scope) and self.record.canonical(path) not in self.used:
+            if inside(path, call.scope) and self.record.canonical(path) not in self.used:
                 extents = leads.get(path, frozenset[int]()) | {size for size in parameter.shape[:1] if size}
                 self._confirm(_Candidate(self.record.canonical(path), extents, call.scope), carried)
 
@@ -385,5 +385,6 @@ def innermost(*paths: str) -> str:
     return ".".join(parts[0] for parts in columns)
 
 
-def _inside(path: str, module: str) -> bool:
+def inside(path: str, module: str) -> bool:
+    """Whether `path` is the module or in it."""
     return not module or path == module or path.startswith(module + ".")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,11 @@ def _of_model(
             f"{name} cannot be run on shapes alone: {error}\n"
             "  hint: give example inputs of the right shapes: info(model, args, kwargs)"
         ) from error
-    return summarise(name, Dataflow(seen), batches)
+    found = summarise(name, Dataflow(seen), batches)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return found
+    note = "the config names a quantisation of the stored weights: bytes here are of the dtypes shown"
+    return replace(found, notes=[*found.notes, note])
 
 
 def _of_module(module: Module, name: str, batches: Sequence[int]) -> ModelInfo:
@@ -160,7 +164,7 @@ def render(model: ModelInfo) -> RenderableType:
     facts.add_row("parameters", f"{_count(model.total)} total, {_count(model.active)} active per token")
     facts.add_row("", f"{_count(model.active_without_embedding)} active without the input embedding")
     if model.unreached:
-        facts.add_row("", f"{_count(model.unreached)} not reached by the traced inputs, counted as active")
+        facts.add_row("", f"{_count(model.unreached)} not reached by the traced inputs: counted as active, not as read")
     dtypes = ", ".join(f"{_count(n)} {dtype}" for dtype, n in model.dtypes.items())
     facts.add_row("weights", f"{_bytes(model.weight_bytes)} ({dtypes})")
     kv = "not derived" if model.kv_bytes_per_token is None else f"{_bytes(model.kv_bytes_per_token)} per token"
@@ -184,7 +188,7 @@ def _describe(routed: Routed) -> str:
     if routed.shared_experts is not None and routed.shared_parameters is not None:
         shared = "none shared"
         if routed.shared_parameters:
-            shared = f"shared part of {_count(routed.shared_parameters)} ({routed.shared_experts:g} experts)"
+            shared = f"shared part of {_count(routed.shared_parameters)}, {routed.shared_experts:g} x an expert"
     return (
         f"{routed.k} of {routed.experts} in {routed.layers} layers, {_count(routed.expert_parameters)} each, "
         f"{_count(routed.parameters)} in all; {shared}"

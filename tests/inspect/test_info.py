@@ -303,6 +303,15 @@ def test_every_phase_and_the_artifact_tell_the_same(tmp_path: Path) -> None:
             assert a.weight_bytes == pytest.approx(b.weight_bytes)
 
 
+def test_quantised_folder_is_noted(tmp_path: Path) -> None:
+    config = tiny(pytest.importorskip("transformers").GptOssConfig, architectures=["GptOssForCausalLM"])
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(tmp_path)
+    found = info(tmp_path)
+    assert [(r.experts, r.k, r.layers) for r in found.routed] == [(4, 1, 3)]
+    assert any("quantisation" in note for note in found.notes)
+
+
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(SparsecError, match=r"holds no config\.json"):
         load_meta(tmp_path)
