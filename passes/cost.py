@@ -1,11 +1,11 @@
 """The cost model: how long a tile shape takes for one of the two expert GEMMs on one chip.
 
-Roofline with three limits, the worst of which counts:
+Roofline with four limits, the worst of which counts:
 
 - compute: padded flops over the tensor cores' rate, in whole waves of tiles over the SMs;
-- memory: the weights of the experts hit plus activations over the memory bandwidth, as far as the loads in flight
-  can use it (Little's law: bandwidth x latency bytes must be under way);
-- cache: every tile's operands over the L2 bandwidth.
+- memory: the weights of the experts hit plus activations over the memory bandwidth;
+- cache: every tile's operands over the L2 bandwidth;
+- latency: a block has `stages - 1` steps of its inner loop under way, and a step takes a load's latency.
 
 Rows per expert follow from uniform routing: E (1 - (1 - k/E)^T) experts are hit. Skewed routing hits fewer, so that
 the figures are an upper bound for memory and a lower bound for padding.
@@ -26,8 +26,11 @@ from sparsec.ir.types import DType
 BANDWIDTH_SHARE = 0.90  # H100: a copy reaches 3.0 of 3.35 TB/s
 FLOPS_SHARE = 0.80  # H100: cuBLAS reaches 798 of 989 TFLOP/s (bf16, 8192 cubed)
 MMA_SYNC_SHARE = 0.62  # what mma.sync reaches of wgmma's rate: Luo et al., arXiv 2402.13499
-LATENCY = 800e-9  # seconds from a load's issue to its data, from memory under load
+LATENCY = 600e-9  # seconds from a load's issue to its data under load, between L2's and memory's
 LAUNCH = 3e-6  # seconds
+PIECE = (
+    16  # bytes that starting a contiguous piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
+)
 ROW_REGISTERS = 64  # registers of a thread beside its accumulators
 
 
@@ -154,12 +157,15 @@ def predict(gemm: Gemm, tile: Tile, tokens: int, on: Chip) -> Prediction | None:
 
     weights = hit * gemm.columns * gemm.parts * gemm.inner * gemm.dtype.itemsize
     moved = weights + pairs * gemm.row_bytes + min(tokens, pairs) * gemm.inner * gemm.dtype.itemsize
-    flying = min(tiles, on.sms * resident) * (tile.num_stages - 1) * tile.step(gemm)
-    memory = moved / (on.bandwidth * BANDWIDTH_SHARE * min(1.0, flying / (on.bandwidth * LATENCY)))
-    cached = tiles * (inner // tile.block_k) * tile.step(gemm) / on.cache_bandwidth
+    steps = inner // tile.block_k
+    piece = tile.block_k * gemm.dtype.itemsize
+    memory = moved / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece)
+    cached = tiles * steps * tile.step(gemm) / on.cache_bandwidth
+    waiting = max(1.0, tiles / (on.sms * resident)) * steps * LATENCY / (tile.num_stages - 1)
 
-    seconds = max(compute, memory, cached) + LAUNCH
-    limiter: Literal["memory", "compute"] = "compute" if compute >= max(memory, cached) else "memory"
+    slowest = max(compute, memory, cached, waiting)
+    seconds = slowest + LAUNCH
+    limiter: Literal["memory", "compute"] = "compute" if compute == slowest else "memory"
     return Prediction(seconds * 1e6, limiter, hit * blocks * tile.block_m / pairs - 1, hit)
 
 
@@ -172,12 +178,12 @@ def candidates(on: Chip) -> Iterator[Tile]:
 
 @cache
 def best(gemm: Gemm, tokens: int, on: Chip) -> tuple[Tile, Prediction]:
-    """The fastest tile for `tokens` tokens; among those within 2 % the one that takes least shared memory."""
+    """The fastest tile for `tokens` tokens; among those within 2 % one of few rows with much under way."""
     timed = [(tile, made) for tile in candidates(on) if (made := predict(gemm, tile, tokens, on)) is not None]
     if not timed:
         raise CompileError(f"no tile of {gemm} fits {on.name}")
     limit = min(made.us for _, made in timed) * 1.02
     return min(
         (pair for pair in timed if pair[1].us <= limit),
-        key=lambda pair: (pair[0].shared(gemm), pair[0].num_warps, pair[1].us),
+        key=lambda pair: (pair[0].block_m, -pair[0].step(gemm) * (pair[0].num_stages - 1), pair[0].num_warps),
     )
