@@ -65,7 +65,9 @@ def compile_command(**options: Any) -> None:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to go on from; needs a tokenizer.json in the artifact.")
 @click.option("--prompt-ids", help="Token ids to go on from: 1,2,3.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(min=1), help="Default: 64, or as many as there is room for."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print tokens and speed as JSON.")
 def run_command(**options: Any) -> None:
     """Generate text with the language model in ARTIFACT."""

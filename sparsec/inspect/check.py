@@ -258,7 +258,7 @@ def _values(
     inputs: Sequence[Any],
     weights: Mapping[str, Tensor],
 ) -> tuple[dict[Value, Tensor], dict[Value, Tensor]]:
-    """What the blocks read and yield when every router makes eager's choices, and what the routers would have chosen."""
+    """What the blocks read and yield when routers make the choices of eager PyTorch; what they would have chosen."""
     forced, own = dict[Value, Tensor](), dict[Value, Tensor]()
     for layer in layers:
         if (eager := seen.get(layer.path)) is not None:
