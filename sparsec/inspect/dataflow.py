@@ -102,8 +102,7 @@ class Dataflow:
         banks: by the path of their parameter or module.
         tables: parameters that are only looked up by ids that the caller gave: input embeddings.
         used: parameters that some operator reads, by canonical path.
-        attentions: softmax attentions, one per place in the code.
-        routers: for each block with a bank, the parameters that lead to its selections.
+        attentions: softmax attentions, one per module.
     """
 
     def __init__(self, record: Record) -> None:
@@ -309,12 +308,17 @@ class Dataflow:
             scope = self.record.canonical(call.scope)
             if keys is None or values is None or first.setdefault(scope, call.scope) != call.scope:
                 continue
-            memory = self._memory((keys, values), returned)
+            memory = self._memory((keys, values), returned, self._layer(call.scope))
             narrow = (min(self._chain(value), key=lambda value: value.numel or 0) for value in (keys, values))
             length = keys.shape[-1 if call.name in _MATMULS else -2]
             yield Attention(scope, memory or tuple(narrow), length, bool(memory))
 
-    def _memory(self, todo: Iterable[Value], returned: set[Value]) -> tuple[Value, ...]:
+    def _layer(self, scope: str) -> str:
+        """The innermost member of a container that holds a module; the model itself if none does."""
+        around = self.record.around(scope)
+        return next((member for member in around[-1].members if inside(scope, member)), "") if around else ""
+
+    def _memory(self, todo: Iterable[Value], returned: set[Value], layer: str) -> tuple[Value, ...]:
         """The values nearest to `todo`, going back inside the layer, that are handed back."""
         queue, seen, found = list(todo), set[Value](), dict[Value, None]()
         while queue:
@@ -325,7 +329,7 @@ class Dataflow:
             call = self.producer.get(value)
             if value in returned:
                 found[value] = None
-            elif call is not None and call.name not in _WHOLE and call.name not in _GATHERS:
+            elif call and inside(call.scope, layer) and call.name not in _WHOLE | _GATHERS:
                 queue += call.operands
         return tuple(found)
 

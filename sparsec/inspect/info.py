@@ -153,8 +153,9 @@ def render(model: ModelInfo) -> RenderableType:
     """The figures as tables for a terminal."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    facts = Table(box=None, show_header=False, title=model.name, title_justify="left", title_style="bold")
+    facts = Table(box=None, show_header=False, title=Text(model.name), title_justify="left", title_style="bold")
     facts.add_column(style="dim")
     facts.add_column()
     dense = "" if model.routed else " (nothing sparse found)"
@@ -177,9 +178,9 @@ def render(model: ModelInfo) -> RenderableType:
         hit = (f"{n:.1f}" for n in row.experts_hit)
         traffic.add_row(str(row.batch), _bytes(row.weight_bytes), _bytes(row.weight_bytes / row.batch), *hit)
 
-    notes = [f"note: {note}" for note in model.notes]
+    notes = [Text(f"note: {note}") for note in model.notes]
     if not model.routed:
-        notes.append(f"nothing sparse found; looked for {LOOKED_FOR}")
+        notes.append(Text(f"nothing sparse found; looked for {LOOKED_FOR}"))
     return Group(facts, "", traffic, *(["", *notes] if notes else []))
 
 
