@@ -92,7 +92,7 @@ def launcher(kernel: Kernel, device: torch.device, load: Callable[[Json], Progra
         given = [_ready(kernel, i, tensor, device) for i, tensor in enumerate(ins)]
         outs = [torch.empty([_value(dim, env) for dim in shape], dtype=dtype, device=device) for shape, dtype in shapes]
         scratch = [torch.empty(_value(size, env), dtype=torch.uint8, device=device) for size in run.scratch]
-        tensors = {"in": given, "out": outs, "scratch": scratch}
+        tensors: dict[str, list[Any]] = {"in": given, "out": outs, "scratch": scratch}
         for launch in run.launches:
             x, y = launch.grid
             grid = _value(x, env), _value(y, env)

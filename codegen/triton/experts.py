@@ -7,7 +7,7 @@ to come from the host: the grid is an upper bound, and programs past the last ti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Schedule, Sketch, Wiring
 from sparsec.codegen.triton.region import RegionCode
@@ -41,7 +41,7 @@ class _Gemm:
         self.inner = self.known(a.tensor.shape[-1])
         self.experts, self.k = op.num_experts, op.k
         given = op.variants or func.attrs.get("variants") or DEFAULTS
-        self.variants: list[Mapping[str, Any]] = [dict(variant) for variant in given]  # type: ignore[union-attr, call-overload]
+        self.variants = list(cast("Sequence[Mapping[str, Any]]", given))
 
     def known(self, dim: object) -> int:
         if not isinstance(dim, int):

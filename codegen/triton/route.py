@@ -6,8 +6,8 @@ of rows counts its experts, each expert adds up its counts over the blocks befor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Schedule, Sketch, Wiring, ceil_div
 from sparsec.codegen.triton.region import RegionCode, converted
@@ -29,6 +29,11 @@ def sketch(func: Func, op: Route | RouteGroup | Group) -> Sketch:
     return _Router(func, op).sketch()
 
 
+def _role(i: int, value: Value) -> str:
+    """What to call an operand: the logits lead, others keep a name that is short."""
+    return "logits" if i == 0 else value.name if 0 < len(value.name) <= 24 else f"param_{i}"
+
+
 class _Router:
     """Writes one kernel; the parts that routing and grouping share are methods."""
 
@@ -45,7 +50,7 @@ class _Router:
         self.experts = experts
         self.inputs = list[Value]() if isinstance(op, Group) else list(dict.fromkeys(op.operands))
         self.names = Names((*RESERVED, *library()))
-        self.arguments = {value: self.names.of(value) for value in self.inputs}
+        self.arguments = {value: self.names.fresh(_role(i, value)) for i, value in enumerate(self.inputs)}
         widths = [experts, *(value.tensor.shape[-1] for value in self.inputs if value.tensor.shape)]
         self.widest = max(padded(width) for width in widths if isinstance(width, int))
 
@@ -76,7 +81,7 @@ class _Router:
     def _variants(self) -> list[Mapping[str, Any]]:
         given = self.func.attrs.get("variants") or self.op.attrs.get("variants")
         if given:
-            return list(given)  # type: ignore[arg-type]
+            return list(cast("Sequence[Mapping[str, Any]]", given))
         few = max(4, min(16, 8192 // self.widest))
         many = max(4, min(32, 4096 // self.widest))
         return [

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sparsec.codegen.triton.pointwise import floating
 from sparsec.codegen.triton.region import RegionCode, attr, integer, literal, numeric, rule
-from sparsec.codegen.triton.tile import FLOATS, Tile, padded, unsupported
+from sparsec.codegen.triton.tile import FLOATS, Tile, padded, shape_text, unsupported
 from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
 
@@ -33,9 +33,8 @@ def _reduce(code: RegionCode, op: Op, tile: Tile, function: str, fill: str) -> s
 
 def _dropped(text: str, tile: Tile, axes: Sequence[int]) -> str:
     """A tile without `axes`, each of which holds one lane."""
-    kept = [str(n) for n in ("ROWS", *tile.lanes)][0 if tile.rows else 1 :]
-    kept = [n for axis, n in enumerate(kept) if axis not in axes]
-    return f"tl.reshape({text}, ({''.join(f'{n},' for n in kept)}))"
+    kept: list[int | str] = [*(["ROWS"] if tile.rows else []), *tile.lanes]
+    return f"tl.reshape({text}, {shape_text(*(n for axis, n in enumerate(kept) if axis not in axes))})"
 
 
 @rule("sum.dim_IntList", "sum", "mean.dim")
@@ -197,9 +196,9 @@ def regrouped(code: RegionCode, tile: Tile, result: Tile) -> str | Tile:
         return f"tl.reshape({tile.text}, {result.shape()})"
     lane = f"tl.arange(0, {lanes_out})"
     flat = _flat_index(lane, result, tile)
-    head = ("ROWS",) if tile.rows else ()
-    index = f"tl.broadcast_to({'(' + flat + ')[None, :]' if head else flat}, ({', '.join((*head, f'{lanes_out},'))}))"
-    source = f"tl.reshape({numeric(tile)}, ({', '.join((*head, f'{lanes_in},'))}))"
+    head = ["ROWS"] if tile.rows else []
+    index = f"tl.broadcast_to({f'({flat})[None, :]' if head else flat}, {shape_text(*head, lanes_out)})"
+    source = f"tl.reshape({numeric(tile)}, {shape_text(*head, lanes_in)})"
     text = f"tl.reshape({code.call('pick', source, index, lanes_in)}, {result.shape()})"
     return f"{text} != 0" if tile.dtype is DType.i1 else text
 

@@ -69,7 +69,11 @@ class Tile:
 
     def shape(self) -> str:
         """The tile's shape as Triton takes it."""
-        return "(" + "".join(f"{n}, " for n in ("ROWS", *self.lanes) if self.rows or n != "ROWS").rstrip(" ") + ")"
+        return shape_text(*(["ROWS"] if self.rows else []), *self.lanes)
+
+
+def shape_text(*sizes: int | str) -> str:
+    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
 
 
 def known_sizes(type: TensorType, rows: bool, op: Op | None = None) -> tuple[int, ...]:
