@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparsec.dialects.moe import Experts, GatherGemm, GemmCombine, Group, Route, RouteGroup
-from sparsec.ir.core import Module, Op
+from sparsec.ir.core import Attr, Module, Op
 from sparsec.ir.equal import clone_block
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.passes.base import Pass, PassContext, register
@@ -65,7 +65,7 @@ def split_experts(op: Op, rw: Rewriter) -> bool:
         rw.insert(group, op)
         order, offsets = group.results
         order.name, offsets.name = "order", "offsets"
-    shared = {name: op.attrs[name] for name in ("layout", "up_transposed") if name in op.attrs}
+    shared: dict[str, Attr] = {name: op.attrs[name] for name in ("layout", "up_transposed") if name in op.attrs}
     up_bias = [op.up_bias] if op.up_bias is not None else []
     gemm = GatherGemm(
         [op.x, order, offsets, op.up, *up_bias],

@@ -156,11 +156,11 @@ def outline(found: Slice, bank: Experts, rw: Rewriter) -> bool:
     route = rw.insert_after(Route([flat, *found.params], [v.type for v in yields.operands], {}, [body]), at)
     rw.absorb(found.ops)
     position = later.get(at.op, -1) if at.op is not None else -1
-    for old, new in zip((bank.ids, bank.weights), route.results, strict=True):
-        new.name = old.name
+    for old, result in zip((bank.ids, bank.weights), route.results, strict=True):
+        result.name = old.name
         for user in list(old.users):
             if user not in found.ops and (not later or later.get(user, len(later)) > position):
-                user.operands = tuple(new if operand is old else operand for operand in user.operands)
+                user.operands = tuple(result if operand is old else operand for operand in user.operands)
     return True
 
 

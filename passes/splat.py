@@ -73,7 +73,7 @@ def _overwrites_all(op: Op) -> bool:
     target, index = op.operands
     if not same_shape(target.tensor.shape, index.tensor.shape):
         return False
-    axis = negative(int(op.attrs["dim"]), target.tensor.rank)  # type: ignore[call-overload]
+    axis = negative(attr(op, "dim"), target.tensor.rank)
     if target.tensor.shape[axis] == 1:
         return True  # the only index there is
     topk = index.op
