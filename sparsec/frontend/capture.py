@@ -72,7 +72,8 @@ def capture(
     if isinstance(model, str | os.PathLike):
         model = load_program(Path(model))
     if isinstance(model, ExportedProgram):
-        return _import(model.run_decompositions({}))
+        with quiet(), torch.no_grad():
+            return _import(model.run_decompositions({}))
     with for_capture(model, no_cache=not use_cache and "use_cache" not in (kwargs or {})), torch.no_grad():
         device = _device(model)
         call: Any = tree_map(lambda leaf: _on(leaf, device), (tuple(args), dict(kwargs or {})))

@@ -104,5 +104,5 @@ def test_what_is_no_activation_is_said(fn: Callable[[Tensor], Tensor], said: str
     ],
 )
 def test_a_string_that_is_no_pure_region_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         region.decode(text)
