@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparsec.ir.core import Attr, Module, Op, Value
+from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.rules import attr, is_pointwise, is_tensor, negative, same_shape, with_attrs
@@ -68,6 +68,17 @@ def _drop(op: Op, rw: Rewriter) -> bool:
     return True
 
 
+def _guards_argument(op: Op) -> bool:
+    """Whether an op keeps a result apart from an argument that others may write: an input or a buffer."""
+    if not _returned(op.results[0]):
+        return False
+    value = op.operands[0]
+    while value.op is not None and value.op.name in _KEEPS_LAYOUT:
+        value = value.op.operands[0]
+    func = value.owner.parent if isinstance(value.owner, Block) else None
+    return isinstance(func, Func) and func.arg_attrs.get(value, {}).get("kind", "input") in ("input", "buffer")
+
+
 @rule("aten.alias", "aten.detach", "aten.lift_fresh_copy")
 def drop_alias(op: Op, rw: Rewriter) -> bool:
     """alias(x) -> x"""
@@ -91,14 +102,14 @@ def drop_idle_dropout(op: Op, rw: Rewriter) -> bool:
 
 @rule("aten.clone", "aten.contiguous")
 def drop_clone(op: Op, rw: Rewriter) -> bool:
-    """clone(x) -> x, unless something behind it can tell how x lies in memory"""
-    return not _layout_matters(op.results[0]) and _drop(op, rw)
+    """clone(x) -> x, unless something behind it can tell how x lies in memory, or it is a result of its own"""
+    return not _layout_matters(op.results[0]) and not _guards_argument(op) and _drop(op, rw)
 
 
 @rule("aten._to_copy", "aten.to.dtype")
 def drop_cast(op: Op, rw: Rewriter) -> bool:
     """a cast to the type that the value has -> the value"""
-    return _drop(op, rw)
+    return not _guards_argument(op) and _drop(op, rw)
 
 
 @rule("aten.type_as")
@@ -249,6 +260,14 @@ _KEEPS_LAYOUT = frozenset(
         "detach",
     ]
 )
+
+
+def _returned(value: Value) -> bool:
+    """Whether a function returns `value` or a view of it."""
+    return any(
+        user.name == "func.return" or (user.name in _KEEPS_LAYOUT and any(map(_returned, user.results)))
+        for user in value.users
+    )
 
 
 def _layout_matters(value: Value) -> bool:
