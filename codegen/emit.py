@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
 from sparsec.diagnostics import CompileError, Remark
 from sparsec.dialects.moe import GatherGemm
-from sparsec.ir.core import Func, Module, Op, Value
+from sparsec.ir.core import Block, Func, Module, Op, Value
 from sparsec.ir.types import SymType
 from sparsec.runtime.operators import IN_PLACE
 from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Variant
@@ -91,7 +91,7 @@ class _Emitter:
             results=tuple(tensor(value.tensor) for value in op.results),
             tokens=_tokens(func),
             attrs=_attrs(op),
-            **_region(op),
+            **(region(op.regions[0]) if op.regions else {"body": [], "body_outs": [], "body_params": ()}),
             variants=_variants(op) if made is None else list(made.variants),
         )
 
@@ -145,11 +145,8 @@ def _attrs(op: Op) -> dict[str, Json]:
     return {**defaults, **constants(op.attrs, but=("variants",))}
 
 
-def _region(op: Op) -> dict[str, Any]:
-    """The region of a fused op as steps over slots of its own."""
-    if not op.regions:
-        return {"body": [], "body_outs": [], "body_params": ()}
-    (block,) = op.regions
+def region(block: Block) -> dict[str, Any]:
+    """A region as steps over slots of its own: the fields `body`, `body_outs` and `body_params` of a kernel."""
     slots = Slots(block.terminator.operands)
     for value in block.args:
         slots.define(value)

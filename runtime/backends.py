@@ -18,7 +18,8 @@ from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.live_banks import live_bank
 from sparsec.runtime.packing import Bank
-from sparsec.runtime.plan import Free, Kernel
+from sparsec.runtime.plan import Free, Kernel, Step
+from sparsec.runtime.plan import Tensor as Spec
 from sparsec.runtime.steps import Runner
 
 BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5), "moe.experts": (3, 4, 5, 6)}
@@ -27,15 +28,22 @@ BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combin
 
 def region(kernel: Kernel, device: torch.device) -> Region:
     """A kernel's region as a function."""
-    width = _width(kernel)
+    return region_of(kernel.body, kernel.body_params, kernel.body_outs, device)
+
+
+def region_of(steps: Sequence[Step], params: Sequence[Spec], outs: Sequence[int], device: torch.device) -> Region:
+    """Steps over slots of their own as a function of what slots 0, 1, ... hold; `params` are the types of those."""
     symbols = {
         dim: (i, axis)
-        for i, param in enumerate(kernel.body_params)
+        for i, param in enumerate(params)
         for axis, dim in enumerate(param.shape)
         if isinstance(dim, str) and dim.isidentifier()
     }
-    runner = Runner(kernel.body, width, symbols, device)
-    outs = kernel.body_outs
+    slots = [len(params) - 1, *outs]
+    for step in steps:
+        if not isinstance(step, Free):
+            slots += [slot for slot in step.outs if slot is not None]
+    runner = Runner(steps, max(slots) + 1, symbols, device)
 
     def run(args: Sequence[Tensor]) -> list[Tensor]:
         values = runner.start({name: args[i].shape[axis] for name, (i, axis) in symbols.items()})
@@ -44,14 +52,6 @@ def region(kernel: Kernel, device: torch.device) -> Region:
         return [values[slot] for slot in outs]
 
     return run
-
-
-def _width(kernel: Kernel) -> int:
-    slots = [len(kernel.body_params) - 1, *kernel.body_outs]
-    for step in kernel.body:
-        if not isinstance(step, Free):
-            slots += [slot for slot in step.outs if slot is not None]
-    return max(slots) + 1
 
 
 def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:

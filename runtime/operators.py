@@ -42,6 +42,9 @@ DENIED = _words(
 )
 """Functional by their schemas, but they read files, reinterpret storage or act on more than their arguments."""
 
+DENIED_PREFIXES = ("cudnn_", "fbgemm_", "miopen_", "mkldnn_", "quantized_", "segment_reduce", "sparse_", "sym_")
+"""Families that read packed weights or indices as they are given."""
+
 MEMORY_FORMATS: dict[str, torch.memory_format] = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,
@@ -88,7 +91,8 @@ def resolve(name: str, allow: Collection[str] = ()) -> torch._ops.OpOverload:
     if namespace == "aten":
         mutable = op._schema.is_mutable
         private = short.startswith("_") and short not in PRIVATE
-        if private or short in DENIED or (mutable and short not in IN_PLACE) or "Stream" in str(op._schema):
+        denied = short in DENIED or short.startswith(DENIED_PREFIXES)
+        if private or denied or (mutable and short not in IN_PLACE) or "Stream" in str(op._schema):
             raise ArtifactError(f"the plan calls '{name}', which a plan may not call")
     return op
 

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "passes": {"ir", "dialects"},
     "codegen": {"ir", "dialects", "runtime"},  # only the runtime's data modules: see below
     "pipeline": {"ir", "dialects", "frontend", "passes", "codegen"},
-    "hf": {"frontend"},
+    "hf": {"frontend", "codegen", "runtime"},
     "inspect": COMPILER | {"runtime"},
     "launch": {"ir", "runtime"},
     "api": COMPILER | {"runtime"},
