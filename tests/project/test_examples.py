@@ -32,7 +32,7 @@ def test_add_a_pass() -> None:
 def test_custom_moe() -> None:
     pytest.importorskip("transformers")
     printed = run("examples/custom_moe.py")
-    assert "moe.route(%linear, %p_router_bias)" in printed
+    assert "moe.route(%linear, %router.bias)" in printed
     assert "100 tokens: equal to eager" in printed
 
 
