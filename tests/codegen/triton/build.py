@@ -13,7 +13,7 @@ from sparsec.dialects.dtypes import from_torch
 from sparsec.frontend.importer import import_program
 from sparsec.ir.core import Block, Func, Value
 from sparsec.ir.opdef import OpDef
-from sparsec.ir.types import DType, Sym, TensorType, Type
+from sparsec.ir.types import Dim, DType, Sym, TensorType, Type
 
 T = Sym("t")
 
@@ -49,12 +49,13 @@ def _renamed(type: Type, symbol: Sym) -> Type:
 
 
 def route_group(
-    fn: Callable[..., Any], logits: torch.Tensor, *params: torch.Tensor, variants: Any = (), name: str = "route_group_0"
+    fn: Callable[..., Any], logits: torch.Tensor, *params: torch.Tensor, variants: Any = (), fixed: bool = False
 ) -> Func:
-    """`fn(logits, *params) -> (ids, weights)` as a kernel function with a moe.route_group."""
-    body = region(fn, logits, *params, rows=[True, *[False] * len(params)])
+    """`fn(logits, *params) -> (ids, weights)` as a moe.route_group kernel; `fixed`: for as many tokens only."""
+    body = region(fn, logits, *params, rows=[not fixed, *[False] * len(params)])
     args = Block([arg.type for arg in body.args], ["logits", *(f"param{i}" for i in range(len(params)))])
-    return _func(name, args, moe.RouteGroup(args.args, None, {"num_experts": logits.shape[1]}, [body]), variants)
+    op = moe.RouteGroup(args.args, None, {"num_experts": logits.shape[1]}, [body])
+    return _func("route_group_0", args, op, variants, logits.shape[0] if fixed else T)
 
 
 def group(experts: int, k: int, dtype: DType = DType.i64, variants: Any = ()) -> Func:
@@ -97,10 +98,10 @@ def gemm_combine(
     return _func("gemm_combine_0", args, op, variants)
 
 
-def _func(name: str, block: Block, op: OpDef, variants: Any) -> Func:
+def _func(name: str, block: Block, op: OpDef, variants: Any, tokens: Dim = T) -> Func:
     block.append(op)
     block.append(builtin.Return(list[Value](op.results)))
-    attrs: dict[str, Any] = {"backend": "triton", "tokens": T}
+    attrs: dict[str, Any] = {"backend": "triton", "tokens": tokens}
     if variants:
         attrs["variants"] = tuple(variants)
     return Func(name, block, attrs)

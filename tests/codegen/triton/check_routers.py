@@ -10,7 +10,7 @@ import torch
 from sparsec.dialects.moe import group_reference
 from tests.codegen.triton import build
 from tests.codegen.triton.interpret import kernel
-from tests.codegen.triton.routers import ROUTERS, Router
+from tests.codegen.triton.routers import ROUTERS, Router, biased_groups
 
 BLOCKS = ({"up_to": None, "block_rows": 4, "num_warps": 4},)
 
@@ -53,6 +53,16 @@ def test_token_counts(tokens: int) -> None:
     run = kernel(build.route_group(router, *operands(router, 5)))
     given = operands(router, tokens)
     check(run(given), router(*given), router.experts)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("name", ["biased", "mixtral"])
+def test_fixed_number_of_tokens(name: str, tokens: int) -> None:
+    """As many tokens as experts: their sizes must not be taken for each other."""
+    biased = Router(biased_groups, 8, ((8,),), {"k": 2, "groups": 4, "kept": 2})
+    router = biased if name == "biased" else ROUTERS[name]
+    given = operands(router, tokens)
+    check(kernel(build.route_group(router, *given, fixed=True))(given), router(*given), router.experts)
 
 
 def test_k_is_every_expert() -> None:

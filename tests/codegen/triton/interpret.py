@@ -69,8 +69,10 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
     op = func.body.ops[0]
     params = tuple(_type(value.type) for value in op.operands)
     results = tuple(_type(value.type) for value in op.results)
+    fixed = func.attrs["tokens"]
+    tokens = fixed if isinstance(fixed, int) and not isinstance(fixed, bool) else "t"
     described = plan.Kernel(
-        name=func.name, op=op.name, backend="triton", params=params, results=results, tokens="t", attrs={},
+        name=func.name, op=op.name, backend="triton", params=params, results=results, tokens=tokens, attrs={},
         body_params=(), body=[], body_outs=[], variants=variants,
     )  # fmt: skip
     return launcher(described, torch.device("cpu"), load)

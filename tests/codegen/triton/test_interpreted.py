@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("check_*.py")))
 def test_interpreted(name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", "--tb=short", "--show-capture=no"]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "--tb=short", "--show-capture=no"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-o", "python_files=check_*.py", str(FOLDER / name)],
         cwd=FOLDER.parents[2],
