@@ -34,7 +34,7 @@ _LAYER = """
   %normed.{i} = aten.mul.Tensor(%x.{i}, %rsqrt.{i}) : tensor<s0x64xf32>
   loc "models/small.py":34 in "model.layers.{i}.mlp.gate"  // logits = F.linear(x, self.weight)
   %logits.{i} = aten.linear(%normed.{i}, %gate) : tensor<s0x8xf32>
-  loc "models/small.py":35 in "model.layers.{i}.mlp.gate" fused ["models/small.py":36 in "model.layers.{i}.mlp.gate"]
+  loc "models/small.py":35 in "model.layers.{i}.mlp.gate" fused [36]
   %ids.{i}, %weights.{i} = moe.route(%logits.{i}) : tensor<s0x2xi64>, tensor<s0x2xf32> {{
     body(%z: tensor<s0x8xf32>):
       loc "models/small.py":35 in "model.layers.{i}.mlp.gate"  // probs = logits.softmax(-1)
@@ -58,12 +58,13 @@ def model_text(ops: int) -> str:
     """A module of about `ops` ops in the short form (15 a layer, those in regions included)."""
     layers = max(1, round(ops / 15))
     args = (
-        '%x.0: tensor<s0x64xf32> {kind = "input"}, %gate: tensor<8x64xf32> {kind = "param", source = "gate"}, '
-        '%up: tensor<8x96x64xf32> {kind = "param", source = "up"}, '
-        '%down: tensor<8x64x48xf32> {kind = "param", source = "down"}'
+        '  %x.0: tensor<s0x64xf32> {kind = "input"},\n'
+        '  %gate: tensor<8x64xf32> {kind = "param", source = "gate"},\n'
+        '  %up: tensor<8x96x64xf32> {kind = "param", source = "up"},\n'
+        '  %down: tensor<8x64x48xf32> {kind = "param", source = "down"}'
     )
     body = "".join(_LAYER.format(i=i, j=i + 1) for i in range(layers))
-    head = f'func @main({args}) -> (tensor<s0x64xf32> {{kind = "output"}}) {{'
+    head = f'func @main(\n{args}\n) -> (tensor<s0x64xf32> {{kind = "output"}}) {{'
     return f'module {{phase = "capture", version = 1}}\n\n{head}{body}\n  return %x.{layers}\n}}\n'
 
 

@@ -61,7 +61,8 @@ class GraphImporter:
     def argument(self, node: Node, attrs: dict[str, Attr]) -> Value:
         """Make a placeholder an argument of `main`."""
         try:
-            value = self.builder.block.add_arg(self.builder.type_of(node.meta["val"]), node.name)
+            name = str(attrs.get("source", node.name))
+            value = self.builder.block.add_arg(self.builder.type_of(node.meta["val"]), name)
         except (TypeError, ValueError) as error:
             raise CompileError(f"argument '{node.name}' of the model cannot be compiled: {error}") from error
         self.func.arg_attrs[value] = attrs

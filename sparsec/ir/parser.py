@@ -212,6 +212,7 @@ def _string(token: Token) -> str:
 
 
 _PLACE = re.compile(r'("(?:[^"\\\n]|\\.)*"):(\d+)(?:[ \t]+in[ \t]+("(?:[^"\\\n]|\\.)*"))?')
+_LINE = re.compile(r"\d+")
 _FUSED = re.compile(r"[ \t]+fused[ \t]*\[")
 
 
@@ -220,7 +221,7 @@ def _loc(token: Token) -> Loc:
     first = _PLACE.match(token, 4 + len(token[4:]) - len(token[4:].lstrip()))
     if first is None:
         return UNKNOWN
-    origins = list[Loc]()
+    leader, origins = _place(first, token), list[Loc]()
     end = first.end()
     if (fused := _FUSED.match(token, end)) is not None:
         end = fused.end()
@@ -228,18 +229,27 @@ def _loc(token: Token) -> Loc:
             if (place := _PLACE.match(token, end)) is not None:
                 origins.append(_place(place, token))
                 end = place.end()
+            elif (line := _LINE.match(token, end)) is not None:
+                origins.append(Loc(leader.file, _line_number(line, token), leader.scope))
+                end = line.end()
             else:
                 end += 1
     source = token.partition("//")[2] if "//" not in token[:end] else token[end:].partition("//")[2]
-    return _place(first, token, source.strip(), tuple(origins))
+    return Loc(leader.file, leader.line, leader.scope, source.strip(), tuple(origins))
 
 
-def _place(match: re.Match[str], token: Token, source: str = "", origins: tuple[Loc, ...] = ()) -> Loc:
-    file, line, scope = match.groups()
-    if len(line) > 9:
-        raise TextError((token.start_pos or 0) + match.start(2), f"the line number {line[:12]} is too large")
+def _place(match: re.Match[str], token: Token) -> Loc:
+    file, _, scope = match.groups()
     quote = token.update  # a token of the same place, for errors
-    return Loc(_string(quote(value=file)), int(line), _string(quote(value=scope)) if scope else "", source, origins)
+    line = _line_number(match, token, 2)
+    return Loc(_string(quote(value=file)), line, _string(quote(value=scope)) if scope else "")
+
+
+def _line_number(match: re.Match[str], token: Token, group: int = 0) -> int:
+    digits = match[group]
+    if len(digits) > 9:
+        raise TextError((token.start_pos or 0) + match.start(group), f"the line number {digits[:12]} is too large")
+    return int(digits)
 
 
 # -------------------------------------------------------------------------------------------------- step two: to the IR
@@ -308,6 +318,8 @@ class _Builder:
             cls = self._classes[name] = op_class(name, raw.name.start_pos or 0)
         operands, segments = self.operands(raw.arguments, scope)
         types = self.types(raw.types) if raw.types is not None else ()
+        if raw.name in _KEYWORDS:
+            loc = UNKNOWN
         op: OpDef = object.__new__(cls)
         regions = self.regions(raw, cls, scope, loc, depth + 1) if raw.regions else ()
         Op.__init__(op, name, operands, types, self.attrs(raw.attrs), regions, loc, segments)

@@ -2,8 +2,8 @@
 
     results = dialect.op(operands) {attributes} : result types { regions }
 
-A `loc` line holds for the ops after it, in its block and the regions inside. Names are the hints that values carry;
-a clash gets a numeric suffix, and a value without a hint is numbered.
+A `loc` line holds for the ops after it, in its block and the regions inside; a terminator has no place of its own.
+Names are the hints that values carry; a clash gets a numeric suffix, and a value without a hint is numbered.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import DType, Sym, Type
 
 TERMINATORS = {"func.return": "return", "moe.yield": "yield"}
+WIDTH = 120  #: a function head that is longer has an argument a line
 RESERVED = frozenset({"true", "false", "none", "inf", "nan", *(dtype.value for dtype in DType)})
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_.$]*\Z")
 _HINT = re.compile(r"[A-Za-z_$.-][A-Za-z0-9_$.-]*\Z")
@@ -131,7 +132,7 @@ class Printer:
     def func(self, func: Func) -> None:
         if func.loc:
             self.lines.append(format_loc(func.loc))
-        args = ", ".join(self._typed(arg, func.arg_attrs.get(arg)) for arg in func.body.args)
+        args = [self._typed(arg, func.arg_attrs.get(arg)) for arg in func.body.args]
         ops = func.body.ops
         types = [value.type for value in ops[-1].operands] if ops else []
         results = ", ".join(
@@ -139,7 +140,11 @@ class Printer:
             for i, type in enumerate(types)
         )
         attrs = f" {format_attr(func.attrs)}" if func.attrs else ""
-        self.lines.append(f"func @{format_symbol(func.name)}({args}) -> ({results}){attrs} {{")
+        head, tail = f"func @{format_symbol(func.name)}(", f") -> ({results}){attrs} {{"
+        if len(line := f"{head}{', '.join(args)}{tail}") <= WIDTH:
+            self.lines.append(line)
+        else:
+            self.lines += [head, *(f"  {arg}," for arg in args[:-1]), *(f"  {arg}" for arg in args[-1:]), tail]
         self.loc = func.loc
         self.block(func.body, "  ")
         self.lines.append("}")
@@ -147,7 +152,8 @@ class Printer:
     def block(self, block: Block, indent: str) -> None:
         for op in block.ops:
             loc = op.loc
-            if loc is not self.loc and (loc != self.loc or loc.source != self.loc.source):
+            moved = loc is not self.loc and (loc != self.loc or loc.source != self.loc.source)
+            if moved and op.name not in TERMINATORS:
                 self.lines.append(indent + format_loc(loc))
                 self.loc = loc
             self.op(op, indent)
@@ -262,8 +268,14 @@ def format_loc(loc: Loc) -> str:
         return "loc unknown"
     text = f"loc {_place(loc)}"
     if loc.origins:
-        text += f" fused [{', '.join(map(_place, loc.origins))}]"
+        text += f" fused [{', '.join(_origin(origin, loc) for origin in loc.origins)}]"
     return f"{text}  // {one_line(loc.source)}" if loc.source.strip() else text
+
+
+def _origin(origin: Loc, leader: Loc) -> str:
+    """A fused place: its line alone where file and module are the leader's."""
+    same = (origin.file, origin.scope) == (leader.file, leader.scope)
+    return str(origin.line) if same else _place(origin)
 
 
 def one_line(source: str) -> str:

@@ -7,11 +7,15 @@ EVERYTHING = """\
 module {phase = "capture", version = 1}
 
 loc "models/small.py":30 in "model"  // def forward(self, ids, x):
-func @main(%ids: tensor<s0xs1xi64> {kind = "input"}, %gate: tensor<8x64xf32> {kind = "param", source = "gate.weight"}, \
-%x: tensor<(s0*s1)x64xf32> {kind = "input"}, %n: sym<s2>) -> (tensor<(s0*s1)x2xf32> {kind = "output"}, tensor<1xi1>) {
+func @main(
+  %ids: tensor<s0xs1xi64> {kind = "input"},
+  %gate: tensor<8x64xf32> {kind = "param", source = "gate.weight"},
+  %x: tensor<(s0*s1)x64xf32> {kind = "input"},
+  %n: sym<s2>
+) -> (tensor<(s0*s1)x2xf32> {kind = "output"}, tensor<1xi1>) {
   loc "models/small.py":34 in "model.gate"  // logits = F.linear(x, self.weight)  # noqa
   %logits = aten.linear(%x, %gate) : tensor<(s0*s1)x8xf32>
-  loc "a b/é.py":3 in "m" fused ["b.py":4, "c.py":5 in "\\"\\n"]  // f("//", [x])
+  loc "a b/é.py":3 in "m" fused ["b.py":4, 7, "c.py":5 in "\\"\\n"]  // f("//", [x])
   %ids_1, %weights = moe.route(%logits) : tensor<(s0*s1)x2xi64>, tensor<(s0*s1)x2xf32> {
     body(%z: tensor<(s0*s1)x8xf32>):
       %p = aten.softmax.int(%z) {dim = -1} : tensor<(s0*s1)x8xf32>
@@ -41,9 +45,12 @@ func @"odd name"(%x: tensor<txf8E4M3FN>) -> () {backend = "torch", tokens = t, v
 LAYER = """\
 module {phase = "raise"}
 
-func @main(%x: tensor<s0x6xf32> {kind = "input"}, %gate: tensor<4x6xf32> {kind = "param", source = "gate"}, \
-%up: tensor<4x10x6xf32> {kind = "param", source = "up"}, %down: tensor<4x6x5xf32> {kind = "param", source = "down"}) \
--> (tensor<s0x6xf32> {kind = "output"}) {
+func @main(
+  %x: tensor<s0x6xf32> {kind = "input"},
+  %gate: tensor<4x6xf32> {kind = "param", source = "gate"},
+  %up: tensor<4x10x6xf32> {kind = "param", source = "up"},
+  %down: tensor<4x6x5xf32> {kind = "param", source = "down"}
+) -> (tensor<s0x6xf32> {kind = "output"}) {
   loc "small.py":8 in "mlp"  // logits = F.linear(x, self.gate)
   %logits = aten.linear(%x, %gate) : tensor<s0x4xf32>
   loc "small.py":9 in "mlp"  // weights, ids = logits.softmax(-1).topk(2)

@@ -45,7 +45,7 @@ def test_locations_are_read() -> None:
     linear, route, *_ = parse_module(EVERYTHING).main.body.ops
     assert linear.loc == Loc("models/small.py", 34, "model.gate")
     assert linear.loc.source == "logits = F.linear(x, self.weight)  # noqa"
-    assert route.loc.origins == (Loc("b.py", 4), Loc("c.py", 5, '"\n'))
+    assert route.loc.origins == (Loc("b.py", 4), Loc("a b/é.py", 7, "m"), Loc("c.py", 5, '"\n'))
     softmax, topk, _ = route.regions[0].ops
     assert softmax.loc == route.loc
     assert not topk.loc
