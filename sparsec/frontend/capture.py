@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from sparsec.ir.core import Module
 from sparsec.ir.types import TensorType
 
 _EXPERTS = "_experts_implementation_internal"
+_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def capture(
         except Exception as error:
             raise explain(error, model) from error
     captured = _import(program)
-    warnings = list(_fixed(captured.module)) if dynamic is True else []
+    warnings = (list(_fixed(captured.module)) or list(_tied(program))) if dynamic is True else []
     if model.training:
         warnings.append(Diagnostic("the model is in training mode", severity="warning", hint="call model.eval() first"))
     return replace(captured, warnings=tuple(warnings))
@@ -150,6 +152,19 @@ def _fixed(module: Module) -> Iterator[Diagnostic]:
                     severity="warning",
                     hint="TORCH_LOGS=+dynamic shows where",
                 )
+
+
+def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
+    """Equations between sizes that tracing took for granted: the program is wrong or fails where they do not hold."""
+    guards: list[str] = getattr(program, "_guards_code", None) or []  # newer than the oldest torch that we run on
+    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard]
+    if equations:
+        yield Diagnostic(
+            f"the model's code depends on sizes of its inputs: it was captured for {' and '.join(equations[:3])}",
+            severity="warning",
+            notes=(f"and {len(equations) - 3} more such equations",) if len(equations) > 3 else (),
+            hint="use it for sizes that satisfy this only",
+        )
 
 
 @contextmanager

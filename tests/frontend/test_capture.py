@@ -100,6 +100,20 @@ def test_a_dimension_that_the_code_fixes_is_reported() -> None:
     assert "dimension 0 of 'x' is fixed to 5" in warning.message
 
 
+class Blocks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for _ in range((x.shape[0] + 7) // 8):
+            out = out + x
+        return out
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch keeps no guards")
+def test_sizes_that_the_code_ties_are_reported() -> None:
+    (warning,) = capture(Blocks().eval(), (torch.randn(12, 4),)).warnings
+    assert "x.shape[0]) // 8) == 2" in warning.message
+
+
 def test_training_mode_is_reported() -> None:
     (warning,) = capture(Dense(), (torch.randn(5, 4),)).warnings
     assert "training mode" in warning.message

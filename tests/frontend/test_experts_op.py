@@ -15,7 +15,7 @@ from sparsec.frontend.capture import capture
 from sparsec.ir.verify import verify_module
 from tests.frontend.helpers import outputs, relative_error
 
-T, H, I, E, K = 7, 16, 12, 4, 2
+T, H, WIDTH, E, K = 7, 16, 12, 4, 2
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATION = region.record(swiglu, I, True, torch.float32)[1]
+ACTIVATION = region.record(swiglu, WIDTH, True, torch.float32)[1]
 
 
 def operands(seed: int = 0) -> dict[str, Tensor]:
@@ -36,14 +36,16 @@ def operands(seed: int = 0) -> dict[str, Tensor]:
         "x": normal(T, H),
         "ids": torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(T)]),
         "weights": normal(T, K).abs(),
-        "up": normal(E, 2 * I, H),
-        "down": normal(E, H, I),
-        "up_bias": normal(E, 2 * I),
+        "up": normal(E, 2 * WIDTH, H),
+        "down": normal(E, H, WIDTH),
+        "up_bias": normal(E, 2 * WIDTH),
         "down_bias": normal(E, H),
     }
 
 
-def expected(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor) -> Tensor:  # fmt: skip
+def expected(
+    x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor, down_bias: Tensor
+) -> Tensor:
     """Token by token, slot by slot."""
     out = torch.zeros(x.shape[0], down.shape[1])
     for t in range(x.shape[0]):

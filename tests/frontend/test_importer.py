@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import sympy
 import torch
@@ -16,14 +18,16 @@ from sparsec.ir.types import Sym, SymType, TensorType, evaluate
 from sparsec.ir.verify import verify_module
 from tests.frontend.helpers import outputs
 
-S = sympy.Symbol("s7", positive=True, integer=True)
-N = sympy.Symbol("s3", positive=True, integer=True)
+S: Any = sympy.Symbol("s7", positive=True, integer=True)
+N: Any = sympy.Symbol("s3", positive=True, integer=True)
+FLOOR: Any = FloorDiv
+MOD: Any = Mod
 
 
 @pytest.mark.parametrize(
     "expr",
-    [S + 1, S * N, 2 * S - N + 3, S**2 * N, FloorDiv(S + 7, 8), Mod(S, 4) + 1, Max(S, N), Min(S, 3) * N, CeilDiv(S, 4),
-     S - N, -S + 20, 3 * (S + N), FloorDiv(S * N, 4) * 4],
+    [S + 1, S * N, 2 * S - N + 3, S**2 * N, FLOOR(S + 7, 8), MOD(S, 4) + 1, Max(S, N), Min(S, 3) * N, CeilDiv(S, 4),
+     S - N, -S + 20, 3 * (S + N), FLOOR(S * N, 4) * 4],
 )  # fmt: skip
 def test_size_expressions_keep_their_value(expr: sympy.Expr) -> None:
     renamed = Symbols()
@@ -102,7 +106,7 @@ def test_a_size_known_at_run_time_has_a_symbol_of_its_own() -> None:
 
 class Item(nn.Module):
     def forward(self, x: Tensor, n: Tensor) -> Tensor:
-        count = n.item()
+        count: Any = n.item()
         torch._check(count >= 2)
         torch._check(count < x.shape[0])
         return x.narrow(0, 0, count)
@@ -135,10 +139,8 @@ def test_ops_are_functional_and_say_nothing_of_devices_or_layouts() -> None:
 
 def test_only_weights_that_are_read_are_kept() -> None:
     captured = capture(Plain(), (torch.randn(3, 4),))
-    assert {name for name in captured.weights if name.startswith(("linear", "unused"))} == {
-        "linear.weight",
-        "linear.bias",
-    }
+    named = {name for name in captured.weights if name.startswith(("linear", "unused"))}
+    assert named == {"linear.weight", "linear.bias"}
     x = torch.randn(7, 4)
     assert torch.equal(outputs(captured, x)[0], Plain.forward(_with(captured.weights), x))
 
