@@ -27,6 +27,7 @@ from sparsec.codegen.emit import Emitted
 from sparsec.runtime.artifact import FORMAT, VERSION, Progress, digest_line, is_safe
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.executor import bank_slots
 from sparsec.runtime.plan import Arg, Plan
 from sparsec.runtime.plan_json import to_json
 
@@ -119,7 +120,10 @@ class _Writer:
         aliases = dict[str, str]()
         seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], str]] = {}
         shard, size = dict[str, Tensor](), 0
-        for arg in _stored(plan):
+        banks = bank_slots(plan)
+        kind = False
+        # Banks have files of their own: once they are packed, nothing keeps those mapped.
+        for arg in sorted(_stored(plan), key=lambda arg: arg.slot in banks):
             tensor = _tensor(weights, arg)
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             known = seen.get(key)
@@ -128,7 +132,8 @@ class _Writer:
                 aliases[arg.source] = known[1]
                 continue
             seen[key] = weakref.ref(tensor), arg.source
-            if shard and size + _size(arg) > limit:
+            kind, other = arg.slot in banks, (arg.slot in banks) != kind
+            if shard and (other or size + _size(arg) > limit):
                 self._write_shard(shard)
                 shard, size = {}, 0
             shard[arg.source] = tensor

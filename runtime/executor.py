@@ -66,7 +66,7 @@ class Program:
             steps = _paired(plan)
             symbols = {symbol for spec in self._specs for symbol in spec.symbols}
             self._runner = Runner(steps, _width(plan), symbols, self.device, self._launch, allow)
-            banks = _bank_slots(plan)
+            banks = bank_slots(plan)
             for slot, arg in self._by_slot.items():
                 if slot not in banks:
                     self._runner.base[slot] = self._load(arg)
@@ -274,7 +274,7 @@ def _reads(step: Step) -> list[int]:
     return [slot for slot in step.ins if slot is not None] if isinstance(step, Launch) else []
 
 
-def _bank_slots(plan: Plan) -> set[int]:
+def bank_slots(plan: Plan) -> set[int]:
     """Slots that only the kernels here read, as banks: they hold packed copies and need no tensor in the slot."""
     banks, others = set[int](), {output.slot for output in plan.outputs}
     changing = {arg.slot for arg in plan.args if arg.kind in ("input", "buffer")}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor
 
 from sparsec.codegen import artifact as writer
@@ -83,6 +84,11 @@ def test_an_artifact_runs_like_the_plan(saved: Path) -> None:
         "plan.json",
         "weights/00000.safetensors",
     ]
+
+
+def test_banks_have_files_of_their_own(saved: Path) -> None:
+    names = [set(safe_open(saved / f"weights/0000{i}.safetensors", "pt").keys()) for i in range(2)]
+    assert names == [{"gate"}, {"up", "down"}]
 
 
 def test_the_name_gets_its_ending(tmp_path: Path) -> None:
