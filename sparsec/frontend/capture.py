@@ -158,6 +158,7 @@ def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
     """Equations between sizes that tracing took for granted: the program is wrong or fails where they do not hold."""
     guards: list[str] = getattr(program, "_guards_code", None) or []  # newer than the oldest torch that we run on
     equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard]
+    equations = [text for text in equations if not re.fullmatch(r"\w+\.shape\[\d+\] == \d+", text)]  # in its type
     if equations:
         yield Diagnostic(
             f"the model's code depends on sizes of its inputs: it was captured for {' and '.join(equations[:3])}",
