@@ -25,9 +25,9 @@ from torch import Tensor
 from sparsec import __version__
 from sparsec.codegen.emit import Emitted
 from sparsec.runtime.artifact import FORMAT, VERSION, Progress, digest_line, is_safe
+from sparsec.runtime.banks import bank_slots
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
-from sparsec.runtime.executor import bank_slots
 from sparsec.runtime.plan import Arg, Plan
 from sparsec.runtime.plan_json import to_json
 
@@ -174,7 +174,7 @@ class _Writer:
 
 def _stored(plan: Plan) -> list[Arg]:
     """The arguments whose tensors are stored, each source once."""
-    return list({arg.source: arg for arg in plan.args if arg.kind != "input"}.values())
+    return list({arg.source: arg for arg in plan.args if arg.stored}.values())
 
 
 def _size(arg: Arg) -> int:

@@ -175,7 +175,7 @@ def _arg(value: Value, slot: int, attrs: Mapping[str, Any]) -> Arg:
     name, source = value.name or f"arg{value.index}", str(attrs.get("source", ""))
     if isinstance(value.type, SymType):
         return Arg(name, slot, kind, None, source, str(value.type.expr))
-    return Arg(name, slot, kind, tensor(value.tensor), source)
+    return Arg(name, slot, kind, tensor(value.tensor), source, zeros=bool(attrs.get("zeros", False)))
 
 
 def _outputs(main: Func) -> tuple[list[tuple[Any, Value, str]], dict[Value, Value]]:

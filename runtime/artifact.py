@@ -199,7 +199,7 @@ def _check_weights(artifact: Artifact) -> None:
     """Compare what the plan reads with what the files' headers say. Raises: ArtifactError."""
     weights = Weights(artifact.path, artifact._names("weights/"), artifact.manifest["aliases"])
     for arg in artifact.plan.args:
-        if arg.kind == "input":
+        if not arg.stored:
             continue
         try:
             shape, dtype = weights.header(arg.source)

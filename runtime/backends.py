@@ -22,9 +22,6 @@ from sparsec.runtime.plan import Free, Kernel, Step
 from sparsec.runtime.plan import Tensor as Spec
 from sparsec.runtime.steps import Runner
 
-BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5), "moe.experts": (3, 4, 5, 6)}
-"""Which operands of a fused op are banks and their biases: once packed, the originals are not needed."""
-
 
 def region(kernel: Kernel, device: torch.device) -> Region:
     """A kernel's region as a function."""

@@ -38,6 +38,8 @@ def check_plan(plan: Plan, allow: Collection[str] = ()) -> None:
             known |= _bare(arg.type)
         elif not arg.source:
             raise ArtifactError(f"argument '{arg.name}' names no source")
+        if arg.zeros and arg.kind != "buffer":
+            raise ArtifactError(f"argument '{arg.name}' is a {arg.kind} of zeros: only a buffer can be")
     for arg in plan.args:
         if arg.type is not None:
             _check_type(arg.type, known if arg.kind == "input" else (), f"argument '{arg.name}'")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsec.runtime import structure
-from sparsec.runtime.backends import BANKS, bind, bind_pair
+from sparsec.runtime.backends import bind, bind_pair
+from sparsec.runtime.banks import bank_slots, reads_of
 from sparsec.runtime.check import check_plan
 from sparsec.runtime.context import Context
 from sparsec.runtime.dims import Expr, compile_dim
@@ -141,7 +142,8 @@ class Program:
 
     def _set_up_buffers(self) -> None:
         """Copy the buffers that steps or outputs change, and remember what they were."""
-        slots = {arg.source: arg.slot for arg in self.plan.args if arg.kind == "buffer"}
+        buffers = {arg.source: arg for arg in self.plan.args if arg.kind == "buffer"}
+        slots = {source: arg.slot for source, arg in buffers.items()}
         changed = {output.source for output in self.plan.outputs if output.kind == "mutation"}
         for step in self.plan.steps:
             if isinstance(step, Call) and step.op.split(".")[1].endswith("_"):
@@ -150,6 +152,9 @@ class Program:
         self._initial: list[tuple[Tensor, Tensor | None]] = []
         for source in sorted(changed):
             first = base[slots[source]]
+            if buffers[source].zeros:  # made for this program: nobody else has it
+                self._initial.append((first, None))
+                continue
             buffer = base[slots[source]] = first.clone(memory_format=torch.contiguous_format)
             self._initial.append((buffer, first if bool(first.any()) else None))
         mutations = [output for output in self.plan.outputs if output.kind == "mutation"]
@@ -181,6 +186,12 @@ class Program:
 
     def _load(self, arg: Arg) -> Tensor:
         """A parameter, buffer or constant, on the device. Raises: ArtifactError if the weights do not fit the plan."""
+        if arg.zeros and arg.type is not None:
+            shape = [int(dim) for dim in arg.type.shape]
+            try:
+                return torch.zeros(shape, dtype=DTYPES[arg.type.dtype], device=self.device)
+            except RuntimeError:
+                raise ArtifactError(f"there is no memory for the buffer '{arg.source}' of shape {shape}") from None
         try:
             tensor = self._weights[arg.source]
         except KeyError:
@@ -268,28 +279,9 @@ def _width(plan: Plan) -> int:
     return max(slots, default=-1) + 1
 
 
-def _reads(step: Step) -> list[int]:
-    if isinstance(step, Call):
-        return [slot for tree in (*step.args, *step.kwargs.values()) for slot in slots_of(tree)]
-    return [slot for slot in step.ins if slot is not None] if isinstance(step, Launch) else []
-
-
-def bank_slots(plan: Plan) -> set[int]:
-    """Slots that only the kernels here read, as banks: they hold packed copies and need no tensor in the slot."""
-    banks, others = set[int](), {output.slot for output in plan.outputs}
-    changing = {arg.slot for arg in plan.args if arg.kind in ("input", "buffer")}
-    for step in plan.steps:
-        kernel = plan.kernels[step.kernel] if isinstance(step, Launch) else None
-        places = BANKS.get(kernel.op, ()) if kernel is not None and kernel.backend in ("torch", "onednn") else ()
-        reads = step.ins if isinstance(step, Launch) else _reads(step)
-        banks |= {slot for i, slot in enumerate(reads) if i in places and slot is not None}
-        others |= {slot for i, slot in enumerate(reads) if i not in places and slot is not None}
-    return banks - others - changing
-
-
 def _paired(plan: Plan) -> list[Any]:
     """The steps, where each gathered GEMM whose result only the next launch reads is one step with that launch."""
-    reads = [slot for step in plan.steps for slot in _reads(step)] + [output.slot for output in plan.outputs]
+    reads = [slot for step in plan.steps for slot in reads_of(step)] + [output.slot for output in plan.outputs]
     steps: list[Any] = []
     gather: tuple[int, Launch] | None = None  # the last launch of a gathered GEMM and its place in `steps`
     for step in plan.steps:

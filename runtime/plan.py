@@ -28,7 +28,8 @@ class Arg:
     """One argument of `main`: where its value comes from.
 
     `kind` is input | param | buffer | constant. Inputs come from the caller in order; all others from the weights,
-    under the name `source`. `type` is None for an integer input, whose value binds the symbol `symbol`.
+    under the name `source`, but for a buffer that starts as `zeros`, which is made where the plan is loaded. `type` is
+    None for an integer input, whose value binds the symbol `symbol`.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Arg:
     type: Tensor | None
     source: str = ""
     symbol: str = ""
+    zeros: bool = False
+
+    @property
+    def stored(self) -> bool:
+        """Whether its values are among the weights."""
+        return self.kind != "input" and not self.zeros
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def _arg(data: Any, where: str) -> Arg:
         type=_optional_tensor(entry.data.get("type"), f"{where}.type"),
         source=entry.get("source", str),
         symbol=entry.get("symbol", str),
+        zeros=entry.get("zeros", bool),
     )
 
 

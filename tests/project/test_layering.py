@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": set(),
 }
 UNDER_ALL = {"diagnostics", "config", "targets", "__version__"}
-SHARED_DATA = {"artifact", "dims", "dtypes", "errors", "operators", "plan", "plan_json", "structure"}
+SHARED_DATA = {"artifact", "banks", "dims", "dtypes", "errors", "operators", "plan", "plan_json", "structure"}
 HEAVY = {"torch", "transformers", "triton", "torch_mlir"}
 NO_HEAVY_AT_IMPORT = {"", "__main__", "cli", "config", "diagnostics", "ir", "dialects", "passes", "pipeline"}
 
