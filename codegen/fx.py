@@ -119,7 +119,7 @@ class FxBuilder:
         if isinstance(attr, DType):
             return to_torch(attr)
         if isinstance(attr, tuple):
-            return [self.constant(item) for item in cast("tuple[Attr, ...]", attr)]
+            return [self.constant(item) for item in attr]
         return attr
 
     def dim(self, dim: Dim) -> Any:
@@ -152,7 +152,7 @@ class FxBuilder:
 
 def _creates(op: AtenOp) -> bool:
     """Whether an op makes a tensor out of nothing, so that somebody must say where."""
-    return not op.operands and PLACEMENT & {param.name for param in op.target._schema.arguments} != set()
+    return not op.operands and any(param.name in PLACEMENT for param in op.target._schema.arguments)
 
 
 def to_fx(

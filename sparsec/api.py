@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from sparsec import pipeline
 from sparsec.codegen.emit import Emitted, emit
+from sparsec.config import Config
 from sparsec.diagnostics import Diagnostic, Remark, SparsecError
 from sparsec.frontend.capture import Captured, capture
 from sparsec.inspect.dump import Dump
@@ -168,7 +169,7 @@ def compile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: bool | Any = True,
-    target: str = "cpu",
+    target: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -179,7 +180,7 @@ def compile(
         args, kwargs: example inputs, as for `torch.export.export`.
         dynamic: True leaves batch, sequence and every other size open that the model leaves open; False fixes all;
             anything else is `dynamic_shapes` as of torch.export.
-        target: `cpu`, `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`; see `sparsec targets`.
+        target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`; see `sparsec targets`.
         dump: a folder for numbered IR texts, diffs and remarks.
         instruments: further watchers of the pipeline.
 
@@ -191,19 +192,20 @@ def compile(
 
 def compile_captured(
     captured: Captured,
-    target: str = "cpu",
+    target: str | None = None,
     *,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
-    parsed = Target.parse(target)
+    config = Config.read(target=target, dump=Path(dump) if dump else None)
+    parsed = Target.parse(config.target)
     module = with_structure(captured).module
     watching = list(instruments)
-    if folder := dump or os.environ.get("SPARSEC_DUMP"):
-        watching.append(Dump(Path(folder), name))
-    result = pipeline.run(module, target=target, to="lower", instruments=watching)
+    if config.dump:
+        watching.append(Dump(config.dump, name))
+    result = pipeline.run(module, target=config.target, instruments=watching, verify=config.verify)
     return CompiledModel(captured, result, parsed)
 
 
@@ -211,7 +213,7 @@ def compile_language_model(
     model: Any,
     *,
     max_length: int | None = None,
-    target: str = "cpu",
+    target: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -239,19 +241,19 @@ def capture_language_model(model: Any, max_length: int | None = None) -> Capture
     length = max_length or min(positions, 4096)
     try:
         captured = CausalLM(model, length).capture()
-        kind, inputs = "static-cache", ("input_ids", "start")
+        kind, inputs = "static-cache", ["input_ids", "start"]
     except UnsupportedCache as error:
         warned = tuple(replace(diagnostic, severity="warning") for diagnostic in error.diagnostics)
         captured = capture(model, (), {"input_ids": torch.zeros(1, 7, dtype=torch.int64)})
         captured = replace(captured, warnings=(*captured.warnings, *warned))
-        kind, inputs = "recompute", ("input_ids",)
+        kind, inputs = "recompute", ["input_ids"]
     eos = getattr(model.generation_config, "eos_token_id", None)
     captured.module.attrs["generation"] = {
         "kind": kind,
         "max_len": length,
         "batch": 1,
         "eos": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        "inputs": inputs,
+        "inputs": tuple(inputs),
     }
     return with_structure(captured)
 

@@ -66,9 +66,7 @@ def _fuse(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphModu
     """The graph with its expert layers as launches of kernels; the same graph where it has none."""
     module, constants = import_graph(graph_module)
     if not any(op.name == "moe.experts" for op in module.walk()):
-        _logger.info(
-            "no bank of experts in this graph: it is left to PyTorch"
-        )
+        _logger.info("no bank of experts in this graph: it is left to PyTorch")
         return graph_module
     device = _device_of(example_inputs)
     target = _target_of(device)

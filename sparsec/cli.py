@@ -18,7 +18,7 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
 def target_option(function: CommandT) -> CommandT:
-    return click.option("--target", default="cpu", show_default=True, help="See `sparsec targets`.")(function)
+    return click.option("--target", help="See `sparsec targets`; default: cpu, or what SPARSEC_TARGET says.")(function)
 
 
 def dtype_option(function: CommandT) -> CommandT:

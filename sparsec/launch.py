@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsec.ir.types import Sym, evaluate
-from sparsec.runtime.backends import Context, KernelCall, bind
+from sparsec.runtime.backends import bind
+from sparsec.runtime.context import Context, KernelCall
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.plan import Kernel
 

@@ -12,6 +12,7 @@ import torch
 from sparsec import api, pipeline
 from sparsec.codegen.artifact import write_artifact
 from sparsec.commands.options import DTYPES
+from sparsec.config import Config
 from sparsec.console import Watch, bytes_bar, out, passes_table, print_remarks, print_warnings, working
 from sparsec.diagnostics import CompileError, Remark, SparsecError
 from sparsec.frontend.capture import capture
@@ -27,7 +28,7 @@ from sparsec.targets import Target
 def run(
     model: str,
     output: Path,
-    target: str,
+    target: str | None,
     dtype: str | None,
     random_weights: bool,
     to: str,
@@ -39,6 +40,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
+    config = Config.read(target=target, dump=dump)
+    target, dump = config.target, config.dump
     Target.parse(target)
     if (Path(model) / "manifest.json").is_file():
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
@@ -57,7 +60,7 @@ def run(
         if to != "emit":
             module = _captured(loaded, max_length, no_cache)
             instruments = [Watch(status), *([Dump(dump, loaded.name)] if dump else [])]
-            result = pipeline.run(module, target=target, to=to, instruments=instruments)
+            result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
             write_atomic(output, print_module(result.module))
             print_remarks(result.remarks)
             return

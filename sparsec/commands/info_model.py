@@ -7,7 +7,8 @@ from typing import Any
 
 from sparsec.console import out, working
 from sparsec.frontend.models import load_model
-from sparsec.inspect.info import BATCHES, info, render, to_json
+from sparsec.inspect.accounting import BATCHES
+from sparsec.inspect.info import info, render, to_json
 
 
 def run(model: str, batches: tuple[int, ...], as_json: bool) -> None:

@@ -49,6 +49,7 @@ class CausalLM(nn.Module):
         super().__init__()
         # The model's parts are this module's own, so that parameters keep the names that they have in the model.
         self.__dict__["_model"] = model
+        self.training = model.training
         for name, part in (*model.named_children(), *model.named_parameters(recurse=False)):
             setattr(self, name, part)
         self.max_length, self.batch = max_length, batch
@@ -73,7 +74,11 @@ class CausalLM(nn.Module):
         ids = torch.zeros(self.batch, _EXAMPLE, dtype=torch.int64, device=device)
         start = torch.zeros(1, dtype=torch.int64, device=device)
         shapes = {"input_ids": {1: Dim.DYNAMIC}, "start": None}
-        return capture(self, (ids, start), dynamic=shapes, use_cache=True)
+        captured = capture(self, (ids, start), dynamic=shapes, use_cache=True)
+        for attrs in captured.module.main.arg_attrs.values():
+            if str(attrs.get("source", "")).startswith("cache."):
+                attrs["zeros"] = True  # whoever runs the program makes the slots
+        return captured
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -181,7 +181,7 @@ def render(model: ModelInfo) -> RenderableType:
     notes = [Text(f"note: {note}") for note in model.notes]
     if not model.routed:
         notes.append(Text(f"nothing sparse found; looked for {LOOKED_FOR}"))
-    return Group(facts, "", traffic, *(["", *notes] if notes else []))
+    return Group(facts, "", traffic, *([""] if notes else []), *notes)
 
 
 def _describe(routed: Routed) -> str:

@@ -202,7 +202,8 @@ class Func:
     """A function: a name, one block, and attributes for itself and for each argument and result.
 
     Argument attributes say where a value comes from: `{kind = "input"}`, `{kind = "param", source = "lm_head.weight"}`,
-    `{kind = "buffer", source = ...}`, `{kind = "constant", source = ...}`. Result attributes: `{kind = "output"}` or
+    `{kind = "buffer", source = ...}`, `{kind = "constant", source = ...}`; a buffer with
+    `zeros = true` starts empty and is no part of the weights. Result attributes: `{kind = "output"}` or
     `{kind = "mutation", source = ...}` for the new value of a buffer.
     """
 

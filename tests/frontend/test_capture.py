@@ -37,8 +37,8 @@ def test_a_model_of_transformers() -> None:
     assert model.config._experts_implementation == "grouped_mm"
     assert model.config.use_cache is True
     verify_module(captured.module)
-    (ids,) = [arg for arg in captured.module.main.body.args if captured.module.main.arg_attrs[arg]["kind"] == "input"]
-    assert str(ids.type) == "tensor<s0xs1xi64>"
+    (taken,) = [arg for arg in captured.module.main.body.args if captured.module.main.arg_attrs[arg]["kind"] == "input"]
+    assert str(taken.type) == "tensor<s0xs1xi64>"
     assert captured.structure_json["name"] == "MoeCausalLMOutputWithPast"
     assert captured.structure_json["keys"] == ["logits"]
     for batch, sequence in ((2, 12), (1, 1)):

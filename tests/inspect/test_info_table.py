@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsec.inspect.info import ModelInfo, info
+from sparsec.inspect.accounting import ModelInfo
+from sparsec.inspect.info import info
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,7 +16,7 @@ from sparsec.codegen.emit import emit
 from sparsec.ir.core import Module
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.executor import Program
-from sparsec.runtime.plan import Call, Plan
+from sparsec.runtime.plan import Call, Free, Launch, Plan, Step
 from sparsec.runtime.plan_json import from_json, to_json
 from tests.runtime.models import Layer, arange_module, cache_module, layer_module
 
@@ -72,8 +72,9 @@ def test_the_two_gemms_run_as_one_step(layer: Layer) -> None:
 
 def test_launches_that_do_not_belong_together_run_one_by_one(layer: Layer) -> None:
     plan = emit(layer_module(layer), "cpu").plan
-    h = next(step for step in plan.steps if getattr(step, "kernel", "") == "gather_gemm_0").outs[0]  # type: ignore[union-attr]
-    steps = [step for step in plan.steps if not hasattr(step, "slots")]
+    launches = [step for step in plan.steps if isinstance(step, Launch)]
+    h = next(step for step in launches if step.kernel == "gather_gemm_0").outs[0]
+    steps: list[Step] = [step for step in plan.steps if not isinstance(step, Free)]
     outputs = [*plan.outputs, dataclasses.replace(plan.outputs[0], slot=h)]
     split = dataclasses.replace(plan, outputs=outputs, steps=steps)
     x = torch.randn(7, layer.hidden)

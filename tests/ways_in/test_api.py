@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tiny
-
 import sparsec
 from sparsec import InputError, SparsecError
 from sparsec.inspect.check import relative
 from sparsec.ir.equal import equal
 from sparsec.ir.parser import parse_module
 from sparsec.pipeline import PHASES, run
+from tests.ways_in import tiny
 
 
 @pytest.fixture(scope="module")

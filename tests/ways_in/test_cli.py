@@ -17,12 +17,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tiny
-
 from sparsec import cli
 from sparsec.runtime.artifact import open_artifact
+from tests.ways_in import tiny
 
 
 @dataclass

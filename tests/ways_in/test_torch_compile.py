@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tiny
-
 import sparsec.hf
 from sparsec import backend
 from sparsec.diagnostics import SparsecError
 from sparsec.inspect.check import relative
+from tests.ways_in import tiny
 
 assert sparsec.hf.NAME == "sparsec"
 

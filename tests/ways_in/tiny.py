@@ -31,9 +31,8 @@ def model(family: str) -> Any:
     elif family == "olmoe":
         made = t.OlmoeForCausalLM(t.OlmoeConfig(**SIZES, intermediate_size=48, num_experts=4))
     else:
-        made = t.Qwen3MoeForCausalLM(
-            t.Qwen3MoeConfig(**SIZES, intermediate_size=48, moe_intermediate_size=24, num_experts=4, head_dim=16)
-        )
+        sizes: dict[str, Any] = {**SIZES, "head_dim": 16, "moe_intermediate_size": 24}
+        made = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**sizes, intermediate_size=48, num_experts=4))
     # The usual initialisation is so small that every expert is alike: spread the weights.
     with torch.no_grad():
         for parameter in made.parameters():

@@ -65,7 +65,8 @@ def check_up(
     hidden: int = 40, width: int = 24, variants: Any = LARGE,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
-    activation: Callable[..., torch.Tensor] = {"single": squared, "interleaved": clamped}.get(layout, silu)
+    activations: dict[str, Callable[..., torch.Tensor]] = {"single": squared, "interleaved": clamped}
+    activation = activations.get(layout, silu)
     func = build.gather_gemm(activation, hidden, width, experts, k, dtype, layout, bias, transposed, variants)
     columns = width if layout == "single" else 2 * width
     x = torch.randn(tokens, hidden, dtype=dtype)
