@@ -84,7 +84,8 @@ def outline(op: OpDef, backend: str) -> Func:
     tokens = token_dim(op)
     map_type, map_attr = _renamers(tokens)
     operands = list(dict.fromkeys(op.operands))
-    body = Block([map_type(value.type) for value in operands], [value.name for value in operands])
+    names = dict(zip(op.arguments, op.fields().operands, strict=False))
+    body = Block([map_type(value.type) for value in operands], [names.get(value, value.name) for value in operands])
     values: ValueMap = dict(zip(operands, body.args, strict=True))
     inner = clone_op(op, values, map_type, map_attr)
     for result, type in zip(inner.results, inner.infer(), strict=True):

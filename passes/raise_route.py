@@ -145,7 +145,7 @@ def outline(found: Slice, bank: Experts, rw: Rewriter) -> bool:
     tokens = flat.tensor.shape[0]
     body = Block(
         [flat.type, *(param.type for param in found.params)],
-        [logits.name or "logits", *(param.name for param in found.params)],
+        ["logits", *(param.name.rpartition(".")[2] for param in found.params)],
     )
     values: ValueMap = dict(zip([logits, *found.params], body.args, strict=True))
     for op in found.ops:
@@ -156,8 +156,8 @@ def outline(found: Slice, bank: Experts, rw: Rewriter) -> bool:
     route = rw.insert_after(Route([flat, *found.params], [v.type for v in yields.operands], {}, [body]), at)
     rw.absorb(found.ops)
     position = later.get(at.op, -1) if at.op is not None else -1
-    for old, result in zip((bank.ids, bank.weights), route.results, strict=True):
-        result.name = old.name
+    for old, result, name in zip((bank.ids, bank.weights), route.results, ("ids", "weights"), strict=True):
+        result.name = name
         for user in list(old.users):
             if user not in found.ops and (not later or later.get(user, len(later)) > position):
                 user.operands = tuple(result if operand is old else operand for operand in user.operands)

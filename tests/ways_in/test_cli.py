@@ -239,7 +239,9 @@ def test_a_full_disk(model: Path, tmp_path: Path, sparsec: Run, monkeypatch: pyt
 
 
 def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsec", "compile", str(model), "-o", str(tmp_path / "x.sparsec")]
+    # A shell that runs the tests in the background makes its children deaf to Ctrl-C: have this one listen.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import sparsec.__main__"
+    command = [sys.executable, "-c", listen, "compile", str(model), "-o", str(tmp_path / "x.sparsec")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert process.stderr is not None
     while "capture" not in process.stderr.readline():
