@@ -24,7 +24,7 @@ def test_the_operator_computes_what_its_reference_does(layout: str) -> None:
     calls: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(kwargs["layout"])
+        calls.append(kwargs.get("layout", "concat"))
         return sparsec.hf.run(*args, **kwargs)
 
     experts_op.set_experts_kernel(counted)
