@@ -55,8 +55,8 @@ def gather_gemm(
     rows = torch.div(order[:used], k, rounding_mode="floor")
     if batched:
         projected = _multiply(up, hits, x.index_select(0, rows))
-        return _padded(activation(projected.chunk(parts, -1)), order.shape[0])
-    pieces = [activation(up(e, x.index_select(0, rows[a:b])).chunk(parts, -1)) for e, a, b in hits]
+        return _padded(_activate(activation, projected, parts), order.shape[0])
+    pieces = [_activate(activation, up(e, x.index_select(0, rows[a:b])), parts) for e, a, b in hits]
     return _padded(_joined(pieces, x, up.columns // parts), order.shape[0])
 
 
@@ -89,9 +89,9 @@ def experts(
     hits, used = _hits(offsets)
     rows = torch.div(order[:used], k, rounding_mode="floor")
     if batched:
-        h = activation(_multiply(up, hits, x.index_select(0, rows)).chunk(parts, -1))
+        h = _activate(activation, _multiply(up, hits, x.index_select(0, rows)), parts)
         return combine(_multiply(down, hits, h), order, used, weights)
-    pieces = [down(e, activation(up(e, x.index_select(0, rows[a:b])).chunk(parts, -1))) for e, a, b in hits]
+    pieces = [down(e, _activate(activation, up(e, x.index_select(0, rows[a:b])), parts)) for e, a, b in hits]
     return combine(_joined(pieces, x, down.columns), order, used, weights)
 
 
@@ -130,6 +130,12 @@ def combine(y: Tensor, order: Tensor, used: int, weights: Tensor) -> Tensor:
             total.addcmul_(y.index_select(0, slots[slot, start:stop]).to(wide), weights[start:stop, slot, None])
         out[start:stop] = total
     return out
+
+
+def _activate(activation: Activation, projected: Tensor, parts: int) -> Tensor:
+    """The activation of `projected` [n, parts * I], in f32 where its dtype is narrower, rounded once: [n, I]."""
+    wide = projected.float() if projected.dtype.itemsize < 4 else projected
+    return activation(wide.chunk(parts, -1)).to(projected.dtype)
 
 
 def _hits(offsets: Tensor) -> tuple[list[tuple[int, int, int]], int]:

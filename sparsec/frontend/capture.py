@@ -23,7 +23,7 @@ from sparsec.frontend.failures import explain, quiet
 from sparsec.frontend.importer import import_program
 from sparsec.frontend.pt2 import load_program
 from sparsec.ir.core import Module
-from sparsec.ir.types import TensorType
+from sparsec.ir.types import Sym, TensorType, evaluate
 
 _EXPERTS = "_experts_implementation_internal"
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
@@ -157,7 +157,7 @@ def _fixed(module: Module) -> Iterator[Diagnostic]:
 def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
     """Equations between sizes that tracing took for granted: the program is wrong or fails where they do not hold."""
     guards: list[str] = getattr(program, "_guards_code", None) or []  # newer than the oldest torch that we run on
-    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard]
+    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard and not _always(guard)]
     equations = [text for text in equations if not re.fullmatch(r"\w+\.shape\[\d+\] == \d+", text)]  # in its type
     if equations:
         yield Diagnostic(
@@ -166,6 +166,19 @@ def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
             notes=(f"and {len(equations) - 3} more such equations",) if len(equations) > 3 else (),
             hint="use it for sizes that satisfy this only",
         )
+
+
+def _always(equation: str) -> bool:
+    """Whether an equation between sizes holds for any sizes (tried with a few): then it says nothing."""
+    names = sorted({found.group(0) for found in _SIZE.finditer(equation)})
+    for i, name in enumerate(names):
+        equation = equation.replace(name, f"n{i}")
+    left, _, right = equation.lower().partition(" == ")
+    try:
+        sizes = [{f"n{i}": 2 + (7 * i + 5 * step) % 11 for i in range(len(names))} for step in range(6)]
+        return all(evaluate(Sym(left.strip()), env) == evaluate(Sym(right.strip()), env) for env in sizes)
+    except (ValueError, SyntaxError, KeyError, ZeroDivisionError):
+        return False
 
 
 @contextmanager

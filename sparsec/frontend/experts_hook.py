@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from sparsec.frontend import locations, region
 
 NAME = "sparsec"
 
+_by_id: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _traced: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[str, str]]] = WeakKeyDictionary()
 
 
@@ -26,7 +28,7 @@ def register() -> None:
 def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """A bank's forward: x [T, H], ids and weights [T, k] -> [T, H], dtype of x. `self` is the module of the bank."""
     bank: Any = self
-    layout, activation = activation_of(self, hidden_states.dtype)
+    layout, activation = _activation_by_id(id(self), hidden_states.dtype)
     gated, bias = bank.has_gate, bank.has_bias
     return torch.ops.sparsec.experts(
         hidden_states,
@@ -44,6 +46,13 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
 
 @torch._dynamo.assume_constant_result
+def _activation_by_id(bank: int, dtype: torch.dtype) -> tuple[str, str]:
+    """`activation_of` the module with this id: on older versions of torch a module is no constant of a traced graph."""
+    if (known := _by_id.get(bank)) is None:
+        known = _by_id[bank] = next(o for o in gc.get_objects() if id(o) == bank and isinstance(o, nn.Module))
+    return activation_of(known, dtype)
+
+
 def activation_of(bank: nn.Module, dtype: torch.dtype) -> tuple[str, str]:
     """Layout and region of a bank's activation, recorded once per module and dtype.
 

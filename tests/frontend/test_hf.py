@@ -50,6 +50,7 @@ def test_it_is_one_operator_per_layer_under_torch_compile(model: Any) -> None:
 
 @pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "beam"])
 def test_other_layouts_and_activations(family: str) -> None:
+    experts_hook.register()
     model, inputs = zoo_model(family)
     expected = logits(model, inputs["input_ids"])
     model.set_experts_implementation("sparsec")

@@ -34,6 +34,15 @@ TOP_1 = {"llama4", "switch_transformers", "zaya"}
 BIASES = 4096  # of all experts of gpt-oss and its kin, at these sizes
 
 
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model and its inputs; skips the test where this transformers is too old for the family."""
+    try:
+        model, inputs = FAMILIES[name]()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"this transformers has no {error.name}")
+    return model, inputs
+
+
 def banks(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.ndim == 3 and p.shape[0] == EXPERTS)
 
@@ -41,7 +50,7 @@ def banks(model: nn.Module) -> int:
 @pytest.mark.skipif(not FAMILIES, reason="the collection of tiny models is not here")
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"doge"} - LOOPS))
 def test_family(name: str) -> None:
-    model, inputs = FAMILIES[name]()
+    model, inputs = build(name)
     found = info(model, (), inputs)
     if name in DENSE:
         assert found.routed == [] and found.active == found.total
@@ -55,6 +64,6 @@ def test_family(name: str) -> None:
 @pytest.mark.skipif(not FAMILIES, reason="the collection of tiny models is not here")
 @pytest.mark.parametrize("name", sorted(LOOPS))
 def test_what_is_not_derived_is_said(name: str) -> None:
-    model, inputs = FAMILIES[name]()
+    model, inputs = build(name)
     assert "traced in part" in " ".join(info(model, (), inputs).notes)
     assert "are taken to work for every token" in " ".join(info(model, (), inputs).notes)
