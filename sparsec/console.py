@@ -92,12 +92,12 @@ def print_remarks(remarks: Sequence[Remark]) -> None:
     for remark in remarks:
         if remark.kind == "missed":
             tail = f"; {remark.suggestion}" if remark.suggestion else ""
-            err.print(f"{remark.loc}: not done by {remark.pass_name}: {remark.message}{tail}", markup=False)
+            err.print(f"{remark.loc}: not done by {remark.pass_name}: {remark.message}{tail}", markup=False, soft_wrap=True)
 
 
 def print_warnings(warnings: Sequence[Diagnostic]) -> None:
     for warning in warnings:
-        err.print(str(warning), markup=False)
+        err.print(str(warning), markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:

@@ -167,7 +167,7 @@ def _states(model: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
         raise UnsupportedCache(
             f"{type(model).__name__} keeps states that are no keys and values: {str(error).splitlines()[0]}",
             locations.of_exception(error),
-            hint="run it over the whole sequence for every token",
+            hint="it is run over the whole text for every token",
         ) from error
     kept = [(layer.keys, layer.values) for layer in layers]
     for i, (key, value) in enumerate(kept):
@@ -175,7 +175,7 @@ def _states(model: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
             raise UnsupportedCache(
                 f"layer {i} of {type(model).__name__} keeps no keys and values of shape [batch, heads, positions, dim]",
                 locations.of_class(type(model)),
-                hint="run it over the whole sequence for every token",
+                hint="it is run over the whole text for every token",
             )
     return [(_like(key), _like(value)) for key, value in kept]  # type: ignore[arg-type]
 
