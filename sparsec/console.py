@@ -92,7 +92,8 @@ def print_remarks(remarks: Sequence[Remark]) -> None:
     for remark in remarks:
         if remark.kind == "missed":
             tail = f"; {remark.suggestion}" if remark.suggestion else ""
-            err.print(f"{remark.loc}: not done by {remark.pass_name}: {remark.message}{tail}", markup=False, soft_wrap=True)
+            text = f"{remark.loc}: not done by {remark.pass_name}: {remark.message}{tail}"
+            err.print(text, markup=False, soft_wrap=True)
 
 
 def print_warnings(warnings: Sequence[Diagnostic]) -> None:

@@ -56,6 +56,8 @@ def run(
         torch_dtype = getattr(torch, DTYPES[dtype]) if dtype else None
         # Up to the lowered text shapes are enough.
         loaded = load_model(model, dtype=torch_dtype, random_weights=random_weights, meta=to != "emit")
+        load_seconds = time.perf_counter() - began
+        began = time.perf_counter()
         status.step("capture")
         if to != "emit":
             module = _captured(loaded, max_length, no_cache)
@@ -77,7 +79,8 @@ def run(
         path = compiled.save(
             output, tokenizer=tokenizer if tokenizer and tokenizer.is_file() else None, progress=progress
         )
-    _report(path, compiled.result, remarks, compile_seconds, time.perf_counter() - began, as_json)
+    seconds = {"load": load_seconds, "compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
+    _report(path, compiled.result, remarks, seconds, as_json)
 
 
 def _is_language_model(loaded: LoadedModel, no_cache: bool) -> bool:
@@ -140,23 +143,24 @@ def _from_text(
             progress=progress,
         )
     remarks = (*result.remarks, *emitted.remarks)
-    _report(path, result, remarks, compile_seconds, time.perf_counter() - began, as_json)
+    seconds = {"compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
+    _report(path, result, remarks, seconds, as_json)
 
 
 def _report(
-    path: Path, result: pipeline.Result, remarks: tuple[Remark, ...], compiled: float, total: float, as_json: bool
+    path: Path, result: pipeline.Result, remarks: tuple[Remark, ...], seconds: dict[str, float], as_json: bool
 ) -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if as_json:
         summary: dict[str, Any] = {
             "artifact": str(path),
             "bytes": size,
-            "compile_seconds": compiled,
-            "seconds": total,
+            "seconds": seconds,
             "passes": [{"phase": r.phase, "pass": r.name, "ms": r.ms} for r in result.records],
             "remarks": [{"kind": r.kind, "at": str(r.loc), "message": r.message} for r in remarks],
         }
         print(json.dumps(summary))
         return
     out.print(passes_table([record for record in result.records if record.changed]))
-    out.print(f"[green]{path}[/]  {size / 1e6:,.1f} MB, compiled in {compiled:.1f} s, {total:.1f} s with writing")
+    took = ", ".join(f"{what} {time:.1f} s" for what, time in seconds.items())
+    out.print(f"[green]{path}[/]  {size / 1e6:,.1f} MB ({took})", soft_wrap=True)
