@@ -1,8 +1,8 @@
 """Which PyTorch operators a plan may call, and whether the arguments it gives them fit their schemas.
 
-A plan comes out of a file, so an operator runs only if it is functional, computes from its arguments alone, and checks
-what it is given: `aten`'s public functional operators, some private ones, a few in-place updates of buffers, and the
-operators of other namespaces that the caller of `load` allows by name.
+A plan comes out of a file, so an operator runs only if it is functional, computes from its arguments alone, and is not
+known to read beyond them: `aten`'s public functional operators, some private ones, a few in-place updates of buffers,
+and the operators of other namespaces that the caller of `load` allows by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 PRIVATE = _words(
-    "_to_copy _unsafe_view _unsafe_index _softmax _log_softmax _grouped_mm _scaled_mm _weight_norm _reshape_alias "
+    "_to_copy _unsafe_view _unsafe_index _softmax _log_softmax _grouped_mm _scaled_mm _weight_norm "
     "_reshape_copy _conj _adaptive_avg_pool2d _adaptive_avg_pool3d _native_multi_head_attention _euclidean_dist "
     "_cdist_forward _fft_c2c _fft_c2r _fft_r2c _scaled_dot_product_flash_attention_for_cpu _assert_async "
     "_assert_scalar _safe_softmax _local_scalar_dense _cast_Float _cast_Half _cast_Long _stack _unique2 "
@@ -38,12 +38,13 @@ IN_PLACE = _words(
 
 DENIED = _words(
     "from_file set set_data resize resize_as as_strided_scatter empty_quantized data retain_grad requires_grad_ "
-    "pin_memory record_stream rename refine_names sym_storage_offset "
+    "pin_memory record_stream rename refine_names sym_storage_offset ctc_loss native_batch_norm "
 )
-"""Functional by their schemas, but they read files, reinterpret storage or act on more than their arguments."""
+"""Functional by their schemas, but they read files, reinterpret storage, act on more than their arguments, or do not
+compare sizes and indices."""
 
 DENIED_PREFIXES = ("cudnn_", "fbgemm_", "miopen_", "mkldnn_", "quantized_", "segment_reduce", "sparse_", "sym_")
-"""Families that read packed weights or indices as they are given."""
+"""Families that read packed weights or indices as they are given. So do backward operators, which inference lacks."""
 
 MEMORY_FORMATS: dict[str, torch.memory_format] = {
     "contiguous_format": torch.contiguous_format,
@@ -91,7 +92,7 @@ def resolve(name: str, allow: Collection[str] = ()) -> torch._ops.OpOverload:
     if namespace == "aten":
         mutable = op._schema.is_mutable
         private = short.startswith("_") and short not in PRIVATE
-        denied = short in DENIED or short.startswith(DENIED_PREFIXES)
+        denied = short in DENIED or short.startswith(DENIED_PREFIXES) or "_backward" in short
         if private or denied or (mutable and short not in IN_PLACE) or "Stream" in str(op._schema):
             raise ArtifactError(f"the plan calls '{name}', which a plan may not call")
     return op
