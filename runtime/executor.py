@@ -17,7 +17,7 @@ from sparsec.runtime.context import Context
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES, NAMES
 from sparsec.runtime.errors import ArtifactError, InputError
-from sparsec.runtime.operators import slots_of
+from sparsec.runtime.operators import resolve, slots_of, updates
 from sparsec.runtime.plan import Arg, Call, Free, Launch, Plan, Step
 from sparsec.runtime.steps import Closure, Runner, Slots
 
@@ -71,7 +71,7 @@ class Program:
             for slot, arg in self._by_slot.items():
                 if slot not in banks:
                     self._runner.base[slot] = self._load(arg)
-            self._set_up_buffers()
+            self._set_up_buffers(allow)
         del self._weights  # from here on only what the steps read is held
 
     def __call__(self, *inputs: Any) -> list[Tensor]:
@@ -140,13 +140,13 @@ class Program:
                     buffer.copy_(value)
         return outputs
 
-    def _set_up_buffers(self) -> None:
+    def _set_up_buffers(self, allow: Collection[str]) -> None:
         """Copy the buffers that steps or outputs change, and remember what they were."""
         buffers = {arg.source: arg for arg in self.plan.args if arg.kind == "buffer"}
         slots = {source: arg.slot for source, arg in buffers.items()}
         changed = {output.source for output in self.plan.outputs if output.kind == "mutation"}
         for step in self.plan.steps:
-            if isinstance(step, Call) and step.op.split(".")[1].endswith("_"):
+            if isinstance(step, Call) and updates(resolve(step.op, allow)):
                 changed |= {source for source, slot in slots.items() if slot in slots_of(step.args[0])}
         base = self._runner.base
         self._initial: list[tuple[Tensor, Tensor | None]] = []

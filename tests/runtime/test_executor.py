@@ -137,6 +137,21 @@ def test_a_buffer_is_updated_in_place_and_reset() -> None:
     assert run(torch.ones(1, 3), torch.tensor([1]))[0].tolist() == [1, 1, 1]
 
 
+def test_an_operator_of_the_callers_changes_a_copy_whatever_its_name() -> None:
+    library = torch.library.Library("sparsec_test_cache", "DEF")
+    library.define("store(Tensor(a!) cache, int dim, Tensor at, Tensor x) -> Tensor(a!)")
+    library.impl("store", lambda cache, dim, at, x: cache.index_copy_(dim, at, x), "CompositeExplicitAutograd")
+    data = plan_of(cache_module())
+    data["steps"][0]["op"] = "sparsec_test_cache.store.default"
+    del data["outputs"][1]
+    cache = torch.zeros(4, 3)
+    run = Program(from_json(data), {"cache": cache}, allow=["sparsec_test_cache"])
+    assert run(torch.ones(1, 3), torch.tensor([0]))[0].tolist() == [1, 1, 1]
+    assert not cache.any()
+    run.reset()
+    assert run(torch.ones(1, 3), torch.tensor([1]))[0].tolist() == [1, 1, 1]
+
+
 def test_an_output_that_is_a_buffer_stays_what_it_was() -> None:
     plan = emit(cache_module(), "cpu").plan
     new = next(output.slot for output in plan.outputs if output.kind == "mutation")
