@@ -141,7 +141,7 @@ def _tokens(func: Func) -> int | str:
 
 
 def _attrs(op: Op) -> dict[str, Json]:
-    defaults = {"layout": "concat"} if op.name in (GatherGemm.op_name, "moe.experts") else {}
+    defaults = {"layout": "concat"} if isinstance(op, GatherGemm) else {}
     return {**defaults, **constants(op.attrs, but=("variants",))}
 
 

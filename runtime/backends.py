@@ -93,11 +93,6 @@ def _route_group(kernel: Kernel, slots: Sequence[int | None], context: Context) 
     return run
 
 
-def _route(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
-    body = region(kernel, context.device)
-    return lambda ins: body(_tensors(*ins))
-
-
 def _group(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
     experts = _attr(kernel, "num_experts", int)
     return lambda ins: cpu_kernels.group(_tensors(ins[0])[0], experts)
@@ -126,29 +121,11 @@ def _gemm_combine(kernel: Kernel, slots: Sequence[int | None], context: Context)
     return run
 
 
-def _experts(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
-    up_of = _bank(kernel, slots, context, 3, 5, "up")
-    down_of = _bank(kernel, slots, context, 4, 6, "down")
-    activation, parts = _activation(kernel, context)
-    batched = _batched(kernel)
-
-    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
-        x, ids, weights = _tensors(*ins[:3])
-        up, down = up_of(ins), down_of(ins)
-        order, offsets = cpu_kernels.group(ids, up.experts)
-        few = batched(x.shape[0], order.shape[0])
-        return (cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few),)
-
-    return run
-
-
 _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]] = {
-    "moe.route": _route,
     "moe.group": _group,
     "moe.route_group": _route_group,
     "moe.gather_gemm": _gather_gemm,
     "moe.gemm_combine": _gemm_combine,
-    "moe.experts": _experts,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparsec.runtime.operators import slots_of
 from sparsec.runtime.plan import Call, Launch, Plan, Step
 
-BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5), "moe.experts": (3, 4, 5, 6)}
+BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5)}
 """Which operands of a fused op are banks and their biases: once packed, the originals are not needed."""
 
 

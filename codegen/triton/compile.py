@@ -44,7 +44,6 @@ TARGETS: Mapping[str, Target] = {
         Target("cuda:sm_90", "cuda", 90, 32, 227 * 1024),
         Target("cuda:sm_100", "cuda", 100, 32, 227 * 1024),
         Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024),
-        Target("hip:gfx950", "hip", "gfx950", 64, 160 * 1024),
     )
 }
 """The GPU targets, by the names users give."""

@@ -9,7 +9,7 @@ from sparsec.codegen.triton import experts, pointwise, route, rowwise
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
 from sparsec.codegen.triton.tile import unsupported
-from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
+from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
 from sparsec.ir.core import Func
 from sparsec.runtime.plan import Variant
 
@@ -23,14 +23,12 @@ class TritonKernel:
 
     Args:
         name: of the function.
-        target: what it is compiled for.
         source: the generated module.
         variants: by ascending token count, for the plan; `config` is described in `runtime/triton_kernels.py`.
         binaries: every compiled entry point by its file's name in the artifact.
     """
 
     name: str
-    target: str
     source: str
     variants: tuple[Variant, ...]
     binaries: dict[str, Binary]
@@ -40,11 +38,6 @@ class TritonKernel:
         """The kernel's files in the artifact: source and images."""
         images = {name: binary.image for name, binary in self.binaries.items()}
         return {f"kernels/{self.name}.py": self.source.encode(), **images}
-
-    @property
-    def attrs(self) -> dict[str, Json]:
-        """What the plan says of the kernel besides its op's attributes."""
-        return {"target": self.target, "source": f"kernels/{self.name}.py"}
 
 
 def sketch_kernel(func: Func) -> Sketch:
@@ -56,7 +49,7 @@ def sketch_kernel(func: Func) -> Sketch:
     """
     op = experts.fused_op(func)
     match op:
-        case Route() | RouteGroup() | Group():
+        case RouteGroup() | Group():
             return route.sketch(func, op)
         case GatherGemm():
             return experts.gather_gemm(func, op)
@@ -85,7 +78,7 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
             binaries[file] = binary
             launches.append(_launch(entry, binary, file))
         variants.append(Variant(schedule.up_to, _config(chosen, schedule, launches)))
-    return TritonKernel(func.name, target, sketch.source, tuple(variants), binaries)
+    return TritonKernel(func.name, sketch.source, tuple(variants), binaries)
 
 
 def _config(target: Target, schedule: Schedule, launches: list[Json]) -> dict[str, Json]:
