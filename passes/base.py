@@ -16,8 +16,6 @@ from sparsec.diagnostics import CompileError, Remark
 from sparsec.ir.core import Module, Op
 from sparsec.ir.rewrite import Rewriter, Rule, rewrite
 
-OPTION_TYPES = (bool, int, float, str)
-
 
 @dataclass(frozen=True)
 class Pass(ABC):

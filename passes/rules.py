@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsec.dialects import aten
 from sparsec.ir.core import Attr, Op, Value
-from sparsec.ir.types import Dim, DType, Sym, TensorType, product
+from sparsec.ir.types import Dim, Sym, TensorType, product
 
 
 @cache
@@ -136,7 +136,3 @@ def substitute(dim: Dim, old: Dim, new: Sym) -> Dim:
     if not parts or number % by:
         return dim
     return product((number // by, *(Sym(part) for part in rest), new)) if rest or number != by else new
-
-
-def dtype_of(value: Value) -> DType:
-    return value.tensor.dtype

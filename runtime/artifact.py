@@ -160,7 +160,6 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, files: Collection[str], aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
-        self._files: dict[str, Any] = {}
         self._home: dict[str, Any] = {}
         for name in files:
             try:

@@ -67,8 +67,8 @@ class Route(OpDef, name="moe.route"):
         return tuple(value.type for value in self.body.terminator.operands)
 
     def verify(self) -> Iterator[str]:
-        yield from _region_takes(self, self.body, [value.type for value in self.operands])
-        yield from _region_yields(self, self.body, [result.type for result in self.results])
+        yield from _region_takes(self.body, [value.type for value in self.operands])
+        yield from _region_yields(self.body, [result.type for result in self.results])
         if self.ids.tensor.shape != self.weights.tensor.shape:
             yield f"ids are {self.ids.type}, weights {self.weights.type}: shapes differ"
         if self.ids.tensor.dtype.is_float:
@@ -139,8 +139,8 @@ class RouteGroup(OpDef, name="moe.route_group"):
         return (ids.type, weights.type, *group_types(ids.tensor, self.num_experts))
 
     def verify(self) -> Iterator[str]:
-        yield from _region_takes(self, self.body, [value.type for value in self.operands])
-        yield from _region_yields(self, self.body, [self.ids.type, self.weights.type])
+        yield from _region_takes(self.body, [value.type for value in self.operands])
+        yield from _region_yields(self.body, [self.ids.type, self.weights.type])
         yield from _results_are(self, self.infer())
 
     def cost(self, env: Mapping[str, int]) -> Cost:
@@ -197,8 +197,8 @@ class Experts(OpDef, name="moe.experts"):
         return (TensorType((rows, self.down.tensor.shape[2 if self.down_transposed else 1]), self.x.tensor.dtype),)
 
     def verify(self) -> Iterator[str]:
-        yield from _bank_problems(self, self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
-        yield from _activation_problems(self, self.activation, self.layout, self.width)
+        yield from _bank_problems(self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
+        yield from _activation_problems(self.activation, self.layout, self.width)
         if self.ids.tensor.shape != self.weights.tensor.shape:
             yield f"ids are {self.ids.type}, weights {self.weights.type}: shapes differ"
         if self.up.tensor.shape[0] != self.down.tensor.shape[0]:
@@ -261,8 +261,8 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
         return (TensorType((product((self.x.tensor.shape[0], self.k)), self.width), self.x.tensor.dtype),)
 
     def verify(self) -> Iterator[str]:
-        yield from _bank_problems(self, self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
-        yield from _activation_problems(self, self.activation, self.layout, self.width)
+        yield from _bank_problems(self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
+        yield from _activation_problems(self.activation, self.layout, self.width)
         yield from _offsets_problems(self.offsets, self.num_experts)
         yield from _results_are(self, self.infer())
 
@@ -420,13 +420,13 @@ def _padded(op: OpDef, args: tuple[Any, ...], count: int) -> list[Any]:
     return full + [None] * (count - len(full))
 
 
-def _region_takes(op: OpDef, body: Body, types: list[Type]) -> Iterator[str]:
+def _region_takes(body: Body, types: list[Type]) -> Iterator[str]:
     given = [arg.type for arg in body.args]
     if given != types:
         yield f"region takes ({', '.join(map(str, given))}), the operands are ({', '.join(map(str, types))})"
 
 
-def _region_yields(op: OpDef, body: Body, types: list[Type]) -> Iterator[str]:
+def _region_yields(body: Body, types: list[Type]) -> Iterator[str]:
     given = [value.type for value in body.terminator.operands]
     if given != types:
         yield f"region yields ({', '.join(map(str, given))}), the results are ({', '.join(map(str, types))})"
@@ -438,7 +438,7 @@ def _results_are(op: OpDef, types: tuple[Type, ...]) -> Iterator[str]:
             yield f"result '{name}' is {result.type}, must be {type}"
 
 
-def _bank_problems(op: OpDef, hidden: Dim, up: Operand, transposed: bool, layout: str, width: int) -> Iterator[str]:
+def _bank_problems(hidden: Dim, up: Operand, transposed: bool, layout: str, width: int) -> Iterator[str]:
     if up.tensor.rank != 3:
         yield f"up is {up.type}: an expert bank has three dimensions"
         return
@@ -450,7 +450,7 @@ def _bank_problems(op: OpDef, hidden: Dim, up: Operand, transposed: bool, layout
         yield f"up yields {columns!r} columns, layout '{layout}' of width {width} needs {expected}"
 
 
-def _activation_problems(op: OpDef, body: Body, layout: str, width: int) -> Iterator[str]:
+def _activation_problems(body: Body, layout: str, width: int) -> Iterator[str]:
     parts = 1 if layout == "single" else 2
     if len(body.args) != parts:
         yield f"activation takes {len(body.args)} arguments, layout '{layout}' gives {parts}"

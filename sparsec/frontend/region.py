@@ -54,7 +54,7 @@ def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, 
     if tuple(out.shape) != (_PROBE, width):
         raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
     layout, parts = _parts(recorder.calls, projected, width) if gated else ("single", [projected])
-    return layout, encode(_region(recorder.calls, parts, out, width, dtype))
+    return layout, encode(_region(recorder.calls, parts, out))
 
 
 class _Recorder(TorchDispatchMode):
@@ -111,7 +111,7 @@ def _slice_place(bound: dict[str, Any], width: int) -> tuple[str, int] | None:
     return None
 
 
-def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor, width: int, dtype: torch.dtype) -> Block:
+def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> Block:
     symbols = Symbols()
     block = Block()
     builder = _RowBuilder(block, symbols)
