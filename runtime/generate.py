@@ -6,8 +6,8 @@
     {"kind": "recompute", "max_len": 4096, "batch": 1, "eos": [50279], "inputs": ["input_ids"]}
 
 A `static-cache` program keeps keys and values of `max_len` positions in its buffers: it is called once with the
-prompt and then with one token at a time. Its second input is the position of the first token given (`start`, [1]) or
-the positions of all (`cache_position`, [s]). A `recompute` program is called with the whole text for every token.
+prompt and then with one token at a time. Its second input, `start` [1], is the position of the first token given. A
+`recompute` program is called with the whole text for every token.
 """
 
 from __future__ import annotations
@@ -25,11 +25,8 @@ from sparsec.runtime.artifact import open_artifact
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.executor import Program
 
-INPUTS = {
-    "static-cache": (["input_ids", "start"], ["input_ids", "cache_position"]),
-    "recompute": (["input_ids"],),
-}
-"""What the inputs of each kind of program may be called."""
+INPUTS = {"static-cache": ["input_ids", "start"], "recompute": ["input_ids"]}
+"""The inputs of each kind of program."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Generator:
 
     def __init__(self, program: Program, settings: Any, tokenizer: bytes | None = None) -> None:
         self.program = program
-        self.kind, self.inputs, self.max_len, self.eos = _checked(program, settings)
+        self.kind, self.max_len, self.eos = _checked(program, settings)
         self.stats = Stats()
         self._tokenizer: Any = None if tokenizer is None else _tokenizer(tokenizer)
 
@@ -93,8 +90,10 @@ class Generator:
                 )
             prompt = self._tokenizer.encode(prompt).ids
         ids = [int(token) for token in prompt]
-        if not ids or min(ids) < 0:
-            raise InputError("the prompt has no tokens" if not ids else f"the prompt has the token id {min(ids)}")
+        if not ids:
+            raise InputError("the prompt has no tokens")
+        if wrong := [token for token in ids if not 0 <= token < 1 << 63]:
+            raise InputError(f"the prompt has the token id {wrong[0]}")
         return ids
 
     def stream(self, prompt: str | Sequence[int], max_new_tokens: int | None = None) -> Iterator[Token]:
@@ -140,10 +139,8 @@ class Generator:
         """Logits [vocabulary] after the last of `ids`, the first of which is at position `start`."""
         device = self.program.device
         tensors = [torch.tensor([ids], device=device)]
-        if self.inputs[-1] == "start":
+        if self.kind == "static-cache":
             tensors.append(torch.tensor([start], device=device))
-        elif self.inputs[-1] == "cache_position":
-            tensors.append(torch.arange(start, start + len(ids), device=device))
         logits = self.program(*tensors)[0]
         return logits.reshape(-1, logits.shape[-1])[-1]
 
@@ -169,15 +166,15 @@ def _tokenizer(content: bytes) -> Any:
         raise ArtifactError(f"tokenizer.json cannot be read: {error}") from None
 
 
-def _checked(program: Program, settings: Any) -> tuple[str, list[str], int, frozenset[int]]:
-    """Kind, inputs, max_len and eos of the settings. Raises: ArtifactError."""
+def _checked(program: Program, settings: Any) -> tuple[str, int, frozenset[int]]:
+    """Kind, max_len and eos of the settings. Raises: ArtifactError."""
     if not isinstance(settings, dict) or settings.get("kind") not in INPUTS:
         raise ArtifactError(f"generation.json names no kind of generation (there are: {', '.join(INPUTS)})")
     kind: str = settings["kind"]
     inputs: Any = settings.get("inputs")
     max_len, eos = settings.get("max_len"), settings.get("eos", [])
-    if inputs not in INPUTS[kind]:
-        raise ArtifactError(f"generation.json: the inputs of kind '{kind}' are {inputs!r}, not {INPUTS[kind][0]}")
+    if inputs != INPUTS[kind]:
+        raise ArtifactError(f"generation.json: the inputs of kind '{kind}' are {inputs!r}, not {INPUTS[kind]}")
     if type(max_len) is not int or max_len < 1:
         raise ArtifactError(f"generation.json: max_len is {max_len!r}, not a number of positions")
     if not isinstance(eos, list) or not all(type(token) is int for token in eos):
@@ -189,4 +186,4 @@ def _checked(program: Program, settings: Any) -> tuple[str, list[str], int, froz
     taken = sum(arg.kind == "input" for arg in program.plan.args)
     if taken != len(inputs):
         raise ArtifactError(f"generation.json names {len(inputs)} inputs, the program takes {taken}")
-    return kind, inputs, max_len, frozenset(eos)
+    return kind, max_len, frozenset(eos)
