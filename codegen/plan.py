@@ -9,6 +9,7 @@ from typing import Any
 from sparsec.dialects.aten import AtenOp, is_tensor, overload
 from sparsec.ir.core import Argument, Attr, Block, Op, Value
 from sparsec.ir.types import DType, Sym, SymType, TensorType
+from sparsec.ir.verify import is_unbacked
 from sparsec.runtime.plan import Call, Free, Json, Launch, Step, Tensor
 
 _VIEWS = (
@@ -94,11 +95,6 @@ class Slots:
                 dims = [(axis, dim) for axis, dim in enumerate(value.tensor.shape) if isinstance(dim, Sym)]
             binds += [(self.of[value], axis, str(dim)) for axis, dim in dims if is_unbacked(dim)]
         return binds
-
-
-def is_unbacked(dim: Sym) -> bool:
-    """Whether a dimension is a symbol that only running an op decides."""
-    return dim.isidentifier() and dim.startswith("u") and dim[1:].isdigit()
 
 
 def tensor(type: TensorType) -> Tensor:

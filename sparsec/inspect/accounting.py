@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsec.dialects.moe import experts_hit
+
 if TYPE_CHECKING:
     from sparsec.frontend.blocks import Record
     from sparsec.inspect.dataflow import Dataflow
@@ -178,8 +180,8 @@ class _Weights:
 
     def traffic(self, batch: int, kinds: Sequence[Routed]) -> Traffic:
         """A dense weight is read once, a looked-up table by rows, an expert if any of the tokens uses it."""
-        banks = sum(b.bytes * expected_experts(b.experts, b.k, batch) / b.experts for b in self.blocks.values())
-        hit = [expected_experts(kind.experts, kind.k, batch) for kind in kinds]
+        banks = sum(b.bytes * experts_hit(b.experts, b.k, batch) / b.experts for b in self.blocks.values())
+        hit = [experts_hit(kind.experts, kind.k, batch) for kind in kinds]
         return Traffic(batch, self.dense_bytes + batch * self.table_row + banks, hit)
 
 
@@ -189,11 +191,6 @@ def _stopped(record: Record, path: str, unseen: int) -> str:
     alike = f" and {copies - 1} alike" if copies > 1 else ""
     left = f"; {unseen:,} parameters in there are taken to work for every token" if unseen else ""
     return f"{path or 'the model'}{alike} traced in part: {record.stopped[path]}{left}"
-
-
-def expected_experts(experts: int, k: int, batch: int) -> float:
-    """Distinct experts hit by `batch` tokens that choose k of E evenly: E(1 - (1 - k/E)^B)."""
-    return experts * (1 - (1 - k / experts) ** batch)
 
 
 def _copies(record: Record, path: str) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import sparsec
 from sparsec.diagnostics import SparsecError
+from sparsec.dialects.moe import experts_hit
 from sparsec.frontend.blocks import families, record
-from sparsec.inspect.accounting import expected_experts
 from sparsec.inspect.info import info, load_meta, render, to_json
 
 E, K, H, I, T = 8, 2, 16, 12, 5  # noqa: E741
@@ -219,7 +219,7 @@ def test_traffic_counts_experts_once_per_step() -> None:
     assert three.experts_hit == [pytest.approx(E * (1 - (1 - K / E) ** 3))]
     assert three.weight_bytes == pytest.approx(dense + 3 * 4 * H + 4 * BANK * three.experts_hit[0] / E)
     assert many.experts_hit == [pytest.approx(E)]
-    assert expected_experts(256, 8, 1) == pytest.approx(8)
+    assert experts_hit(256, 8, 1) == pytest.approx(8)
 
 
 def test_nothing_is_left_behind_in_the_model() -> None:
