@@ -16,19 +16,19 @@ RESULT_KINDS = ("output", "mutation")
 _FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, ArithmeticError, AssertionError)
 
 
-def verify_module(module: Module, where: str = "") -> None:
+def verify_module(module: Module) -> None:
     """Check the module; say nothing where it is sound.
 
     Checked are each op against its class and by its own `verify`, that values are defined before their use and within
     sight (a region sees only its arguments), terminators, that callees exist and fit, attributes of arguments, and
-    that each symbol of a type is bound. `where` says what ran before (`after fuse-routes`) and is shown as a note.
+    that each symbol of a type is bound.
 
     Raises:
         CompileError: with every problem.
     """
     found = list(problems(module))
     if found:
-        raise CompileError(_diagnostics(found, where))
+        raise CompileError(_diagnostics(found))
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _what(owner: Op | Func | None) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- reporting
-def _diagnostics(found: list[Problem], where: str) -> Iterator[Diagnostic]:
+def _diagnostics(found: list[Problem]) -> Iterator[Diagnostic]:
     printed: dict[str, Printer] = {}
     for problem in found:
         func = problem.func
@@ -240,7 +240,7 @@ def _diagnostics(found: list[Problem], where: str) -> Iterator[Diagnostic]:
             printed[func.name] = Printer()
             printed[func.name].func(func)
         loc = problem.op.loc if problem.op is not None else func.loc
-        notes = (f"in @{func.name}{', ' + where if where else ''}",)
+        notes = (f"in @{func.name}",)
         yield Diagnostic(
             problem.message, loc, excerpt=_excerpt(printed[func.name], problem.op), notes=notes, hint=problem.hint
         )
