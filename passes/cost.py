@@ -28,9 +28,7 @@ FLOPS_SHARE = 0.80  # H100: cuBLAS reaches 798 of 989 TFLOP/s (bf16, 8192 cubed)
 MMA_SYNC_SHARE = 0.62  # what mma.sync reaches of wgmma's rate: Luo et al., arXiv 2402.13499
 LATENCY = 600e-9  # seconds from a load's issue to its data under load, between L2's and memory's
 LAUNCH = 3e-6  # seconds
-PIECE = (
-    16  # bytes that starting a contiguous piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
-)
+PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
 ROW_REGISTERS = 64  # registers of a thread beside its accumulators
 
 

@@ -64,7 +64,7 @@ class Remark:
     Args:
         kind: `passed` (done) or `missed` (declined).
         pass_name: the pass.
-        rule: the rule's name and own place, `RouteChain (passes/raise_route.py:41)`.
+        rule: the rule's name and own place, `raise_route (passes/raise_route.py:34)`.
         message: what was done, or why not.
         suggestion: what the user can try.
     """

@@ -1,7 +1,7 @@
 """Launches and buffers: what is left of the `moe` ops after lowering.
 
 A kernel is a function of the module whose body is one fused op and a return; its attributes say who runs it
-(`{backend = "triton", tokens = t, variants = [...]}`). Layers that are alike call the same one.
+(`{backend = "triton", tokens = t}`). Layers that are alike call the same one.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from sparsec.ir.opdef import make
 def import_graph(graph_module: GraphModule) -> tuple[Module, dict[str, torch.Tensor]]:
     """The module of a graph whose placeholders are tensors and sizes, and the constants that it holds.
 
-    Every placeholder is an input of `main`, in order; constants follow. Where a
-    result that is None stood is told by `result_places`.
+    Every placeholder is an input of `main`, in order; constants follow. `result_places` tells where results that are
+    None stood.
 
     Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
     """

@@ -202,9 +202,9 @@ class Func:
     """A function: a name, one block, and attributes for itself and for each argument and result.
 
     Argument attributes say where a value comes from: `{kind = "input"}`, `{kind = "param", source = "lm_head.weight"}`,
-    `{kind = "buffer", source = ...}`, `{kind = "constant", source = ...}`; a buffer with
-    `zeros = true` starts empty and is no part of the weights. Result attributes: `{kind = "output"}` or
-    `{kind = "mutation", source = ...}` for the new value of a buffer.
+    `{kind = "buffer", source = ...}`, `{kind = "constant", source = ...}`; a buffer with `zeros = true` starts as zeros
+    and is no part of the weights. Result attributes: `{kind = "output"}` or `{kind = "mutation", source = ...}` for the
+    new value of a buffer.
     """
 
     __slots__ = ("arg_attrs", "attrs", "body", "loc", "name", "result_attrs")
@@ -222,7 +222,7 @@ class Func:
 
 
 class Module:
-    """Functions by name; `main` is the model, the others are kernels. Attributes say phase, target, symbols."""
+    """Functions by name; `main` is the model, the others are kernels. Attributes say phase, version, target."""
 
     __slots__ = ("attrs", "funcs")
 
