@@ -226,7 +226,7 @@ def count_dims_from_the_end(op: Op, rw: Rewriter) -> bool:
     dim = attr(op, "dim")
     new: Attr
     if isinstance(dim, tuple):
-        new = tuple(negative(int(item), rank) for item in dim)  # type: ignore[call-overload]
+        new = tuple(negative(int(item), rank) for item in dim)
     elif isinstance(dim, int) and not isinstance(dim, bool) and rank:
         new = negative(dim, rank)
     else:

@@ -163,7 +163,7 @@ class Weights(Mapping[str, Tensor]):
         self._home: dict[str, Any] = {}
         for name in files:
             try:
-                file: Any = safe_open(path / name, framework="pt")  # type: ignore[no-untyped-call]
+                file: Any = safe_open(path / name, framework="pt")
                 keys = list(file.keys())
             except (SafetensorError, OSError) as error:
                 raise ArtifactError(f"{path}: '{name}' is no safetensors file ({error})") from None

@@ -202,7 +202,7 @@ class _Recorder(TorchDispatchMode):
     """Notes what passes through the dispatcher, above a FakeTensorMode that computes the shapes."""
 
     def __init__(self, model: nn.Module, progress: Progress | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model, self.progress = model, progress or (lambda path: None)
         self.record = Record(families=families(model))
         self.scopes = [""]

@@ -177,7 +177,7 @@ def _states(model: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
                 locations.of_class(type(model)),
                 hint="it is run over the whole text for every token",
             )
-    return [(_like(key), _like(value)) for key, value in kept]  # type: ignore[arg-type]
+    return [(_like(key), _like(value)) for key, value in kept]
 
 
 def _like(state: Tensor) -> Tensor:

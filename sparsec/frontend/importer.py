@@ -75,7 +75,7 @@ class GraphImporter:
         for node in graph_module.graph.nodes:
             if node.op == "output":
                 returned = node.args[0]
-                return [self._resolve(item) for item in returned]  # type: ignore[union-attr]
+                return [self._resolve(item) for item in returned]
             if node.op != "call_function":
                 continue
             loc = locations.of_node(node)
