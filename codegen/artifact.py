@@ -67,6 +67,10 @@ def write_artifact(
         ArtifactError: the place is taken by something else, a weight is missing or has no values, or the disk refuses.
     """
     path = Path(path)
+    if not path.name:
+        raise ArtifactError(
+            f"{path} is no name for an artifact: give a folder to make, such as {path / 'model.sparsec'}"
+        )
     path = path if path.suffix == ".sparsec" else path.with_name(path.name + ".sparsec")
     if path.is_symlink() or (path.exists() and not _is_replaceable(path)):
         raise ArtifactError(f"{path} exists and is no sparsec artifact: choose another name or remove it")

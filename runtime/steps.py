@@ -84,13 +84,23 @@ class Runner:
         return values
 
     def run(self, values: Slots) -> None:
-        """Run every step. Raises: RuntimeError that names the step, where an operator fails."""
+        """Run every step.
+
+        Raises:
+            InputError: an index, such as a token id, is beyond its table.
+            RuntimeError: an operator fails; names the step.
+        """
         i = 0
         try:
             for i, closure in enumerate(self._closures):  # noqa: B007 (read where it fails)
                 closure(values)
         except InputError:
             raise
+        except IndexError as error:
+            raise InputError(
+                f"an input holds an index beyond its table, such as a token id beyond the vocabulary: "
+                f"{self._names[i]} failed: {error}"
+            ) from error
         except Exception as error:
             raise RuntimeError(f"{self._names[i]} failed: {error}") from error
 

@@ -105,7 +105,7 @@ def info_command(**options: Any) -> None:
 
 
 @cli.command("opt")
-@click.argument("source", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument("source", type=click.Path(path_type=Path, allow_dash=True), required=False)
 @click.option("--passes", help="A pipeline: canonicalize,raise-route{max-ops=64},dce. Default: a reproducer's own.")
 @click.option("--target", help="What the passes plan for; default: what the text says, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("-"))
@@ -156,6 +156,9 @@ def main() -> None:
         from sparsec.console import fail
 
         fail(str(error))
+        sys.exit(1)
+    except UnicodeDecodeError as error:
+        print(f"error: what should be text is not: byte {error.start} is no UTF-8", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

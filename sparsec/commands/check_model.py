@@ -23,6 +23,8 @@ def run(model: str, dtype: str | None, random_weights: bool, tokens: str, as_jso
         counts = [int(part) for part in tokens.split(",")]
     except ValueError:
         raise click.UsageError(f"--tokens takes numbers separated by commas, not {tokens!r}") from None
+    if min(counts) < 1:
+        raise click.UsageError(f"--tokens takes numbers from 1 on, not {min(counts)}")
     with working(as_json) as status:
         status.step(f"load {model}")
         loaded = load_model(

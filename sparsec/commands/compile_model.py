@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,12 @@ def run(
             module = _captured(loaded, max_length, no_cache)
             instruments = [Watch(status), *([Dump(dump, loaded.name)] if dump else [])]
             result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
-            write_atomic(output, print_module(result.module))
+            _write_text(output, result.module)
             print_remarks(result.remarks)
             return
         compiled = _compiled(loaded, target, max_length, no_cache, dump, Watch(status))
         if absence := describe_absence(compiled.result.ir("capture"), loaded.name):
-            raise CompileError([absence])
+            raise CompileError([replace(absence, severity="error")])
         status.step("emit kernels")
         remarks = compiled.remarks
     print_warnings(compiled.warnings)
@@ -127,7 +129,7 @@ def _from_text(
         result = pipeline.run(module, target=target, start=start, to=last, instruments=instruments)
     print_remarks(result.remarks)
     if weights is None:
-        write_atomic(output, print_module(result.module))
+        _write_text(output, result.module)
         return
     emitted = api.emit_module(result.module, target)
     compile_seconds = time.perf_counter() - began
@@ -145,6 +147,14 @@ def _from_text(
     remarks = (*result.remarks, *emitted.remarks)
     seconds = {"compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
     _report(path, result, remarks, seconds, as_json)
+
+
+def _write_text(output: Path, module: Module) -> None:
+    """Write the text of a module; `-` is standard output."""
+    if str(output) == "-":
+        sys.stdout.write(print_module(module))
+    else:
+        write_atomic(output, print_module(module))
 
 
 def _report(

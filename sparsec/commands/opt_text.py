@@ -16,7 +16,9 @@ from sparsec.ir.printer import print_module
 from sparsec.passes.base import PASSES, options
 
 
-def run(source: Path, passes: str | None, target: str | None, output: Path, generic: bool, list_passes: bool) -> None:
+def run(
+    source: Path | None, passes: str | None, target: str | None, output: Path, generic: bool, list_passes: bool
+) -> None:
     """Run passes over a text. Raises: CompileError, click.UsageError."""
     if list_passes:
         for name, cls in sorted(PASSES.items()):
@@ -24,6 +26,8 @@ def run(source: Path, passes: str | None, target: str | None, output: Path, gene
             for option in options(cls):
                 out.print(f"    {option.name} ({option.type}, default {option.default}): {option.doc}", markup=False)
         return
+    if source is None:
+        raise click.UsageError("name the text of a module, or - for standard input")
     text = sys.stdin.read() if str(source) == "-" else source.read_text()
     module = parse_module(text, "<stdin>" if str(source) == "-" else str(source))
     header = pipeline.reproducer_header(text)

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument
 from torch.utils._pytree import TreeSpec, tree_map
 
-from sparsec.diagnostics import Diagnostic
+from sparsec.diagnostics import CompileError, Diagnostic
 from sparsec.frontend import structure
 from sparsec.frontend.failures import explain, quiet
 from sparsec.frontend.importer import import_program
@@ -76,6 +76,11 @@ def capture(
     if isinstance(model, ExportedProgram):
         with quiet(), torch.no_grad():
             return _import(model.run_decompositions({}))
+    if not isinstance(args, tuple | list):
+        raise CompileError(
+            f"the example inputs are a {type(args).__name__}, not a tuple of arguments",
+            hint="a single argument x is given as (x,)",
+        )
     with for_capture(model, no_cache=not use_cache and "use_cache" not in (kwargs or {})), torch.no_grad():
         device = _device(model)
         call: Any = tree_map(lambda leaf: _on(leaf, device), (tuple(args), dict(kwargs or {})))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+_PACKAGES = os.sep + "site-packages" + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PLUMBING = re.compile(r"[/\\]site-packages[/\\]transformers[/\\](?!models[/\\])")  # masks, caches, wrappers of forward
 
@@ -72,7 +74,9 @@ def _innermost(frames: list[tuple[str, int]], scope: str) -> Loc:
     frames = [
         (path, line)
         for file, line in reversed(frames)
-        if not (path := os.path.abspath(file)).startswith((_TORCH, _HERE)) and os.path.isfile(path)
+        if not (path := os.path.abspath(file)).startswith((_TORCH, _HERE))
+        and not (path.startswith(_STDLIB) and _PACKAGES not in path)
+        and os.path.isfile(path)
     ]
     model_code = [frame for frame in frames if not _PLUMBING.search(frame[0])]
     for path, line in model_code or frames:

@@ -6,16 +6,18 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from sparsec.diagnostics import CompileError, Diagnostic
+from sparsec.frontend import locations
 from sparsec.frontend.pt2 import load_program
 from sparsec.ir.core import Module
 
@@ -70,6 +72,11 @@ def load_model(
         if random_weights or meta or dtype is not None:
             raise CompileError("an exported program has its own weights and dtype")
         return LoadedModel(load_program(Path(text)), Path(text).stem)
+    if text.endswith(".sparsec") and os.path.exists(text):
+        raise CompileError(
+            f"{text} was made by sparsec: the model itself is needed here",
+            hint="an artifact is for `run` and `info`, the text of a module for `compile` and `opt`",
+        )
     if not os.path.isdir(text):
         raise CompileError(
             f"there is no model {text}",
@@ -96,11 +103,15 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, random_weights: bool, 
             hint="add --random-weights to compile the shape of the model only",
         )
     if stored and not random_weights and not meta:
-        model = cls.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        model = _read(cls, folder, dtype)
     else:
-        model = _made(cls, config, dtype, meta)
+        try:
+            model = _made(cls, config, dtype, meta)
+        except Exception as error:
+            raise CompileError(
+                f"{cls.__name__} cannot be made from {folder / 'config.json'}: {_said(error)}",
+                locations.of_exception(error),
+            ) from error
     ids = torch.arange(_EXAMPLE[0] * _EXAMPLE[1]).reshape(_EXAMPLE) % int(config.get_text_config().vocab_size)
     return LoadedModel(model.eval(), folder.resolve().name, (), {"input_ids": ids}, folder, config)
 
@@ -113,9 +124,9 @@ def _config(folder: Path, transformers: Any) -> Any:
         raise CompileError(f"{file} is no JSON object: {error}") from error
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # what a configuration's own checks raise differs from model to model
         raise CompileError(
-            f"transformers {transformers.__version__} cannot read {file}, of model type '{kind}'",
+            f"transformers {transformers.__version__} cannot read {file}, of model type '{kind}': {_said(error)}",
             hint="a newer transformers may; code that comes with a model is never run",
         ) from error
 
@@ -138,6 +149,33 @@ def _architecture(folder: Path, config: Any, transformers: Any) -> Any:
     return cls
 
 
+def _read(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model with its stored weights. Raises: CompileError, also where some are missing or have other shapes."""
+    try:
+        model, report = cls.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged files, other shapes: each library raises its own
+        raise CompileError(f"the weights in {folder} cannot be read: {_said(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CompileError(
+            f"the weights in {folder} lack {shown}, which {cls.__name__} has",
+            hint="the download may be incomplete; --random-weights makes all of them up",
+        )
+    return cast(nn.Module, model)
+
+
+def _said(error: BaseException) -> str:
+    """What an error of another's code says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _made(cls: Any, config: Any, dtype: torch.dtype | None, meta: bool) -> nn.Module:
     """The model by its own initialisation, each parameter made once, in its final dtype."""
     wanted = dtype or getattr(config, "dtype", None) or torch.float32
@@ -151,7 +189,8 @@ def _made(cls: Any, config: Any, dtype: torch.dtype | None, meta: bool) -> nn.Mo
 
 def _from_factory(path: Path, factory: str, dtype: torch.dtype | None) -> LoadedModel:
     make = _factory(path, factory)
-    made = make()
+    with _users_code(f"{path}:{factory}"):
+        made = make()
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
         raise CompileError(
             f"{path}:{factory} returned a {type(made).__name__}",
@@ -164,6 +203,17 @@ def _from_factory(path: Path, factory: str, dtype: torch.dtype | None) -> Loaded
     return LoadedModel(model.eval(), factory, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,))
 
 
+@contextmanager
+def _users_code(what: str) -> Iterator[None]:
+    """Say in a sentence, with the user's line, what the user's own code raises. Raises: CompileError."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, CompileError):
+            raise
+        raise CompileError(f"{what} raised {_said(error)}", locations.of_exception(error)) from error
+
+
 def _factory(path: Path, name: str) -> Callable[[], Any]:
     if not path.is_file():
         raise CompileError(f"there is no file {path}")
@@ -173,7 +223,8 @@ def _factory(path: Path, name: str) -> Callable[[], Any]:
     sys.modules.setdefault(path.stem, module)  # so that dataclasses and pickles in it find themselves
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec.loader.exec_module(module)
+        with _users_code(str(path)):
+            spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.resolve().parent))
     found = getattr(module, name, None)

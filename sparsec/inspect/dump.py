@@ -30,8 +30,15 @@ MAX_RUNS = 9999
 
 
 def write_atomic(path: Path, text: str | bytes) -> None:
-    """Write a file whole: into a neighbour first, then moved into place."""
+    """Write a file whole: into a neighbour first, then moved into place. Raises: OSError that names `path`."""
     data = text.encode() if isinstance(text, str) else text
+    try:
+        _write_atomic(path, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

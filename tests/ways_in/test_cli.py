@@ -169,7 +169,7 @@ def test_a_dense_model(tmp_path: Path, sparsec: Run) -> None:
     sizes = {k: v for k, v in tiny.SIZES.items() if "expert" not in k}
     t.LlamaForCausalLM(t.LlamaConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path / "dense")
     found = sparsec("compile", tmp_path / "dense", "-o", tmp_path / "x")
-    assert found.status == 1 and "sparse" in found.err
+    assert found.status == 1 and "error: dense is dense" in found.err
     assert not (tmp_path / "x.sparsec").exists()
 
 
@@ -187,6 +187,96 @@ def test_a_wrong_command_line(sparsec: Run, artifact: Path) -> None:
     assert sparsec("compile").status == 2
     assert sparsec("run", artifact).status == 2
     assert sparsec("check", artifact, "--tokens", "a").status == 2
+
+
+@pytest.mark.parametrize("tokens", ["0", "-3", "4,0"])
+def test_token_counts_that_are_none(tokens: str, model: Path, sparsec: Run) -> None:
+    found = sparsec("check", model, "--tokens", tokens)
+    assert found.status == 2 and "from 1 on" in found.err
+
+
+@pytest.mark.parametrize("ids", ["64", "3,1000000", str(1 << 70), "-1"])
+def test_token_ids_that_are_none(ids: str, artifact: Path, sparsec: Run) -> None:
+    found = sparsec("run", artifact, "--prompt-ids", ids)
+    assert found.status == 1 and "token id" in found.err and not found.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("import nowhere\n", "No module named 'nowhere'"),
+        ("def f(:\n", "SyntaxError"),
+        ("def f():\n    raise ValueError('boom')\n", "users.py:2: error"),
+        ("def f():\n    raise SystemExit(3)\n", "SystemExit: 3"),
+        ("def f(x):\n    return x\n", "missing 1 required positional argument"),
+    ],
+)
+def test_a_factory_that_raises(factory: str, said: str, tmp_path: Path, sparsec: Run) -> None:
+    (tmp_path / "users.py").write_text(factory)
+    found = sparsec("compile", f"{tmp_path / 'users.py'}:f", "-o", tmp_path / "x")
+    assert found.status == 1 and said in found.err
+    assert not (tmp_path / "x.sparsec").exists()
+
+
+@pytest.mark.parametrize(("damage", "said"), [("cut", "cannot be read"), ("lack", "lack lm_head.weight"), ("size", "")])
+def test_weights_that_do_not_fit(damage: str, said: str, tmp_path: Path, sparsec: Run) -> None:
+    from safetensors.torch import load_file, save_file
+
+    place = tiny.folder(tmp_path)
+    file = place / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif damage == "lack":
+        save_file({name: tensors[name] for name in tensors if name != "lm_head.weight"}, file, {"format": "pt"})
+    else:
+        save_file({**tensors, "lm_head.weight": torch.zeros(65, 32)}, file, {"format": "pt"})
+    found = sparsec("compile", place, "-o", tmp_path / "x", "--max-length", 8)
+    assert found.status == 1 and f"the weights in {place} {said}" in found.err
+    assert not (tmp_path / "x.sparsec").exists()
+
+
+def test_a_configuration_that_is_none(tmp_path: Path, sparsec: Run) -> None:
+    place = tiny.folder(tmp_path)
+    config = json.loads((place / "config.json").read_text())
+    for change, said in ({"hidden_size": "x"}, "cannot read"), ({"hidden_act": "nowhere"}, "'nowhere'"):
+        (place / "config.json").write_text(json.dumps({**config, **change}))
+        found = sparsec("compile", place, "-o", tmp_path / "x", "--random-weights")
+        assert found.status == 1 and said in found.err
+
+
+@pytest.mark.parametrize("output", [".", "/"])
+def test_an_output_without_a_name(output: str, model: Path, sparsec: Run) -> None:
+    found = sparsec("compile", model, "-o", output, "--max-length", 8)
+    assert found.status == 1 and "no name for an artifact" in found.err
+
+
+def test_a_text_to_standard_output_and_to_a_folder(model: Path, tmp_path: Path, sparsec: Run) -> None:
+    found = sparsec("compile", model, "--to", "capture", "-o", "-", "--no-cache")
+    assert found.status == 0 and found.out.startswith("module {") and not Path("-").exists()
+    (tmp_path / "text").write_text(found.out)
+    found = sparsec("opt", tmp_path / "text", "--passes", "dce", "-o", tmp_path)
+    assert found.status == 1 and f"{tmp_path}: Is a directory" in found.err
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, sparsec: Run) -> None:
+    (tmp_path / "x.sparsec").write_bytes(bytes(range(256)))
+    for command in (
+        ("compile", tmp_path / "x.sparsec", "--to", "fuse", "-o", tmp_path / "y"),
+        ("opt", tmp_path / "x.sparsec"),
+    ):
+        found = sparsec(*command)
+        assert found.status == 1 and "no UTF-8" in found.err
+
+
+def test_opt_list_needs_no_text(sparsec: Run) -> None:
+    assert "raise-route" in sparsec("opt", "--list").out
+    assert sparsec("opt").status == 2
+
+
+def test_what_sparsec_made_is_no_model(artifact: Path, sparsec: Run) -> None:
+    found = sparsec("check", artifact)
+    assert found.status == 1 and "made by sparsec" in found.err
 
 
 def test_a_typo_in_a_text(tmp_path: Path, sparsec: Run) -> None:
