@@ -80,8 +80,9 @@ def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
     """A few tokens: one program routes and sorts them all. Else programs of as many rows as registers hold."""
     widths = [op.num_experts, *(value.tensor.shape[-1] for value in op.operands if value.tensor.rank)]
     widest = max(_power(width) for width in widths if isinstance(width, int))
-    few, many = max(4, min(16, 8192 // widest)), max(4, min(32, 4096 // widest))
-    return ({"up_to": few, "block_rows": few, "num_warps": 4}, {"block_rows": many, "num_warps": 4})
+    few, many = max(4, min(16, 4096 // widest)), max(4, min(32, 4096 // widest))
+    warps = 8 if widest >= 128 else 4  # 4 would spill registers
+    return ({"up_to": few, "block_rows": few, "num_warps": warps}, {"block_rows": many, "num_warps": warps})
 
 
 def _power(size: int) -> int:

@@ -72,11 +72,12 @@ class _Router:
         given = self.func.attrs.get("variants") or self.op.attrs.get("variants")
         if given:
             return list(cast("Sequence[Mapping[str, Any]]", given))
-        few = max(4, min(16, 8192 // self.widest))
+        few = max(4, min(16, 4096 // self.widest))
         many = max(4, min(32, 4096 // self.widest))
+        warps = 8 if self.widest >= 128 else 4
         return [
-            {"up_to": few, "block_rows": few, "num_warps": 4},
-            {"up_to": None, "block_rows": many, "num_warps": 4},
+            {"up_to": few, "block_rows": few, "num_warps": warps},
+            {"up_to": None, "block_rows": many, "num_warps": warps},
         ]
 
     def _rows(self, variant: Mapping[str, Any]) -> int:

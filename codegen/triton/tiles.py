@@ -77,8 +77,13 @@ def arg_max(x, AXIS: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def pick(x, index, SIZE: tl.constexpr):
     """x[..., index]: lanes of the last axis by number. A number out of range takes the nearest lane."""
+    LAST: tl.constexpr = len(x.shape) - 1
     index = tl.minimum(tl.maximum(index.to(tl.int32), 0), SIZE - 1)
-    return tl.gather(x, index, len(x.shape) - 1)
+    if x.shape[LAST] == 1:  # Triton cannot lay out a gather from one lane or of one
+        return tl.broadcast_to(x, index.shape)
+    if index.shape[LAST] == 1:
+        return tl.sum(tl.where(lanes(x, LAST) == index, x, 0), axis=LAST, keep_dims=True)
+    return tl.gather(x, index, LAST)
 
 
 @triton.jit

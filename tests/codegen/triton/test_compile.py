@@ -94,7 +94,7 @@ def test_hopper_uses_its_tensor_cores() -> None:
 @pytest.mark.slow
 def test_every_router_compiles(name: str) -> None:
     for target in CHECKED:
-        assert all((binary.spills or 0) <= 256 for binary in emit_kernel(router(name), target).binaries.values())
+        assert all(not binary.spills for binary in emit_kernel(router(name), target).binaries.values())
 
 
 def test_grids_cover_every_tile() -> None:
