@@ -89,5 +89,19 @@ def _fake(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *re
     return x.new_empty(x.shape[0], columns)
 
 
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    raise NotImplementedError(
+        "sparsec::experts has no backward: call the model under torch.no_grad(), "
+        'or train it with model.set_experts_implementation("grouped_mm")'
+    )
+
+
+def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    """Nothing is kept for a backward that there is not."""
+
+
+experts.register_autograd(_backward, setup_context=_setup)
+
+
 TARGET = torch.ops.sparsec.experts.default
 """The operator, as it stands in a graph."""

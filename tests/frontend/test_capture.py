@@ -176,3 +176,9 @@ def test_what_torch_cannot_export_is_explained(
     assert caught.value.__cause__ is not None
     assert len(str(caught.value).splitlines()) <= 3
     assert capsys.readouterr().err == ""
+
+
+def test_an_argument_without_its_tuple() -> None:
+    with pytest.raises(CompileError, match="are a Tensor, not a tuple") as caught:
+        capture(nn.Linear(3, 4), torch.randn(2, 3))  # type: ignore[arg-type]
+    assert "(x,)" in str(caught.value)

@@ -136,3 +136,10 @@ def test_it_survives_a_pt2_file(tmp_path: Path) -> None:
     captured = capture(tmp_path / "layer.pt2")
     x = torch.randn(3, H)
     assert torch.equal(outputs(captured, x)[0], layer(x))
+
+
+def test_a_backward_says_that_there_is_none() -> None:
+    given = operands()
+    out = torch.ops.sparsec.experts(**{**given, "up": given["up"].requires_grad_()}, activation=ACTIVATION)
+    with pytest.raises(NotImplementedError, match=r"no backward.*torch\.no_grad"):
+        out.sum().backward()
