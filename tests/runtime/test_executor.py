@@ -202,9 +202,9 @@ def test_symbols_must_agree() -> None:
         run(torch.zeros(3, 4), torch.zeros(3, 5))
 
 
-def test_a_failing_operator_is_named() -> None:
+def test_an_index_beyond_its_table_is_an_error_of_the_input() -> None:
     run = program(cache_module(), {"cache": torch.zeros(4, 3)})
-    with pytest.raises(RuntimeError, match=r"aten\.index_copy_\.default failed"):
+    with pytest.raises(InputError, match=r"beyond its table.*aten\.index_copy_\.default failed"):
         run(torch.ones(1, 3), torch.tensor([9]))
 
 
