@@ -31,10 +31,25 @@ from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.plan import Arg, Plan
 from sparsec.runtime.plan_json import to_json
 
-__all__ = ["SHARD", "Progress", "write_artifact"]
+__all__ = ["SHARD", "Progress", "checked_place", "write_artifact"]
 
 SHARD = 512 << 20
 """Bytes of a shard where nothing else is asked for."""
+
+
+def checked_place(path: Path) -> Path:
+    """The folder that an artifact named `path` takes; can be asked before the work.
+
+    Raises: ArtifactError if it is no name, or taken by something that is no artifact.
+    """
+    if not path.name:
+        raise ArtifactError(
+            f"{path} is no name for an artifact: give a folder to make, such as {path / 'model.sparsec'}"
+        )
+    path = path if path.suffix == ".sparsec" else path.with_name(path.name + ".sparsec")
+    if path.is_symlink() or (path.exists() and not _is_replaceable(path)):
+        raise ArtifactError(f"{path} exists and is no sparsec artifact: choose another name or remove it")
+    return path
 
 
 def write_artifact(
@@ -66,14 +81,7 @@ def write_artifact(
     Raises:
         ArtifactError: the place is taken by something else, a weight is missing or has no values, or the disk refuses.
     """
-    path = Path(path)
-    if not path.name:
-        raise ArtifactError(
-            f"{path} is no name for an artifact: give a folder to make, such as {path / 'model.sparsec'}"
-        )
-    path = path if path.suffix == ".sparsec" else path.with_name(path.name + ".sparsec")
-    if path.is_symlink() or (path.exists() and not _is_replaceable(path)):
-        raise ArtifactError(f"{path} exists and is no sparsec artifact: choose another name or remove it")
+    path = checked_place(Path(path))
     plan = emitted.plan
     small = {"plan.json": json.dumps(to_json(plan), allow_nan=False).encode(), **emitted.files}
     if text:

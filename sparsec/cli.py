@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,7 @@ def main() -> None:
     """Run the command line and exit."""
     from sparsec.runtime.errors import ArtifactError, InputError
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would mix with ours
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:

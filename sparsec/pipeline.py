@@ -27,6 +27,9 @@ from sparsec.ir.printer import print_module
 from sparsec.ir.verify import problems, verify_module
 from sparsec.passes.base import Pass, PassContext, parse_pipeline, print_pipeline
 
+VERSION = 1
+"""Version of the IR's text, which a module says of itself."""
+
 PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
 
 PIPELINES: dict[str, str] = {
@@ -120,6 +123,8 @@ def run(
     The module is changed in place; its attributes `phase` and (from `schedule` on) `target` are kept up to date.
     Raises: CompileError for a phase that is not, for a module past `to`, and for what a pass or the verifier finds.
     """
+    if (version := module.attrs.get("version", VERSION)) != VERSION:
+        raise CompileError(f"the module's text is of version {version}, this sparsec reads version {VERSION}")
     done = _phase(start or str(module.attrs.get("phase", "capture")))
     last = _phase(to)
     if done > last:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsec import api, pipeline
-from sparsec.codegen.artifact import write_artifact
+from sparsec.codegen.artifact import checked_place, write_artifact
 from sparsec.commands.options import DTYPES
 from sparsec.config import Config
 from sparsec.console import Watch, bytes_bar, out, passes_table, print_remarks, print_warnings, working
@@ -45,6 +45,8 @@ def run(
     config = Config.read(target=target, dump=dump)
     target, dump = config.target, config.dump
     Target.parse(target)
+    if to == "emit":
+        checked_place(output)
     if (Path(model) / "manifest.json").is_file():
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
     if model.endswith(".sparsec"):

@@ -14,6 +14,7 @@ from sparsec.ir.mlir import print_generic
 from sparsec.ir.parser import parse_module
 from sparsec.ir.printer import print_module
 from sparsec.passes.base import PASSES, options
+from sparsec.targets import Target
 
 
 def run(
@@ -36,6 +37,7 @@ def run(
             raise click.UsageError("name the passes with --passes: the text is no crash reproducer that says its own")
         passes = header[0]
     planned_for = target or (header[1] if header else str(module.attrs.get("target", "cpu")))
+    Target.parse(planned_for)
     result = pipeline.run_passes(module, passes, target=planned_for)
     print_remarks(result.remarks)
     written = print_generic(result.module) if generic else print_module(result.module)

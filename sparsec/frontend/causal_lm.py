@@ -159,11 +159,14 @@ def _states(model: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
     sliding = _sliding(model)
     layers: list[Any] = [_Probe(i < len(sliding) and sliding[i]) for i in range(config.num_hidden_layers)]
     device = next(model.parameters()).device
-    try:
-        with for_capture(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            ids = torch.zeros(batch, _EXAMPLE, dtype=torch.int64, device=device)
-            model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
-    except Exception as error:
+    with for_capture(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(batch, _EXAMPLE, dtype=torch.int64, device=device)
+        problem = _problem(model, input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
+        if problem is not None and (own := _problem(model, input_ids=ids, use_cache=False)) is not None:
+            raise CompileError(
+                f"{type(model).__name__} cannot be run: {str(own).splitlines()[0]}", locations.of_exception(own)
+            ) from own
+    if (error := problem) is not None:
         raise UnsupportedCache(
             f"{type(model).__name__} keeps states that are no keys and values: {str(error).splitlines()[0]}",
             locations.of_exception(error),
@@ -178,6 +181,15 @@ def _states(model: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
                 hint="it is run over the whole text for every token",
             )
     return [(_like(key), _like(value)) for key, value in kept]
+
+
+def _problem(model: Any, **inputs: Any) -> Exception | None:
+    """What a call of the model raises."""
+    try:
+        model(**inputs)
+    except Exception as error:
+        return error
+    return None
 
 
 def _like(state: Tensor) -> Tensor:
