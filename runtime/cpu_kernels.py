@@ -55,9 +55,9 @@ def gather_gemm(
     rows = torch.div(order[:used], k, rounding_mode="floor")
     if batched:
         projected = _multiply(up, hits, x.index_select(0, rows))
-        return _padded(_activate(activation, projected, parts), order.shape[0])
+        return _padded(_activate(activation, projected, parts).to(x.dtype), order.shape[0])
     pieces = [_activate(activation, up(e, x.index_select(0, rows[a:b])), parts) for e, a, b in hits]
-    return _padded(_joined(pieces, x, up.columns // parts), order.shape[0])
+    return _padded(_joined(pieces, x, up.columns // parts).to(x.dtype), order.shape[0])
 
 
 def gemm_combine(h: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, down: Bank) -> Tensor:
@@ -70,7 +70,7 @@ def gemm_combine(h: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, dow
     Returns: [T, H], dtype of `h`.
     """
     hits, used = _hits(offsets)
-    return combine(_multiply(down, hits, h[:used]), order, used, weights)
+    return combine(_multiply(down, hits, h[:used]), order, used, weights, h.dtype)
 
 
 def experts(
@@ -90,12 +90,12 @@ def experts(
     rows = torch.div(order[:used], k, rounding_mode="floor")
     if batched:
         h = _activate(activation, _multiply(up, hits, x.index_select(0, rows)), parts)
-        return combine(_multiply(down, hits, h), order, used, weights)
+        return combine(_multiply(down, hits, h), order, used, weights, x.dtype)
     pieces = [down(e, _activate(activation, up(e, x.index_select(0, rows[a:b])), parts)) for e, a, b in hits]
-    return combine(_joined(pieces, x, down.columns), order, used, weights)
+    return combine(_joined(pieces, x, down.columns), order, used, weights, x.dtype)
 
 
-def combine(y: Tensor, order: Tensor, used: int, weights: Tensor) -> Tensor:
+def combine(y: Tensor, order: Tensor, used: int, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Weigh the rows of `y`, which are in `order`, and add those of each token in the order of its slots.
 
     Args:
@@ -103,11 +103,11 @@ def combine(y: Tensor, order: Tensor, used: int, weights: Tensor) -> Tensor:
         order: [T * k]; the pairs from `used` on are skipped and add nothing, whatever their weights.
         weights: [T, k].
 
-    Returns: [T, H], added in f32 (f64 for f64) and rounded once to the dtype of `y`.
+    Returns: [T, H], added in f32 (f64 for f64) and rounded once to `dtype`.
     """
     tokens, k = weights.shape
     if tokens == 0 or used == 0:
-        return y.new_zeros(tokens, y.shape[1])
+        return y.new_zeros(tokens, y.shape[1], dtype=dtype)
     wide = torch.float64 if y.dtype == torch.float64 else torch.float32
     weights = weights.to(wide)
     place = torch.empty_like(order)
@@ -120,9 +120,9 @@ def combine(y: Tensor, order: Tensor, used: int, weights: Tensor) -> Tensor:
         weights = weights.masked_fill(skipped.view(tokens, k), 0)
     if tokens <= FEW_TOKENS:
         weighed = y.index_select(0, place).view(tokens, k, -1) * weights.unsqueeze(-1)
-        return weighed.sum(1).to(y.dtype)
+        return weighed.sum(1).to(dtype)
     slots = place.view(tokens, k).t().contiguous()
-    out = y.new_empty(tokens, y.shape[1])
+    out = y.new_empty(tokens, y.shape[1], dtype=dtype)
     for start in range(0, tokens, BLOCK):
         stop = min(start + BLOCK, tokens)
         total = torch.zeros(stop - start, y.shape[1], dtype=wide, device=y.device)

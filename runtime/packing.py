@@ -32,10 +32,15 @@ def can_pack(dtype: torch.dtype) -> bool:
     return out.dtype == dtype and bool((out == 16).all())
 
 
+def is_small(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an expert of a bank [E, ., .] on a CPU is too small for packing to pay."""
+    each = weight.shape[1] * weight.shape[2]
+    return weight.device.type == "cpu" and each < SMALLEST.get(dtype.itemsize, 1 << 60)
+
+
 def should_pack(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a bank [E, ., .] multiplied in `dtype` is better packed."""
-    each = weight.shape[1] * weight.shape[2]
-    return weight.device.type == "cpu" and each >= SMALLEST.get(dtype.itemsize, 1 << 60) and can_pack(dtype)
+    return weight.device.type == "cpu" and not is_small(weight, dtype) and can_pack(dtype)
 
 
 def compute_dtype(x: torch.dtype, weight: torch.dtype) -> torch.dtype:
@@ -47,6 +52,9 @@ class Bank:
     """E linears `x @ weight[e].T + bias[e]`, each for the rows of one expert.
 
     A bank that is not packed holds views of `weight` where it needs no transposing, sorting or conversion.
+
+    Attributes:
+        out: dtype of the results: the rows' own, or f32 for a small bank of narrower floats.
 
     Args:
         weight: [E, N, K], or [E, K, N] if transposed. Not kept after construction where it could be packed.
@@ -71,6 +79,10 @@ class Bank:
         self.out = dtype
         self.dtype = compute_dtype(dtype, weight.dtype)
         self.packed = pack and should_pack(weight, self.dtype)
+        # PyTorch multiplies narrow floats into f32 without rounding only if they are widened first. A bank too small to
+        # be packed can afford that; its results stay wide for whoever goes on with them.
+        if pack and not self.packed and self.dtype.itemsize < 4 and is_small(weight, self.dtype):
+            self.dtype = self.out = torch.float32
         self.weights = [self._prepare(weight[e], transposed, interleaved) for e in range(self.experts)]
         self.biases: list[Tensor | None] = [None] * self.experts
         if bias is not None:
@@ -86,9 +98,8 @@ class Bank:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
 
     def __call__(self, expert: int, rows: Tensor) -> Tensor:
-        """[n, K] -> [n, N] by one expert, accumulated in f32 and rounded to the rows' dtype."""
-        if self.dtype != self.out:
-            rows = rows.to(self.dtype)
+        """[n, K] -> [n, N] by one expert, accumulated in f32 and rounded to `out`."""
+        rows = rows.to(self.dtype)
         if self.packed:
             out = torch.ops.mkldnn._linear_pointwise(rows, self.weights[expert], self.biases[expert], "none", [], "")
         else:

@@ -207,7 +207,7 @@ def test_the_two_ways_give_the_same_bits_in_the_combine() -> None:
     y = torch.randn(40 * 4, 16)
     order, _ = cpu_kernels.group(torch.randint(0, 6, (40, 4)), 6)
     weights = torch.rand(40, 4)
-    all_at_once = cpu_kernels.combine(y, order, 160, weights)
+    all_at_once = cpu_kernels.combine(y, order, 160, weights, torch.float32)
     place = order.long().argsort().view(40, 4)
     one_by_one = sum(y[place[:, slot]].double() * weights[:, slot, None].double() for slot in range(4))
     assert isinstance(one_by_one, Tensor)
@@ -250,13 +250,17 @@ def test_weights_wider_than_the_rows_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_banks_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_small_banks_are_not_packed(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(packing, "SMALLEST", {2: 1 << 10, 4: 1 << 10})
     case = Case(5, 9, 4, 2, dtype)
     up, down = case.banks()
     assert not up.packed
     assert not down.packed
-    assert up.weights[1].data_ptr() == case.up[1].data_ptr()
+    if dtype == torch.float32:
+        assert up.weights[1].data_ptr() == case.up[1].data_ptr()
+    else:  # widened: their products are not rounded before the sum over slots
+        assert up.weights[1].dtype == down.out == torch.float32
+        assert torch.equal(up.weights[1], case.up[1].float())
 
 
 def test_packed_banks_are_packed() -> None:
