@@ -6,6 +6,7 @@ CUDA's and HIP's driver interfaces have kept their binary form for many years; b
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -30,7 +31,7 @@ class Program(Protocol):
         ...
 
 
-class Driver:
+class Driver(ABC):
     """One vendor's driver library. `device` arguments are torch devices with an index."""
 
     prefix: str
@@ -46,12 +47,13 @@ class Driver:
         else:
             raise ArtifactError(f"no GPU driver: none of {', '.join(self.names)} can be loaded")
 
+    @abstractmethod
     def activate(self, device: torch.device) -> None:
         """Make the context that torch uses on `device` this thread's own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def message(self, code: int) -> str:
-        raise NotImplementedError
+        """What the driver says of an error."""
 
     def call(self, function: str, *args: Any) -> None:
         """Raises: ArtifactError with the driver's own words."""
@@ -82,8 +84,9 @@ class Driver:
 
         return launch
 
+    @abstractmethod
     def launch(self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any) -> None:
-        raise NotImplementedError
+        """Put one launch on a stream; `shared` is in bytes."""
 
 
 class Cuda(Driver):

@@ -185,7 +185,7 @@ def decode(text: str, loc: Loc | None = None) -> Block:
     """A fresh region from its string. Raises: ValueError if it is none, or holds an op that is not a pure operator."""
     try:
         return _decode(_parse(text), loc)
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not an activation region: {error}") from error
 
 

@@ -106,3 +106,9 @@ def test_what_is_no_activation_is_said(fn: Callable[[Tensor], Tensor], said: str
 def test_a_string_that_is_no_pure_region_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         region.decode(text)
+
+
+@pytest.mark.parametrize("text", ["relu", "", "[]", '{"args": []}'])
+def test_an_activation_that_is_no_region_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="not an activation region"):
+        region.decode(text)
