@@ -82,7 +82,7 @@ def op_section(name: str, op: type[OpDef]) -> str:
 def dialect_page(module: types.ModuleType) -> str:
     """The page of one module of `sparsec.dialects`."""
     title = module.__name__.rpartition(".")[2]
-    ops = [(name, op) for name, op in REGISTRY.items() if op.__module__ == module.__name__]
+    ops = [(name, op) for name, op in REGISTRY.items() if f"{op.__module__}.".startswith(f"{module.__name__}.")]
     intro = inspect.cleandoc(module.__doc__ or "")
     return "\n".join([NOTE, f"# {title}", "", intro, "", *(op_section(name, op) for name, op in ops)]).rstrip() + "\n"
 

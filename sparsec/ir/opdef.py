@@ -10,7 +10,8 @@
 
 Annotations declare operands, results, regions and attributes in the order that the text form shows them. A class
 attribute that is not annotated so is ordinary Python. `OptOperand` may be `none`; `Operands` and `Results` take the
-rest and come last of their kind. An attribute with a value in the class is optional, and that value is its default.
+rest and come last of their kind, as does `OptBody`, a region that may be left out. An attribute with a value in the
+class is optional, and that value is its default.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ Operands: TypeAlias = tuple[Value, ...]
 Result: TypeAlias = Value
 Results: TypeAlias = tuple[Value, ...]
 Body: TypeAlias = Block
+OptBody: TypeAlias = Block | None
 
-_KINDS = {"Operand", "OptOperand", "Operands", "Result", "Results", "Body"}
+_KINDS = {"Operand", "OptOperand", "Operands", "Result", "Results", "Body", "OptBody"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ class Fields:
     operands: dict[str, str]
     results: dict[str, str]
     regions: tuple[str, ...]
+    required_regions: int
     attrs: dict[str, Any]  # name -> resolved annotation
     defaults: dict[str, Attr]
 
@@ -122,7 +125,8 @@ class OpDef(Op):
             _FIELDS[cls] = Fields(
                 operands={f: k for f, k in kinds.items() if k in ("Operand", "OptOperand", "Operands")},
                 results={f: k for f, k in kinds.items() if k in ("Result", "Results")},
-                regions=tuple(f for f, k in kinds.items() if k == "Body"),
+                regions=tuple(f for f, k in kinds.items() if k in ("Body", "OptBody")),
+                required_regions=sum(k == "Body" for k in kinds.values()),
                 attrs={f: hints[f] for f, k in kinds.items() if k not in _KINDS},
                 defaults=_DEFAULTS.get(cls, {}),
             )
@@ -173,10 +177,12 @@ def _accessor(field: str, kind: str, counts: dict[str, int], default: Any) -> pr
         i = counts["result"]
         counts["result"] += 1
         return property(lambda op: op.results[i:]) if kind == "Results" else property(lambda op: op.results[i])
-    if kind == "Body":
+    if kind in ("Body", "OptBody"):
         i = counts["region"]
         counts["region"] += 1
-        return property(lambda op: op.regions[i])
+        if kind == "Body":
+            return property(lambda op: op.regions[i])
+        return property(lambda op: op.regions[i] if i < len(op.regions) else None)
     if default is _REQUIRED:
         return property(lambda op: op.attrs[field])
     return property(lambda op: op.attrs.get(field, default))
@@ -243,7 +249,7 @@ def declared_problems(op: OpDef) -> Iterator[str]:
     if fields.operands or fields.results or fields.regions or fields.attrs:
         yield from _count("operand", fields.operands, [a is not None for a in op.arguments])
         yield from _count("result", fields.results, [True] * len(op.results))
-        if len(op.regions) != len(fields.regions):
+        if not fields.required_regions <= len(op.regions) <= len(fields.regions):
             yield f"needs {len(fields.regions)} regions ({', '.join(fields.regions)}), has {len(op.regions)}"
         for name, annotation in fields.attrs.items():
             if name not in op.attrs:

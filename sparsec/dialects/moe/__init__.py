@@ -1,0 +1,42 @@
+"""Sparse experts: routing, grouping, and the two GEMMs of an expert layer.
+
+Words: T tokens, k experts chosen per token, E experts, H hidden width, I expert width. A (token, slot) pair has the
+number `token * k + slot`. An id outside 0..E-1 means "skip": the pair costs nothing and adds nothing.
+
+Arithmetic: GEMMs accumulate in f32; the k results of a token are weighted and added in f32 in the order of its slots,
+and rounded once.
+"""
+
+from __future__ import annotations
+
+from sparsec.dialects.moe.banks import Experts, GroupedLinear
+from sparsec.dialects.moe.common import Layout, bytes_of, experts_hit
+from sparsec.dialects.moe.gemms import GatherGemm, GemmCombine
+from sparsec.dialects.moe.references import (
+    capacity_reference,
+    gather_gemm_reference,
+    gemm_combine_reference,
+    group_reference,
+    split_parts,
+)
+from sparsec.dialects.moe.routing import Capacity, Group, Route, RouteGroup, group_types
+
+__all__ = [
+    "Capacity",
+    "Experts",
+    "GatherGemm",
+    "GemmCombine",
+    "Group",
+    "GroupedLinear",
+    "Layout",
+    "Route",
+    "RouteGroup",
+    "bytes_of",
+    "capacity_reference",
+    "experts_hit",
+    "gather_gemm_reference",
+    "gemm_combine_reference",
+    "group_reference",
+    "group_types",
+    "split_parts",
+]

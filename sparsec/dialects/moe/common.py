@@ -1,0 +1,110 @@
+"""What the ops of the dialect share: sizes, costs, and checks of regions and banks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from sparsec.ir.core import Value
+from sparsec.ir.opdef import Body, Cost, OpDef, Operand
+from sparsec.ir.types import Dim, TensorType, Type, evaluate, product
+
+Layout = Literal["concat", "interleaved", "single"]
+"""How the up-projection's columns feed the activation: gate half then up half, alternating, or one undivided part."""
+
+
+def bytes_of(type: Type, env: Mapping[str, int]) -> int:
+    """Bytes of a tensor for the symbol values in `env`."""
+    if not isinstance(type, TensorType):
+        return 8
+    return evaluate(product(type.shape), env) * type.dtype.itemsize
+
+
+def experts_hit(experts: int, k: int, tokens: int) -> float:
+    """Expected number of distinct experts for `tokens` tokens under uniform routing: E (1 - (1 - k/E)^T)."""
+    return experts * (1 - (1 - k / experts) ** tokens)
+
+
+def known(dim: Dim) -> int:
+    if not isinstance(dim, int):
+        raise TypeError(f"the size {dim!r} of an expert bank must be known")
+    return dim
+
+
+def padded(op: OpDef, args: tuple[Any, ...], count: int) -> list[Any]:
+    """Run-time values in the places of the op's arguments, None where one is left out."""
+    values = iter(args)
+    full = [next(values) if argument is not None else None for argument in op.arguments]
+    return full + [None] * (count - len(full))
+
+
+def region_takes(body: Body, types: list[Type]) -> Iterator[str]:
+    given = [arg.type for arg in body.args]
+    if given != types:
+        yield f"region takes ({', '.join(map(str, given))}), the operands are ({', '.join(map(str, types))})"
+
+
+def region_yields(body: Body, types: list[Type]) -> Iterator[str]:
+    given = [value.type for value in body.terminator.operands]
+    if given != types:
+        yield f"region yields ({', '.join(map(str, given))}), the results are ({', '.join(map(str, types))})"
+
+
+def results_are(op: OpDef, types: tuple[Type, ...]) -> Iterator[str]:
+    for name, result, type in zip(op.fields().results, op.results, types, strict=False):
+        if result.type != type:
+            yield f"result '{name}' is {result.type}, must be {type}"
+
+
+def bank_problems(hidden: Dim, up: Operand, transposed: bool, layout: str, width: int) -> Iterator[str]:
+    if up.tensor.rank != 3:
+        yield f"up is {up.type}: an expert bank has three dimensions"
+        return
+    columns, inner = up.tensor.shape[1:][::-1] if transposed else up.tensor.shape[1:]
+    if inner != hidden:
+        yield f"x has {hidden!r} columns, up takes {inner!r}"
+    expected = width if layout == "single" else 2 * width
+    if columns != expected:
+        yield f"up yields {columns!r} columns, layout '{layout}' of width {width} needs {expected}"
+
+
+def activation_problems(body: Body, layout: str, width: int) -> Iterator[str]:
+    parts = 1 if layout == "single" else 2
+    if len(body.args) != parts:
+        yield f"activation takes {len(body.args)} arguments, layout '{layout}' gives {parts}"
+    for arg in body.args:
+        if arg.tensor.shape[-1] != width:
+            yield f"activation argument %{arg.name} is {arg.type}, the expert width is {width}"
+
+
+def offsets_problems(offsets: Operand, num_experts: int) -> Iterator[str]:
+    if offsets.tensor.shape != (num_experts + 1,):
+        yield f"offsets are {offsets.type}, {num_experts} experts need tensor<{num_experts + 1}xi32>"
+
+
+def tail_problems(tail: Body | None, params: Sequence[Value], row: TensorType) -> Iterator[str]:
+    """Problems of a region over whole rows of what an expert yields; `row` has their width and dtype."""
+    if tail is None:
+        if params:
+            yield f"has {len(params)} tail_params but no tail"
+        return
+    types = [arg.type for arg in tail.args]
+    if not types or [tail.args[0].tensor.shape[1:], tail.args[0].tensor.dtype] != [row.shape[1:], row.dtype]:
+        yield f"tail must take rows of {row}, takes ({', '.join(map(str, types))})"
+        return
+    if types[1:] != [value.type for value in params]:
+        given = ", ".join(str(value.type) for value in params)
+        yield f"tail takes ({', '.join(map(str, types[1:]))}) after the rows, the tail_params are ({given})"
+    yield from region_yields(tail, [types[0]])
+
+
+def bank_cost(
+    banks: Sequence[Value | None], rest: Sequence[Value], tokens: int, k: int, env: Mapping[str, int]
+) -> Cost:
+    """Cost of multiplying by banks [E, ...] (biases among them) for `tokens` tokens that go to k experts each."""
+    given = [bank for bank in banks if bank is not None]
+    experts = known(given[0].tensor.shape[0])
+    share = experts_hit(experts, k, tokens) / experts
+    moved = sum(bytes_of(bank.type, env) for bank in given) * share + sum(bytes_of(value.type, env) for value in rest)
+    matmul = sum(evaluate(product(bank.tensor.shape), env) for bank in given if bank.tensor.rank == 3) // experts
+    return Cost(int(moved), 2 * tokens * k * matmul)

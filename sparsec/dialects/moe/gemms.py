@@ -1,0 +1,136 @@
+"""The two GEMMs of an expert layer, as kernels compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparsec.dialects.moe.common import (
+    Layout,
+    activation_problems,
+    bank_cost,
+    bank_problems,
+    known,
+    offsets_problems,
+    padded,
+    results_are,
+    tail_problems,
+)
+from sparsec.dialects.moe.references import gather_gemm_reference, gemm_combine_reference
+from sparsec.ir.opdef import Body, Cost, Env, OpDef, Operand, Operands, OptBody, OptOperand, Result
+from sparsec.ir.types import TensorType, Type, evaluate, product
+
+
+class GatherGemm(OpDef, name="moe.gather_gemm"):
+    """First half of an expert layer: gather rows, multiply by the expert's up-projection, activate. One kernel.
+
+    Row i of the result belongs to pair order[i]; rows from offsets[E] on are not defined.
+
+        %h = moe.gather_gemm(%x, %order, %offsets, %up) {k = 2} : tensor<(2*s0)x48xf32> {
+          activation(%a: tensor<rx48xf32>, %b: tensor<rx48xf32>):
+            %g = aten.silu(%a) : tensor<rx48xf32>
+            %h = aten.mul.Tensor(%g, %b) : tensor<rx48xf32>
+            yield %h
+        }
+    """
+
+    x: Operand  #: [T, H]
+    order: Operand  #: [T * k], i32
+    offsets: Operand  #: [E + 1], i32
+    up: Operand  #: as of moe.experts
+    up_bias: OptOperand
+    weights: OptOperand  #: [T, k], float: each row of x is multiplied by its pair's, before the bias
+    h: Result  #: [T * k, I], dtype of x
+    k: int
+    layout: Layout = "concat"
+    up_transposed: bool = False
+    variants: tuple[dict[str, Any], ...] = ()  #: set by `schedule`: {up_to, ...} by ascending token count
+    activation: Body
+
+    @property
+    def num_experts(self) -> int:
+        return known(self.up.tensor.shape[0])
+
+    @property
+    def width(self) -> int:
+        columns = known(self.up.tensor.shape[2 if self.up_transposed else 1])
+        return columns if self.layout == "single" else columns // 2
+
+    def infer(self) -> tuple[Type, ...]:
+        return (TensorType((product((self.x.tensor.shape[0], self.k)), self.width), self.x.tensor.dtype),)
+
+    def verify(self) -> Iterator[str]:
+        yield from bank_problems(self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
+        yield from activation_problems(self.activation, self.layout, self.width)
+        yield from offsets_problems(self.offsets, self.num_experts)
+        if self.weights is not None and self.weights.tensor.shape != (self.x.tensor.shape[0], self.k):
+            yield f"weights are {self.weights.type}, must be [tokens, {self.k}]"
+        yield from results_are(self, self.infer())
+
+    def cost(self, env: Mapping[str, int]) -> Cost:
+        tokens = evaluate(self.x.tensor.shape[0], env)
+        rest = [value for value in (self.x, self.order, self.offsets, self.weights, self.h) if value is not None]
+        return bank_cost((self.up, self.up_bias), rest, tokens, self.k, env)
+
+    def reference(self, env: Env, *args: Any) -> Any:
+        x, order, offsets, up, up_bias, weights = padded(self, args, 6)
+        return gather_gemm_reference(
+            env, self.activation, self.layout, x, order, offsets, up, up_bias, self.up_transposed, self.k, weights
+        )
+
+
+class GemmCombine(OpDef, name="moe.gemm_combine"):
+    """Second half: multiply by the expert's down-projection, finish the rows, weigh, and add the k of each token.
+
+    For example:
+
+        %y = moe.gemm_combine(%h, %order, %offsets, %weights, %down) : tensor<s0x64xf32>
+    """
+
+    h: Operand  #: [T * k, I], as of moe.gather_gemm
+    order: Operand  #: [T * k], i32
+    offsets: Operand  #: [E + 1], i32
+    weights: Operand  #: [T, k], float; of any kind if not weighted: then only its shape counts
+    down: Operand  #: as of moe.experts
+    down_bias: OptOperand
+    tail_params: Operands  #: as of moe.experts
+    y: Result  #: [T, H], dtype of h
+    down_transposed: bool = False
+    weighted: bool = True  #: whether the results are weighed, or added as they are
+    variants: tuple[dict[str, Any], ...] = ()
+    tail: OptBody  #: as of moe.experts
+
+    @property
+    def num_experts(self) -> int:
+        return known(self.down.tensor.shape[0])
+
+    @property
+    def k(self) -> int:
+        return known(self.weights.tensor.shape[-1])
+
+    def infer(self) -> tuple[Type, ...]:
+        columns = self.down.tensor.shape[2 if self.down_transposed else 1]
+        return (TensorType((self.weights.tensor.shape[0], columns), self.h.tensor.dtype),)
+
+    def verify(self) -> Iterator[str]:
+        inner = self.down.tensor.shape[1 if self.down_transposed else 2]
+        if self.h.tensor.shape[-1] != inner:
+            yield f"h has {self.h.tensor.shape[-1]} columns, down takes {inner}"
+        if self.weighted and not self.weights.tensor.dtype.is_float:
+            yield f"weights are {self.weights.type}, not floats"
+        yield from offsets_problems(self.offsets, self.num_experts)
+        yield from tail_problems(self.tail, self.tail_params, self.y.tensor)
+        yield from results_are(self, self.infer())
+
+    def cost(self, env: Mapping[str, int]) -> Cost:
+        tokens = evaluate(self.weights.tensor.shape[0], env)
+        rest = (self.h, self.order, self.offsets, self.weights, *self.tail_params, self.y)
+        return bank_cost((self.down, self.down_bias), rest, tokens, self.k, env)
+
+    def reference(self, env: Env, *args: Any) -> Any:
+        h, order, offsets, weights, down, down_bias, *params = padded(self, args, 6)
+        tail = self.tail
+        finish = None if tail is None else lambda rows: env.run(tail, [rows, *params])[0]
+        return gemm_combine_reference(
+            h, order, offsets, weights, down, down_bias, self.down_transposed, h.dtype, self.weighted, finish
+        )

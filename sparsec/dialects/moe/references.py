@@ -1,0 +1,122 @@
+"""What the ops compute, expert by expert in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from sparsec.ir.opdef import Body, Env
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def group_reference(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """A stable counting sort of the pairs by expert, skipped ones last: `order` and `offsets`, i32."""
+    import torch
+
+    flat = ids.reshape(-1).long()
+    flat = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat)
+    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return torch.argsort(flat, stable=True).int(), offsets.int()
+
+
+def gather_gemm_reference(
+    env: Env,
+    activation: Body,
+    layout: str,
+    x: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    transposed: bool,
+    k: int,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Expert by expert: activation(x[rows] @ up[e].T + bias), accumulated in f32, rounded to x's dtype.
+
+    With `weights` [T, k] each row of x is multiplied by its pair's first.
+    """
+    import torch
+
+    columns = up.shape[2 if transposed else 1]
+    projected = torch.zeros(order.shape[0], columns, dtype=torch.float32, device=x.device)
+    bounds = offsets.tolist()
+    for e, (start, stop) in enumerate(pairwise(bounds)):
+        pairs = order[start:stop].long()
+        rows = x[pairs // k].float()
+        if weights is not None:
+            rows = rows * weights.reshape(-1, 1)[pairs].float()
+        weight = up[e].float() if transposed else up[e].float().T
+        projected[start:stop] = rows @ weight + (up_bias[e].float() if up_bias is not None else 0)
+    (h,) = env.run(activation, split_parts(projected.to(x.dtype), layout))
+    return h.to(x.dtype)
+
+
+def gemm_combine_reference(
+    h: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    transposed: bool,
+    dtype: Any,
+    weighted: bool = True,
+    tail: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Expert by expert h @ down[e].T + bias, scattered to [T, k, H], weighed and summed over k in f32.
+
+    Args:
+        weighted: whether the rows are weighed; if not, only the shape [T, k] of `weights` counts.
+        tail: what becomes of the rows [T * k, H], in `dtype`, before.
+    """
+    import torch
+
+    tokens, k = weights.shape
+    out = torch.zeros(tokens * k, down.shape[2 if transposed else 1], dtype=torch.float32, device=h.device)
+    bounds = offsets.tolist()
+    for e, (start, stop) in enumerate(pairwise(bounds)):
+        weight = down[e].float() if transposed else down[e].float().T
+        y = h[start:stop].float() @ weight + (down_bias[e].float() if down_bias is not None else 0)
+        out[order[start:stop].long()] = y
+    if tail is not None:
+        out = tail(out.to(dtype)).float()
+    if weighted:
+        out = out * weights.reshape(-1, 1).float()
+    # A pair that is skipped adds nothing, even where its weight is not a number.
+    used = torch.zeros(tokens * k, 1, dtype=torch.bool, device=h.device)
+    used[order[: bounds[-1]].long()] = True
+    return torch.where(used, out, 0.0).reshape(tokens, k, out.shape[1]).sum(1).to(dtype)
+
+
+def capacity_reference(ids: Tensor, num_experts: int, capacity: int, slots_first: bool, groups: int) -> Tensor:
+    """`ids` [T, k] with those pairs as `num_experts` whose expert has had `capacity` pairs of their group before.
+
+    Args:
+        slots_first: whether all tokens' first choices come before any second choice; else token by token.
+        groups: of how many groups of consecutive tokens each is counted alone.
+    """
+    import torch
+
+    split = ids.reshape(groups, -1, ids.shape[-1]) if ids.numel() else ids.reshape(groups, 0, ids.shape[-1])
+    arrival = (split.transpose(1, 2) if slots_first else split).reshape(groups, -1)
+    experts = torch.arange(num_experts, device=ids.device)
+    hits = arrival.unsqueeze(-1) == experts
+    over = (hits & (hits.cumsum(1) > capacity)).any(-1)
+    kept = arrival.masked_fill(over, num_experts)
+    if slots_first:
+        kept = kept.reshape(groups, ids.shape[-1], -1).transpose(1, 2)
+    return kept.reshape(ids.shape)
+
+
+def split_parts(projected: Tensor, layout: str) -> list[Tensor]:
+    """The columns of an up-projection as the activation's arguments."""
+    if layout == "single":
+        return [projected]
+    if layout == "interleaved":
+        return [projected[..., ::2], projected[..., 1::2]]
+    return list(projected.chunk(2, dim=-1))
