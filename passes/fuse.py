@@ -34,9 +34,9 @@ class FuseRouteGroup(Pass):
             attrs = {"num_experts": banks[0].num_experts}
             new = RouteGroup([op.logits, *op.params], None, attrs, [body])
             rw.insert(new, op)
-            for result, name in zip(new.results[2:], ("order", "offsets"), strict=True):
+            for result, name in zip((new.order, new.offsets), ("order", "offsets"), strict=True):
                 result.name = name
-            rw.replace(op, new.results[:2])
+            rw.replace(op, (new.ids, new.weights, *new.extras))
             return True
 
         ctx.rewrite(module, [fuse_route_group])

@@ -8,13 +8,14 @@ The rows of a value are its leading axes: none for a parameter, one for `[T, E]`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from sparsec.ir.core import Attr, Op, Value
 from sparsec.ir.equal import ValueMap, clone_op
 from sparsec.ir.types import Dim, TensorType, Type
 from sparsec.passes.rules import attr, is_pointwise, negative, same_shape, same_size, with_attrs
 
+TypeT = TypeVar("TypeT", bound=Type)
 Verdict: TypeAlias = list[int] | str
 """Rows of each operand, or the reason why the op is not row-local."""
 
@@ -165,7 +166,14 @@ _HANDLERS: dict[str, Callable[[Op, int], Verdict]] = {
 }
 
 
-def folded(type: Type, rows: int, tokens: Dim) -> Type:
+ROW_OPS = frozenset(_HANDLERS)
+"""Ops that are row-local, or that mix tokens in a way that is known."""
+
+LOOKUPS = frozenset({"aten.index.Tensor", "aten.index_select", "aten.embedding"})
+"""Ops that read a table by numbers: what they find is given to the router, not computed by it."""
+
+
+def folded(type: TypeT, rows: int, tokens: Dim) -> TypeT | TensorType:
     """A type with its leading `rows` axes as one of `tokens`."""
     if not rows or not isinstance(type, TensorType):
         return type

@@ -87,8 +87,8 @@ def _route_group(kernel: Kernel, slots: Sequence[int | None], context: Context) 
     body, experts = region(kernel, context.device), _attr(kernel, "num_experts", int)
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
-        ids, weights = body(_tensors(*ins))
-        return (ids, weights, *cpu_kernels.group(ids, experts))
+        ids, weights, *extras = body(_tensors(*ins))
+        return (ids, weights, *cpu_kernels.group(ids, experts), *extras)
 
     return run
 

@@ -47,7 +47,9 @@ class _Router:
         self.inputs = list[Value]() if isinstance(op, Group) else list(dict.fromkeys(op.operands))
         self.names = Names((*RESERVED, *library()))
         self.arguments = {value: self.names.fresh(_role(i, value)) for i, value in enumerate(self.inputs)}
-        widths = [self.experts, *(value.tensor.shape[-1] for value in self.inputs if value.tensor.shape)]
+        extras = () if isinstance(op, Group) else op.extras
+        self.extras = {value: self.names.fresh(f"extra_{i}") for i, value in enumerate(extras)}
+        widths = [self.experts, *(v.tensor.shape[-1] for v in (*self.inputs, *extras) if v.tensor.shape)]
         self.widest = max(padded(width) for width in widths if isinstance(width, int))
 
     def sketch(self) -> Sketch:
@@ -96,9 +98,10 @@ class _Router:
         assert not isinstance(op, Group)
         code = RegionCode(self.names, rounds=True)
         tiles = {value: self._load(code, value) for value in self.inputs}
-        ids, weights = code.run(op.body, [tiles[value] for value in op.operands])  # type: ignore[index]
-        code.lines.append(f"return {converted(ids.text, ids.dtype, DType.i32)}, {weights.text}")
-        doc = '"""Expert ids and weights of a block of rows: [ROWS, K_PAD] each."""'
+        ids, weights, *extras = code.run(op.body, [tiles[value] for value in op.operands])  # type: ignore[index]
+        texts = [converted(ids.text, ids.dtype, DType.i32), weights.text, *(extra.text for extra in extras)]
+        code.lines.append(f"return {', '.join(texts)}")
+        doc = '"""Expert ids and weights of a block of rows, [ROWS, K_PAD] each, and what else the model reads."""'
         return f"@triton.jit\ndef region({self._names(', ')}rows, live, ROWS: tl.constexpr):\n" + indent(
             [doc, *code.lines]
         )
@@ -146,21 +149,32 @@ class _Router:
                 "ids = tl.load(ids_in + rows[:, None] * K + slot, mask=mask, other=-1)",
             ]
         else:
-            lines = [f"ids, weights = region({self._names(', ')}rows, live, ROWS)", *self._store_chosen()]
+            results = ", ".join(["ids", "weights", *self.extras.values()])
+            lines = [f"{results} = region({self._names(', ')}rows, live, ROWS)", *self._store_chosen()]
         return lines
 
     def _store_chosen(self) -> list[str]:
-        assert not isinstance(self.op, Group)
-        return [
+        lines = [
             "slot = tl.arange(0, K_PAD)[None, :]",
             "mask = live[:, None] & (slot < K)",
             "tl.store(ids_out + rows[:, None] * K + slot, ids, mask=mask)",
             "tl.store(weights_out + rows[:, None] * K + slot, weights, mask=mask)",
         ]
+        for value, name in self.extras.items():
+            (size,) = known_sizes(value.tensor, True, self.op)
+            at = f"{name}_out + rows[:, None] * {size} + {name}_lane"
+            lines += [
+                f"{name}_lane = tl.arange(0, {padded(size)})[None, :]",
+                f"tl.store({at}, {name}, mask=live[:, None] & ({name}_lane < {size}))",
+            ]
+        return lines
 
     @property
     def _chosen(self) -> str:
-        return "ids_in, " if isinstance(self.op, Group) else f"{self._names(', ')}ids_out, weights_out, "
+        if isinstance(self.op, Group):
+            return "ids_in, "
+        outputs = "".join(f"{name}_out, " for name in ("ids", "weights", *self.extras.values()))
+        return self._names(", ") + outputs
 
     def _route_text(self) -> str:
         ids = "" if isinstance(self.op, Group) else "ids and weights, "
@@ -257,6 +271,10 @@ class _Router:
                 *given,
                 Parameter("ids_out", stored.type, ids),
                 Parameter("weights_out", POINTERS[op.weights.tensor.dtype], weights),
+                *(
+                    Parameter(f"{name}_out", POINTERS[value.tensor.dtype], wiring.result(value))
+                    for value, name in self.extras.items()
+                ),
             ]
         constants = {"ROWS": rows}
         up_to, name = variant.get("up_to"), self.func.name
