@@ -19,6 +19,8 @@ from sparsec.runtime.packing import Bank
 
 Activation = Callable[[Sequence[Tensor]], Tensor]
 """One tensor [n, I] per part of the up-projection -> [n, I]."""
+Tail = Callable[[Tensor], Tensor]
+"""Rows [n, H] of what experts yield -> what is weighed and added in their place, [n, H]."""
 
 BATCHED_ROWS = 512
 """Up to this many pairs a layer is `batched` unless the plan says otherwise."""
@@ -41,36 +43,55 @@ def group(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_gemm(
-    x: Tensor, order: Tensor, offsets: Tensor, up: Bank, k: int, activation: Activation, parts: int, batched: bool
+    x: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    up: Bank,
+    k: int,
+    activation: Activation,
+    parts: int,
+    batched: bool,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """activation(x[order // k] @ up[e].T + bias) expert by expert.
 
     Args:
         x: [T, H].
         parts: how many equal parts of the columns the activation takes.
+        weights: [T, k], by which each pair's row of x is multiplied first.
 
     Returns: [T * k, I]; zeros in the rows of skipped pairs.
     """
     hits, used = _hits(offsets)
-    rows = torch.div(order[:used], k, rounding_mode="floor")
+    rows = _gathered(x, order[:used], k, weights)
     if batched:
-        projected = _multiply(up, hits, x.index_select(0, rows))
+        projected = _multiply(up, hits, rows(0, used))
         return _padded(_activate(activation, projected, parts).to(x.dtype), order.shape[0])
-    pieces = [_activate(activation, up(e, x.index_select(0, rows[a:b])), parts) for e, a, b in hits]
+    pieces = [_activate(activation, up(e, rows(a, b)), parts) for e, a, b in hits]
     return _padded(_joined(pieces, x, up.columns // parts).to(x.dtype), order.shape[0])
 
 
-def gemm_combine(h: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, down: Bank) -> Tensor:
-    """For each token the sum over its slots of weight * (h @ down[e].T + bias), in f32, in the order of its slots.
+def gemm_combine(
+    h: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    down: Bank,
+    weighted: bool = True,
+    tail: Tail | None = None,
+) -> Tensor:
+    """For each token the sum over its slots of weight * tail(h @ down[e].T + bias), in f32, in the order of its slots.
 
     Args:
         h: [T * k, I], as of `gather_gemm`.
         weights: [T, k].
+        weighted: whether rows are weighed; if not, only the shape of `weights` counts.
 
     Returns: [T, H], dtype of `h`.
     """
     hits, used = _hits(offsets)
-    return combine(_multiply(down, hits, h[:used]), order, used, weights, h.dtype)
+    y = _finished(tail, _multiply(down, hits, h[:used]))
+    return combine(y, order, used, weights if weighted else _ones(weights), h.dtype)
 
 
 def experts(
@@ -83,15 +104,19 @@ def experts(
     activation: Activation,
     parts: int,
     batched: bool,
+    weight_on: str = "output",
+    tail: Tail | None = None,
 ) -> Tensor:
     """`gather_gemm` and `gemm_combine` in one pass over the experts that are hit. Returns: [T, H], dtype of `x`."""
-    k = weights.shape[1]
+    early = weight_on == "input"
     hits, used = _hits(offsets)
-    rows = torch.div(order[:used], k, rounding_mode="floor")
+    rows = _gathered(x, order[:used], weights.shape[1], weights if early else None)
+    if early:
+        weights = _ones(weights)
     if batched:
-        h = _activate(activation, _multiply(up, hits, x.index_select(0, rows)), parts)
-        return combine(_multiply(down, hits, h), order, used, weights, x.dtype)
-    pieces = [down(e, _activate(activation, up(e, x.index_select(0, rows[a:b])), parts)) for e, a, b in hits]
+        h = _activate(activation, _multiply(up, hits, rows(0, used)), parts)
+        return combine(_finished(tail, _multiply(down, hits, h)), order, used, weights, x.dtype)
+    pieces = [_finished(tail, down(e, _activate(activation, up(e, rows(a, b)), parts))) for e, a, b in hits]
     return combine(_joined(pieces, x, down.columns), order, used, weights, x.dtype)
 
 
@@ -136,6 +161,26 @@ def _activate(activation: Activation, projected: Tensor, parts: int) -> Tensor:
     """The activation of `projected` [n, parts * I], in f32 where its dtype is narrower, rounded once: [n, I]."""
     wide = projected.float() if projected.dtype.itemsize < 4 else projected
     return activation(wide.chunk(parts, -1)).to(projected.dtype)
+
+
+def _finished(tail: Tail | None, y: Tensor) -> Tensor:
+    """The tail of rows [n, H], in f32 where their dtype is narrower, rounded once."""
+    if tail is None:
+        return y
+    return tail(y.float() if y.dtype.itemsize < 4 else y).to(y.dtype)
+
+
+def _gathered(x: Tensor, pairs: Tensor, k: int, weights: Tensor | None) -> Callable[[int, int], Tensor]:
+    """The rows of x of some pairs, from one of them up to another, times their weights if there are any."""
+    rows = torch.div(pairs, k, rounding_mode="floor")
+    if weights is None:
+        return lambda start, stop: x.index_select(0, rows[start:stop])
+    scale = weights.reshape(-1, 1).index_select(0, pairs)
+    return lambda start, stop: x.index_select(0, rows[start:stop]) * scale[start:stop]
+
+
+def _ones(weights: Tensor) -> Tensor:
+    return torch.ones(weights.shape, device=weights.device)
 
 
 def _hits(offsets: Tensor) -> tuple[list[tuple[int, int, int]], int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsec.runtime import cpu_kernels
-from sparsec.runtime.cpu_kernels import Activation
+from sparsec.runtime.cpu_kernels import Activation, Tail
 from sparsec.runtime.live_banks import live_bank
 
 
@@ -22,6 +22,8 @@ def run_experts(
     layout: str = "concat",
     up_transposed: bool = False,
     down_transposed: bool = False,
+    weight_on: str = "output",
+    tail: Tail | None = None,
 ) -> Tensor:
     """What `moe.experts` computes, on any device; on a CPU with banks packed as of `live_banks`.
 
@@ -34,6 +36,8 @@ def run_experts(
         up_bias, down_bias: [E, P * I], [E, H] or None.
         activation: takes the list of P parts, each [n, I], and returns [n, I].
         layout: "concat", "interleaved" or "single", as of `moe.experts`.
+        weight_on: "output", or "input" to multiply x instead of the results.
+        tail: takes whole rows [n, H] of what an expert yields and returns those that are added.
 
     Returns: [T, H], dtype of `x`.
     """
@@ -43,4 +47,6 @@ def run_experts(
         order, offsets = cpu_kernels.group(ids, up_bank.experts)
         parts = 1 if layout == "single" else 2
         batched = order.shape[0] <= cpu_kernels.BATCHED_ROWS
-        return cpu_kernels.experts(x, order, offsets, weights, up_bank, down_bank, activation, parts, batched)
+        return cpu_kernels.experts(
+            x, order, offsets, weights, up_bank, down_bank, activation, parts, batched, weight_on, tail
+        )

@@ -5,6 +5,7 @@ In eager mode the experts then run by the runtime's kernels: on a CPU each bank 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,11 +22,11 @@ from sparsec.runtime.experts import run_experts
 
 
 @lru_cache(256)
-def _activation(text: str, device: torch.device) -> Activation:
-    """A region, as `sparsec::experts` takes it, as a function of its parts."""
+def _function(text: str, device: torch.device) -> Activation:
+    """A region, as `sparsec::experts` takes it, as a function of the list of its arguments."""
     made = steps_of(decode(text))
     run = region_of(made["body"], made["body_params"], made["body_outs"], device)
-    return lambda parts: run(parts)[0]
+    return lambda args: run(args)[0]
 
 
 def run(
@@ -36,12 +37,17 @@ def run(
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    tail_params: Sequence[Tensor] | None = None,
     *,
     activation: str,
+    tail: str = "",
     **layout: Any,
 ) -> Tensor:
     """`sparsec::experts` by the runtime's kernels; arguments are the operator's."""
-    return run_experts(x, ids, weights, up, down, up_bias, down_bias, _activation(activation, x.device), **layout)
+    end = _function(tail, x.device) if tail else None
+    finish = None if end is None else lambda rows: end([rows, *(tail_params or ())])
+    function = _function(activation, x.device)
+    return run_experts(x, ids, weights, up, down, up_bias, down_bias, function, tail=finish, **layout)
 
 
 register()

@@ -4,7 +4,8 @@
 
 Shapes are those of `moe.experts`: x [T, H], ids and weights [T, k], up [E, P * I, H] and down [E, H, I] (transposed in
 their last two dimensions where said so), biases [E, P * I] and [E, H]. An id outside 0..E-1 is skipped. `activation`
-is a region as a string (`sparsec.frontend.region`), for the dtype of `x`.
+is a region as a string (`sparsec.frontend.region`), for the dtype of `x`; so is `tail`, over whole rows [r, H] of an
+expert's result and `tail_params`, where it is not empty. `weight_on` says which side of an expert is weighed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from sparsec.ir.core import Block
 from sparsec.ir.types import Dim, evaluate
 
 SCHEMA = (
-    "(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, Tensor? down_bias=None, *, "
-    'str activation, str layout="concat", bool up_transposed=False, bool down_transposed=False) -> Tensor'
+    "(Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias=None, Tensor? down_bias=None, "
+    "Tensor[]? tail_params=None, *, "
+    'str activation, str layout="concat", bool up_transposed=False, bool down_transposed=False, '
+    'str weight_on="output", str tail="") -> Tensor'
 )
 
 ExpertsKernel = Callable[..., Tensor]
@@ -36,21 +39,30 @@ def reference(
     down: Tensor,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    tail_params: Sequence[Tensor] | None = None,
     *,
     activation: str,
     layout: str = "concat",
     up_transposed: bool = False,
     down_transposed: bool = False,
+    weight_on: str = "output",
+    tail: str = "",
 ) -> Tensor:
     """What the operator computes, expert by expert in plain torch; y [T, H] in the dtype of `x`."""
     order, offsets = group_reference(ids, up.shape[0])
-    env = _Rows(order.shape[0])
+    env = Rows(order.shape[0])
     block = region.decode(activation)
-    h = gather_gemm_reference(env, block, layout, x, order, offsets, up, up_bias, up_transposed, ids.shape[-1])
-    return gemm_combine_reference(h, order, offsets, weights, down, down_bias, down_transposed, x.dtype)
+    early = weights if weight_on == "input" else None
+    h = gather_gemm_reference(env, block, layout, x, order, offsets, up, up_bias, up_transposed, ids.shape[-1], early)
+    end = region.decode(tail) if tail else None
+    finish = None if end is None else lambda rows: env.run(end, [rows, *(tail_params or ())])[0]
+    weighted = early is None
+    return gemm_combine_reference(
+        h, order, offsets, weights, down, down_bias, down_transposed, x.dtype, weighted, finish
+    )
 
 
-class _Rows:
+class Rows:
     """Evaluates an activation region; the only size that it may ask for is the number of rows."""
 
     def __init__(self, rows: int) -> None:

@@ -19,7 +19,7 @@ from torch.export.graph_signature import (
 from torch.fx import GraphModule, Node
 
 from sparsec.diagnostics import CompileError
-from sparsec.frontend import experts_op, locations, region
+from sparsec.frontend import experts_op, locations, pair_ops, region
 from sparsec.frontend.builder import Builder
 from sparsec.frontend.symbols import Symbols
 from sparsec.ir.core import Attr, Block, Func, Module, Value
@@ -50,6 +50,15 @@ def import_program(program: ExportedProgram) -> tuple[Module, dict[str, torch.Te
     return _ProgramImporter(program).run()
 
 
+_EXPERTS_ATTRS: dict[str, Attr] = {
+    "layout": "concat",
+    "up_transposed": False,
+    "down_transposed": False,
+    "weight_on": "output",
+}
+"""Attributes of `moe.experts` that `sparsec::experts` has under the same names, with their defaults."""
+
+
 class GraphImporter:
     """Imports the nodes of ATen graphs into the function `main`."""
 
@@ -57,6 +66,11 @@ class GraphImporter:
         self.builder = Builder(Block(), Symbols())
         self.known: dict[Node, Any] = {}  # what each node's result has become: a value, or a tuple of them
         self.func = Func("main", self.builder.block)
+        self._special = {
+            experts_op.TARGET: self._experts,
+            pair_ops.GROUPED_LINEAR: self._grouped_linear,
+            pair_ops.CAPACITY: self._capacity,
+        }
 
     def argument(self, node: Node, attrs: dict[str, Attr]) -> Value:
         """Make a placeholder an argument of `main`."""
@@ -99,8 +113,9 @@ class GraphImporter:
             return
         elif target in _SAME_VALUE:
             self.known[node] = self._resolve(node.args[0])
-        elif target is experts_op.TARGET:
-            self.known[node] = self._experts(node, loc)
+        elif target in self._special:
+            self.known[node] = self._special[target](_given(node), loc)
+            self.known[node].name = node.name
         elif target in _ITEMS or not _is_size(node.meta.get("val")):
             args, kwargs = self._resolve(node.args), {key: self._resolve(value) for key, value in node.kwargs.items()}
             self.known[node] = self.builder.call(target, args, kwargs, node.meta["val"], loc, node.name)
@@ -125,22 +140,36 @@ class GraphImporter:
                 self.known[place] = self.known[arg]
         return tuple(self.graph(inner))
 
-    def _experts(self, node: Node, loc: Loc) -> Value:
-        given = dict(zip((arg.name for arg in experts_op.TARGET._schema.arguments), node.args, strict=False))
-        given |= node.kwargs
+    def _experts(self, given: dict[str, Any], loc: Loc) -> Value:
         names = ("x", "ids", "weights", "up", "down", "up_bias", "down_bias")
-        operands = [self._resolve(given.get(name)) for name in names]
+        operands = [self._resolve(given.get(name)) for name in names] + self._resolve(given.get("tail_params", []))
+        defaults = {"layout": "concat", "up_transposed": False, "down_transposed": False, "weight_on": "output"}
+        bodies = [region.decode(given[name], loc) for name in ("activation", "tail") if given.get(name)]
+        return self._append("moe.experts", operands, given, defaults, bodies, loc)
+
+    def _grouped_linear(self, given: dict[str, Any], loc: Loc) -> Value:
+        operands = [self._resolve(given.get(name)) for name in ("x", "ids", "w", "bias", "weights")]
+        return self._append("moe.grouped_linear", operands, given, {"transposed": False}, [], loc)
+
+    def _capacity(self, given: dict[str, Any], loc: Loc) -> Value:
+        given = given | {name: self._resolve(given[name]) for name in ("capacity", "groups") if name in given}
+        defaults = {"num_experts": None, "capacity": None, "order": "slot", "groups": 1}
+        return self._append("moe.capacity", [self._resolve(given["ids"])], given, defaults, [], loc)
+
+    def _append(
+        self,
+        name: str,
+        operands: list[Any],
+        given: dict[str, Any],
+        defaults: dict[str, Any],
+        bodies: list[Block],
+        loc: Loc,
+    ) -> Value:
+        """An op with those attributes that are given and differ from the default."""
         while operands[-1] is None:
             operands.pop()
-        attrs: dict[str, Attr] = {
-            name: given[name]  # type: ignore[misc]
-            for name, default in (("layout", "concat"), ("up_transposed", False), ("down_transposed", False))
-            if given.get(name, default) != default
-        }
-        body = region.decode(str(given["activation"]), loc)
-        op = self.builder.block.append(make("moe.experts", operands, None, attrs, [body], loc))
-        op.result.name = node.name
-        return op.result
+        attrs = {key: given[key] for key, default in defaults.items() if given.get(key, default) != default}
+        return self.builder.block.append(make(name, operands, None, attrs, bodies, loc)).result
 
     def _resolve(self, item: Any) -> Any:
         """A node's argument with values in the place of nodes, and dimensions in the place of symbolic integers."""
@@ -227,6 +256,12 @@ class _ProgramImporter(GraphImporter):
                 del self.func.arg_attrs[arg]
         used = {str(attrs["source"]) for attrs in self.func.arg_attrs.values() if "source" in attrs}
         self.weights = {name: tensor for name, tensor in self.weights.items() if name in used}
+
+
+def _given(node: Node) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = (arg.name for arg in node.target._schema.arguments)  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def _is_size(value: Any) -> bool:

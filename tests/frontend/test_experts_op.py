@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sparsec.hf
+from sparsec.dialects.moe import Experts
 from sparsec.frontend import experts_op, region
 from sparsec.frontend.capture import capture
+from sparsec.ir.parser import parse_module
 from sparsec.ir.verify import verify_module
 from tests.frontend.helpers import outputs, relative_error
 
@@ -81,6 +85,46 @@ def test_transposed_banks() -> None:
     assert relative_error(got, right) < 1e-6
 
 
+TAIL = f"""
+func @main(%x: tensor<s0x{H}xf32>, %ids: tensor<s0x2xi64>, %w: tensor<s0x2xf32>, %up: tensor<4x12x{H}xf32>,
+    %down: tensor<4x{H}x12xf32>, %g: tensor<{H}xf32>) -> (tensor<s0x{H}xf32>) {{
+  %y = moe.experts(%x, %ids, %w, %up, %down, none, none, %g) {{layout = "single"}} : tensor<s0x{H}xf32> {{
+    activation(%a: tensor<rx12xf32>):
+      yield %a
+    tail(%z: tensor<rx{H}xf32>, %g_1: tensor<{H}xf32>):
+      %s = aten.mul.Tensor(%z, %z) : tensor<rx{H}xf32>
+      %m = aten.mean.dim(%s) {{dim = [-1], keepdim = true}} : tensor<rx1xf32>
+      %e = aten.add.Scalar(%m) {{other = 1.0e-6}} : tensor<rx1xf32>
+      %i = aten.rsqrt(%e) : tensor<rx1xf32>
+      %n = aten.mul.Tensor(%z, %i) : tensor<rx{H}xf32>
+      %o = aten.mul.Tensor(%n, %g_1) : tensor<rx{H}xf32>
+      yield %o
+  }}
+  return %y
+}}"""
+"""A bank whose experts' results are normalised."""
+NORM = region.encode(parse_module(TAIL).main.body.ops[0].regions[1])
+
+
+def finished(given: dict[str, Tensor], scale: Tensor) -> Tensor:
+    """Every expert's result normalised before it is weighed, x weighed in front of the experts."""
+    out = torch.zeros(T, H)
+    for t, slot in itertools.product(range(T), range(K)):
+        e = int(given["ids"][t, slot])
+        x = given["x"][t] * given["weights"][t, slot]
+        y = F.linear(swiglu(F.linear(x, given["up"][e], given["up_bias"][e])), given["down"][e], given["down_bias"][e])
+        out[t] += F.rms_norm(y, (H,), scale, 1e-6)
+    return out
+
+
+@pytest.mark.parametrize("by", ["reference", "runtime"])
+def test_weights_on_the_input_and_a_tail(by: str) -> None:
+    given, scale = operands(), torch.rand(H)
+    kernel = experts_op.reference if by == "reference" else sparsec.hf.run
+    got = kernel(**given, tail_params=[scale], activation=ACTIVATION, weight_on="input", tail=NORM)
+    assert relative_error(got, finished(given, scale)) < 1e-5
+
+
 def test_a_bound_kernel_runs_instead() -> None:
     seen = list[str]()
 
@@ -99,7 +143,10 @@ def test_a_bound_kernel_runs_instead() -> None:
 
 def test_torch_finds_the_operator_sound() -> None:
     given = operands()
-    torch.library.opcheck(torch.ops.sparsec.experts.default, tuple(given.values()), {"activation": ACTIVATION})
+    operator = torch.ops.sparsec.experts.default
+    torch.library.opcheck(operator, tuple(given.values()), {"activation": ACTIVATION})
+    more = {"activation": ACTIVATION, "tail": NORM, "weight_on": "input"}
+    torch.library.opcheck(operator, (*given.values(), [torch.rand(H)]), more)
 
 
 class Layer(nn.Module):
@@ -123,6 +170,30 @@ def test_a_hand_written_layer_is_captured_with_its_region(tmp_path: Path) -> Non
     (bank,) = [op for op in captured.module.walk() if op.name == "moe.experts"]
     assert [op.name for op in bank.regions[0].ops] == ["aten.silu", "aten.mul.Tensor", "moe.yield"]
     assert bank.loc.file.endswith("test_experts_op.py")
+    for tokens in (T, 1, 20):
+        x = torch.randn(tokens, H)
+        assert torch.equal(outputs(captured, x)[0], layer(x))
+
+
+class Finished(Layer):
+    """Weighs x, and normalises what each expert yields."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = torch.topk(torch.softmax(self.gate(x), dim=-1), K)
+        return torch.ops.sparsec.experts(
+            x, ids, weights, self.up, self.down, None, None, [self.gate.weight[0]],
+            activation=ACTIVATION, weight_on="input", tail=NORM,
+        )  # fmt: skip
+
+
+def test_a_tail_is_captured_with_its_parameters() -> None:
+    layer = Finished().eval()
+    captured = capture(layer, (torch.randn(T, H),))
+    verify_module(captured.module)
+    (bank,) = [op for op in captured.module.walk() if isinstance(op, Experts)]
+    assert bank.weight_on == "input"
+    assert bank.tail is not None
+    assert [op.name for op in bank.tail.ops][1] == "aten.mean.dim"
     for tokens in (T, 1, 20):
         x = torch.randn(tokens, H)
         assert torch.equal(outputs(captured, x)[0], layer(x))
