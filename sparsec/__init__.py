@@ -17,8 +17,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsec import ops
     from sparsec.api import CompiledModel, compile, compile_language_model, load
     from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
+    from sparsec.frontend.adapters.registry import register_experts, unregister_experts
     from sparsec.frontend.capture import Captured, capture
     from sparsec.runtime.errors import ArtifactError, InputError
 
@@ -31,6 +33,8 @@ _HOME = {
     "CompiledModel": "sparsec.api",
     "capture": "sparsec.frontend.capture",
     "Captured": "sparsec.frontend.capture",
+    "register_experts": "sparsec.frontend.adapters.registry",
+    "unregister_experts": "sparsec.frontend.adapters.registry",
     "CompileError": "sparsec.diagnostics",
     "Diagnostic": "sparsec.diagnostics",
     "Remark": "sparsec.diagnostics",
@@ -53,10 +57,15 @@ __all__ = [
     "compile",
     "compile_language_model",
     "load",
+    "ops",
+    "register_experts",
+    "unregister_experts",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("sparsec.ops")
     if name not in _HOME:
         raise AttributeError(f"module 'sparsec' has no attribute '{name}'")
     value = getattr(importlib.import_module(_HOME[name]), name)

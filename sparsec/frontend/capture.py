@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_map
 
 from sparsec.diagnostics import CompileError, Diagnostic
 from sparsec.frontend import structure
+from sparsec.frontend.adapters import registry as adapters
 from sparsec.frontend.failures import explain, quiet
 from sparsec.frontend.importer import import_program
 from sparsec.frontend.pt2 import load_program
@@ -91,6 +92,7 @@ def capture(
             raise explain(error, model) from error
     captured = _import(program)
     warnings = (list(_fixed(captured.module)) or list(_tied(program))) if dynamic is True else []
+    warnings += adapters.warnings(model)
     if model.training:
         warnings.append(Diagnostic("the model is in training mode", severity="warning", hint="call model.eval() first"))
     return replace(captured, warnings=tuple(warnings))
@@ -201,7 +203,8 @@ def _set(configs: Sequence[Any], key: str, value: Any) -> Generator[None, None, 
 
 @contextmanager
 def for_capture(model: nn.Module, no_cache: bool = False) -> Generator[None, None, None]:
-    """Run transformers' banks of experts as `sparsec::experts`, and without a key/value cache, for a while."""
+    """Run transformers' banks of experts as `sparsec::experts`, modules that have adapters by these, and without a
+    key/value cache, for a while."""
     configs = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}.values())
     with ExitStack() as stack:
         if any(_EXPERTS in config.__dict__ for config in configs):
@@ -209,6 +212,7 @@ def for_capture(model: nn.Module, no_cache: bool = False) -> Generator[None, Non
 
             experts_hook.register()
             stack.enter_context(_set(configs, _EXPERTS, experts_hook.NAME))
+        stack.enter_context(adapters.adapted(model))
         if no_cache:
             stack.enter_context(_set(configs, "use_cache", False))
         yield

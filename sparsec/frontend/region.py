@@ -12,7 +12,7 @@ Values are numbered in order: the arguments, then every op's results.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -55,6 +55,27 @@ def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, 
         raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
     layout, parts = _parts(recorder.calls, projected, width) if gated else ("single", [projected])
     return layout, encode(_region(recorder.calls, parts, out))
+
+
+def record_rows(fn: Callable[..., torch.Tensor], width: int, dtype: torch.dtype, params: Sequence[torch.Tensor]) -> str:
+    """What `fn` does to whole rows, each by itself, as a region.
+
+    Args:
+        fn: maps y [rows, width] and `params` to [rows, width].
+        dtype: of y.
+        params: small tensors that `fn` reads besides, such as the weight of a norm.
+
+    Raises: UnsupportedActivation.
+    """
+    recorder = _Recorder()
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        y = torch.empty(_PROBE, width, dtype=dtype, device="meta")
+        given = [y, *(torch.empty(tuple(param.shape), dtype=param.dtype, device="meta") for param in params)]
+        with recorder:
+            out = fn(*given)
+    if tuple(out.shape) != (_PROBE, width):
+        raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
+    return encode(_region(recorder.calls, given, out))
 
 
 class _Recorder(TorchDispatchMode):
@@ -115,7 +136,7 @@ def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> B
     symbols = Symbols()
     block = Block()
     builder = _RowBuilder(block, symbols)
-    values = {id(part): block.add_arg(builder.type_of(part), "ab"[i]) for i, part in enumerate(parts)}
+    values = {id(part): block.add_arg(builder.type_of(part), _name(i)) for i, part in enumerate(parts)}
 
     def resolve(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -157,6 +178,10 @@ class _RowBuilder(Builder):
         return TensorType(tuple(ROWS if dim == _PROBE else dim for dim in type.shape), type.dtype)
 
 
+def _name(i: int) -> str:
+    return "abcdefgh"[i] if i < 8 else f"a{i}"
+
+
 def _drop_dead(block: Block) -> None:
     for op in reversed(block.ops[:-1]):
         if not any(result.users for result in op.results):
@@ -190,7 +215,7 @@ def decode(text: str, loc: Loc | None = None) -> Block:
 
 
 def _decode(tree: dict[str, Any], loc: Loc | None) -> Block:
-    block = Block([_read_type(item) for item in tree["args"]], ["a", "b"])
+    block = Block([_read_type(item) for item in tree["args"]], [_name(i) for i in range(len(tree["args"]))])
     values = list[Value](block.args)
     for name, arguments, attrs, types in tree["ops"]:
         read = {key: _read(attr) for key, attr in attrs.items()}

@@ -39,9 +39,9 @@ GATED = [(halves, "concat"), (sliced_halves, "concat"), (interleaved, "interleav
 
 def run(text: str, *args: Tensor) -> Tensor:
     """A decoded region on tensors, op by op."""
-    from sparsec.frontend.experts_op import _Rows
+    from sparsec.frontend.experts_op import Rows
 
-    return _Rows(args[0].shape[0]).run(region.decode(text), args)[0]
+    return Rows(args[0].shape[0]).run(region.decode(text), args)[0]
 
 
 @pytest.mark.parametrize(("fn", "layout"), GATED)

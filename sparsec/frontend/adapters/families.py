@@ -1,0 +1,205 @@
+"""Adapters for families of transformers whose experts lie outside its experts interface, by the class of the module.
+
+Each says in a few lines what a module's own code computes; the routers in them are plain operators, so that they are
+raised like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsec.frontend.adapters.registry import Registered
+from sparsec.frontend.functional import capacity, experts, grouped_linear
+
+ADAPTERS: dict[tuple[str, str], Registered] = {}
+
+
+def _for(family: str, target: str, warning: str = "") -> Any:
+    cls, _, method = target.partition(".")
+
+    def register(adapter: Any) -> Any:
+        path = f"transformers.models.{family}.modeling_{family}:{cls}"
+        ADAPTERS[path, method or "forward"] = Registered(adapter, warning)
+        return adapter
+
+    return register
+
+
+@_for("dbrx", "DbrxExperts")
+def dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Three flat weights [E * I, H]; the down-projection lies transposed."""
+    mlp = module.mlp
+    gate, up, down = (weight.view(module.num_experts, -1, module.hidden_size) for weight in (mlp.w1, mlp.v1, mlp.w2))
+    return experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        up,
+        down,
+        gate=gate,
+        activation=lambda g, u: mlp.activation_fn(g) * u,
+        down_transposed=True,
+    )
+
+
+@_for("longcat_flash", "LongcatFlashExperts")
+def longcat_flash(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Ids from E on are experts that return their input: the bank skips them."""
+    routed = module.num_routed_experts
+    returned = torch.where(top_k_index >= routed, top_k_weights, 0.0).sum(-1, keepdim=True)
+    identity = (hidden_states * returned).to(hidden_states.dtype)
+    if module.gate_up_proj is None:
+        return identity
+    y = experts(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        module.gate_up_proj[:routed],
+        module.down_proj,
+        activation=lambda gate, up: module.act_fn(gate) * up,
+    )
+    return y + identity
+
+
+@_for("step3p7", "Step3p7Experts")
+def step3p7(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Clamps after the activation, in some layers."""
+
+    def activation(gate: Tensor, up: Tensor) -> Tensor:
+        gate = module.act_fn(gate)
+        if module.limit == float("inf"):
+            return gate * up
+        return gate.clamp(max=module.limit) * up.clamp(min=-module.limit, max=module.limit)
+
+    return experts(
+        hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, activation=activation
+    )
+
+
+@_for("llama4", "Llama4Router")
+def llama4_router(module: Any, hidden_states: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Ids and weights [T, k] in the place of scores for all experts."""
+    logits = F.linear(hidden_states, module.weight, module.bias)
+    values, ids = logits.topk(module.top_k, dim=1)
+    return (ids, values.float().sigmoid().to(logits.dtype)), logits
+
+
+@_for("llama4", "Llama4TextMoe")
+def llama4(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights scale what goes into the experts."""
+    hidden_states = hidden_states.reshape(-1, module.hidden_dim)
+    (ids, weights), logits = module.router(hidden_states)
+    bank = module.experts
+    y = experts(
+        hidden_states,
+        ids,
+        weights,
+        bank.gate_up_proj,
+        bank.down_proj,
+        activation=lambda gate, up: up * bank.act_fn(gate),
+        up_transposed=True,
+        down_transposed=True,
+        weight_on="input",
+    )
+    return module.shared_expert(hidden_states) + y, logits
+
+
+@_for("jetmoe", "JetMoeTopKGating")
+def jetmoe_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor]:
+    """Ids and weights [T, k] in the place of an order sorted by expert; logits stay last."""
+    logits = module.layer(hidden_states).float()
+    values, ids = logits.topk(module.top_k, dim=1)
+    return ids, values.softmax(dim=1).type_as(hidden_states), None, None, logits
+
+
+@_for("jetmoe", "JetMoeMoE")
+def jetmoe(module: Any, layer_input: Tensor) -> Tensor:
+    """One bias after the sum of the experts."""
+    x = layer_input.reshape(-1, layer_input.shape[-1])
+    ids, weights, *_ = module.router(x)
+    y = experts(
+        x,
+        ids,
+        weights,
+        module.input_linear.weight,
+        module.output_linear.weight,
+        activation=lambda gate, up: module.activation(gate) * up,
+    )
+    return y.view(layer_input.shape) + module.bias
+
+
+@_for("jetmoe", "JetMoeMoA.map")
+def jetmoe_queries(module: Any, layer_input: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A query projection per expert: [B, S, k, N]. The routing goes on to the output projections."""
+    x = layer_input.reshape(-1, layer_input.shape[-1])
+    ids, weights, *_, logits = module.router(x)
+    queries = grouped_linear(x, ids, module.input_linear.weight)
+    return queries.view(*layer_input.shape[:-1], module.top_k, -1), logits, (ids, weights)
+
+
+@_for("jetmoe", "JetMoeMoA.reduce")
+def jetmoe_outputs(module: Any, layer_input: Tensor, topo_info: tuple[Tensor, Tensor]) -> Tensor:
+    """An output projection per expert, weighed and added."""
+    ids, weights = topo_info
+    batch, length, k, width = layer_input.shape
+    x = layer_input.reshape(-1, k, width)
+    y = grouped_linear(x, ids, module.output_linear.weight, weights=weights)
+    return y.view(batch, length, -1) + module.bias
+
+
+@_for("switch_transformers", "SwitchTransformersTop1Router")
+def switch_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and weights [T, 1] and logits. Each sequence counts its own tokens; those beyond the capacity are skipped."""
+    bias = module.classifier.bias
+    x = hidden_states.to(module.dtype).reshape(-1, hidden_states.shape[-1])
+    logits = F.linear(x, module.classifier.weight.to(module.dtype), None if bias is None else bias.to(module.dtype))
+    probs = logits.softmax(dim=-1, dtype=module.dtype).to(hidden_states.dtype)
+    weights, ids = probs.topk(1, dim=-1)
+    ids = capacity(ids, module.num_experts, module.expert_capacity, groups=hidden_states.shape[0])
+    return ids, weights, logits.view(*hidden_states.shape[:-1], -1)
+
+
+@_for("switch_transformers", "SwitchTransformersSparseMLP")
+def switch(module: Any, hidden_states: Tensor) -> Tensor:
+    """Experts are modules of their own."""
+    ids, weights, _ = module.router(hidden_states)
+    bank = list(module.experts.values())
+    return experts(
+        hidden_states,
+        ids,
+        weights,
+        [expert.wi.weight for expert in bank],
+        [expert.wo.weight for expert in bank],
+        activation=bank[0].act,
+    )
+
+
+@_for("switch_transformers", "SwitchTransformersStack")
+def switch_stack(module: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+    """The encoder makes its mask of ones when it is not traced, and fails without one when it is."""
+    if attention_mask is None and not module.is_decoder:
+        given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+        attention_mask = torch.ones(given.shape[:2], device=given.device)
+    return type(module).forward(module, input_ids, attention_mask, **kwargs)
+
+
+@_for("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeBlock")
+def ernie_vl(module: Any, hidden_states: Tensor, moe_mm_token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Text and vision tokens have a bank each: every token goes through both, and is skipped by one."""
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    text, vision = module.text_moe, module.vision_moe
+    logits, weights, ids = text.gate(x)
+    if moe_mm_token_type_ids is None:
+        y = text.experts(x, ids, weights)
+    else:
+        seen = moe_mm_token_type_ids.bool().reshape(-1, 1)
+        vision_logits, vision_weights, vision_ids = vision.gate(x)
+        y = text.experts(x, torch.where(seen, text.num_experts, ids), weights)
+        y = y + vision.experts(x, torch.where(seen, vision_ids, vision.num_experts), vision_weights)
+        logits = torch.where(seen, vision_logits, logits)
+    y = y.view(hidden_states.shape)
+    return (y if module.shared_experts is None else y + module.shared_experts(hidden_states)), logits

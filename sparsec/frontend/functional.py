@@ -1,0 +1,207 @@
+"""Expert layers as functions of tensors, for models and adapters: each call is one operator of a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sparsec.diagnostics import CompileError
+from sparsec.frontend import experts_op, pair_ops, region
+
+Bank = Tensor | Sequence[Tensor]
+"""The weights of all experts, [E, ...], or one tensor per expert, which the compiler stacks once."""
+
+assert experts_op.TARGET and pair_ops.CAPACITY  # registered by being imported
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Bank,
+    down: Bank,
+    *,
+    activation: Callable[..., Tensor],
+    gate: Bank | None = None,
+    up_bias: Bank | None = None,
+    gate_bias: Bank | None = None,
+    down_bias: Bank | None = None,
+    interleaved: bool = False,
+    up_transposed: bool = False,
+    down_transposed: bool = False,
+    weight_on: Literal["output", "input"] = "output",
+    tail: Callable[..., Tensor] | None = None,
+    tail_params: Sequence[Tensor] = (),
+) -> Tensor:
+    """For each token the weighted sum of down(activation(gate(x), up(x))) over the experts that it chose.
+
+    Args:
+        x: [..., H], floating point; leading dimensions are tokens.
+        ids: [T, k], integers, T tokens in the order of `x`. Outside 0..E-1: the pair costs nothing and adds nothing.
+        weights: [T, k], floating point.
+        up: [E, I, H], or with both halves in one weight [E, 2I, H] (first I rows: gate). A list of E weights is
+            stacked.
+        down: [E, H, I].
+        activation: (gate, up) -> [r, I], or (up) -> [r, I] for experts without a gate; any pointwise operators. It is
+            recorded, not called with data.
+        gate: [E, I, H] where it is a weight of its own.
+        up_bias, gate_bias, down_bias: [E, I or 2I], [E, I], [E, H].
+        interleaved: whether gate and up rows of one weight alternate.
+        up_transposed, down_transposed: weights are [E, H, I or 2I] and [E, I, H].
+        weight_on: "input" multiplies x by the weight in front of the up-projection, and adds the results unweighted.
+        tail: (y, *tail_params) -> [r, H], what becomes of each expert's rows before they are weighed, such as a norm.
+            A module's own parameters and buffers are found.
+        tail_params: tensors that `tail` reads besides.
+
+    Returns: [..., H], dtype of `x`. Sums are made in f32, in the order of the slots.
+    Raises: CompileError for an activation that is not pointwise or a tail that is not row by row; ValueError for
+        shapes that do not fit.
+    """
+    up_, down_ = _stacked(up), _stacked(down)
+    bias = _stacked(up_bias)
+    if gate is not None:
+        if interleaved:
+            raise ValueError("interleaved gate and up rows are rows of one weight: leave out `gate`")
+        up_ = torch.cat([_stacked(gate), up_], 2 if up_transposed else 1)
+        if (gate_bias is None) != (bias is None):
+            raise ValueError("gate and up have a bias both or none: give zeros for the other")
+        bias = torch.cat([_stacked(gate_bias), bias], 1) if bias is not None else None
+    width = down_.shape[1 if down_transposed else 2]
+    rows = up_.shape[2 if up_transposed else 1]
+    if up_.shape[0] != down_.shape[0]:
+        raise ValueError(f"up has {up_.shape[0]} experts, down {down_.shape[0]}")
+    if rows not in (width, 2 * width):
+        raise ValueError(
+            f"up gives {rows} columns and down takes {width}: expected {width}, or {2 * width} with a gate "
+            "(up_transposed and down_transposed say how the weights lie)"
+        )
+    text, layout = _activation(activation, width, rows == 2 * width, interleaved, x.dtype)
+    more: dict[str, Any] = {"weight_on": weight_on} if weight_on != "output" else {}
+    if tail is not None:
+        params = (*tensors_of(tail), *tail_params)
+        columns = down_.shape[2 if down_transposed else 1]
+        more |= {"tail": tail_region(tail, columns, x.dtype, params), "tail_params": params}
+    y = torch.ops.sparsec.experts(
+        x.reshape(-1, x.shape[-1]),
+        ids.reshape(-1, ids.shape[-1]),
+        weights.reshape(-1, weights.shape[-1]),
+        up_,
+        down_,
+        bias,
+        _stacked(down_bias),
+        activation=text,
+        layout=layout,
+        up_transposed=up_transposed,
+        down_transposed=down_transposed,
+        **more,
+    )
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def grouped_linear(
+    x: Tensor,
+    ids: Tensor,
+    w: Bank,
+    bias: Bank | None = None,
+    *,
+    weights: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """One linear layer per expert: w[ids[t, j]] applied to the row of each (token, slot) pair.
+
+    Args:
+        x: [T, H], the same row for all k slots of a token, or [T, k, H].
+        ids: [T, k], integers; outside 0..E-1 the result is zero.
+        w: [E, N, H], or [E, H, N] if `transposed`; a list of E weights is stacked.
+        bias: [E, N].
+        weights: [T, k]; if given, the results of a token are weighed and added, in f32.
+
+    Returns: [T, k, N], or [T, N] with `weights`; dtype of `x`.
+    """
+    return torch.ops.sparsec.grouped_linear(x, ids, _stacked(w), _stacked(bias), weights, transposed=transposed)
+
+
+def capacity(
+    ids: Tensor, num_experts: int, capacity: int, *, order: Literal["slot", "token"] = "slot", groups: int = 1
+) -> Tensor:
+    """Let each expert take at most `capacity` pairs: an id beyond becomes `num_experts`, which `experts` skips.
+
+    Args:
+        ids: [T, k], integers.
+        order: "slot" counts all tokens' first choices, then all second ones; "token" counts token by token.
+        groups: T / groups consecutive tokens are counted alone, as where each sequence of a batch has its own count.
+
+    Returns: [T, k], dtype of `ids`.
+    """
+    return torch.ops.sparsec.capacity(ids, num_experts, capacity, order=order, groups=groups)
+
+
+def _stacked(bank: Any) -> Any:
+    return torch.stack(list(bank)) if isinstance(bank, list | tuple | nn.ParameterList) else bank
+
+
+def _activation(
+    fn: Callable[..., Tensor], width: int, gated: bool, interleaved: bool, dtype: torch.dtype
+) -> tuple[str, str]:
+    def whole(projected: Tensor) -> Tensor:
+        if not gated:
+            return fn(projected)
+        if interleaved:
+            return fn(projected[..., ::2], projected[..., 1::2])
+        return fn(*projected.chunk(2, dim=-1))
+
+    try:
+        layout, text = region.record(whole, width, gated, dtype)
+    except region.UnsupportedActivation as error:
+        raise CompileError(
+            f"the activation of these experts is not pointwise over the rows of an expert: {error}",
+            hint="write it as a function of the gate half and the up half, e.g. silu(gate) * up",
+        ) from error
+    return text, layout
+
+
+def tensors_of(fn: Any) -> tuple[Tensor, ...]:
+    """The parameters and buffers that a tail brings along."""
+    return (*fn.parameters(), *fn.buffers()) if isinstance(fn, nn.Module) else ()
+
+
+def tail_region(fn: Callable[..., Tensor], width: int, dtype: torch.dtype, params: Sequence[Tensor]) -> str:
+    """The region of `fn` over rows [r, width] and `params`, which start with `tensors_of(fn)`. Raises: CompileError."""
+    names = [name for name, _ in (*fn.named_parameters(), *fn.named_buffers())] if isinstance(fn, nn.Module) else []
+
+    def whole(y: Tensor, *given: Tensor) -> Tensor:
+        if not isinstance(fn, nn.Module):
+            return fn(y, *given)
+        return torch.func.functional_call(fn, dict(zip(names, given, strict=False)), (y, *given[len(names) :]))
+
+    try:
+        text = region.record_rows(whole, width, dtype, params)
+    except region.UnsupportedActivation as error:
+        raise CompileError(
+            f"what follows each expert cannot be compiled: {error}",
+            hint="give every tensor that it reads as one of `tail_params`",
+        ) from error
+    if not _row_by_row(text, width, dtype, params):
+        raise CompileError(
+            "what follows each expert mixes rows, so that a token's result would depend on other tokens",
+            hint="a norm over the last dimension does not; apply anything else to the sum of the experts",
+        )
+    return text
+
+
+def _row_by_row(text: str, width: int, dtype: torch.dtype, params: Sequence[Tensor]) -> bool:
+    """Whether the rows of a region's result depend on their own row alone, tried on three."""
+    with _disable_current_modes(), torch.no_grad():
+        given = [torch.linspace(0.5, 1.5, param.numel()).reshape(param.shape).to(param.dtype) for param in params]
+        rows = torch.linspace(-2, 3, 3 * width).sin().reshape(3, width).to(dtype)
+        together = _run(text, rows, given)
+        alone = [_run(text, rows[i : i + 1], given) for i in range(3)]
+    return torch.allclose(together.float(), torch.cat(alone).float(), rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def _run(text: str, rows: Tensor, params: Sequence[Tensor]) -> Tensor:
+    return experts_op.Rows(rows.shape[0]).run(region.decode(text), [rows, *params])[0]
