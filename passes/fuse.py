@@ -5,11 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparsec.dialects.moe import Experts, GatherGemm, GemmCombine, Group, Route, RouteGroup
-from sparsec.ir.core import Attr, Module, Op
+from sparsec.dialects.moe import (
+    Capacity,
+    Experts,
+    GatherGemm,
+    GemmCombine,
+    Group,
+    GroupedLinear,
+    Route,
+    RouteGroup,
+)
+from sparsec.ir.core import Attr, Module, Op, Value
 from sparsec.ir.equal import clone_block
 from sparsec.ir.rewrite import Rewriter, rule
+from sparsec.ir.types import TensorType
 from sparsec.passes.base import Pass, PassContext, register
+
+BANKS = (Experts, GroupedLinear)
+"""Ops whose kernels go through the pairs expert by expert."""
 
 
 @register
@@ -26,9 +39,11 @@ class FuseRouteGroup(Pass):
         @rule("moe.route")
         def fuse_route_group(op: Op, rw: Rewriter) -> bool:
             assert isinstance(op, Route)
-            banks = [user for user in op.ids.users if isinstance(user, Experts) and user.ids is op.ids]
+            banks = [user for user in op.ids.users if isinstance(user, BANKS) and user.ids is op.ids]
             if not banks:
-                ctx.missed(op, why="no expert bank reads the ids of this router directly")
+                # Where a capacity comes between, the sort is of other ids than the router's.
+                if not any(isinstance(user, Capacity) for user in op.ids.users):
+                    ctx.missed(op, why="no expert bank reads the ids of this router directly")
                 return False
             body = clone_block(op.body, {})
             attrs = {"num_experts": banks[0].num_experts}
@@ -45,39 +60,81 @@ class FuseRouteGroup(Pass):
 @register
 @dataclass(frozen=True)
 class FuseExperts(Pass):
-    """Split `moe.experts` into its two GEMMs, on the sort of a `moe.route_group` or one of its own."""
+    """Split `moe.experts` into its two GEMMs, and make `moe.grouped_linear` one, on the sort of a `moe.route_group` or
+    one of its own."""
 
     name: ClassVar[str] = "fuse-experts"
 
     def run(self, module: Module, ctx: PassContext) -> None:
-        ctx.rewrite(module, [split_experts])
+        ctx.rewrite(module, [split_experts, linear_as_combine])
 
 
 @rule("moe.experts")
 def split_experts(op: Op, rw: Rewriter) -> bool:
     """experts -> gather_gemm, gemm_combine"""
     assert isinstance(op, Experts)
-    route = op.ids.op
-    if isinstance(route, RouteGroup) and route.ids is op.ids and route.num_experts == op.num_experts:
-        order, offsets = route.order, route.offsets
-    else:
-        group = Group([op.ids], None, {"num_experts": op.num_experts})
-        rw.insert(group, op)
-        order, offsets = group.results
-        order.name, offsets.name = "order", "offsets"
+    order, offsets = _sorted(op, rw)
+    early = op.weight_on == "input"
     shared: dict[str, Attr] = {name: op.attrs[name] for name in ("layout", "up_transposed") if name in op.attrs}
-    up_bias = [op.up_bias] if op.up_bias is not None else []
-    gemm = GatherGemm(
-        [op.x, order, offsets, op.up, *up_bias],
-        None,
-        {"k": op.k, **shared},
-        [clone_block(op.activation, {})],
-    )
+    inputs = _trimmed(op.x, order, offsets, op.up, op.up_bias, op.weights if early else None)
+    gemm = GatherGemm(inputs, None, {"k": op.k, **shared}, [clone_block(op.activation, {})])
     rw.insert(gemm, op)
     gemm.result.name = "h"
-    down_bias = [op.down_bias] if op.down_bias is not None else []
-    attrs = {"down_transposed": True} if op.down_transposed else {}
-    combine = GemmCombine([gemm.result, order, offsets, op.weights, op.down, *down_bias], None, attrs)
+    attrs: dict[str, Attr] = {"down_transposed": True} if op.down_transposed else {}
+    if early:
+        attrs["weighted"] = False
+    inputs = _trimmed(gemm.result, order, offsets, op.weights, op.down, op.down_bias, *op.tail_params)
+    combine = GemmCombine(inputs, None, attrs, [clone_block(op.tail, {})] if op.tail is not None else [])
     rw.insert(combine, op)
     rw.replace(op, combine.results)
     return True
+
+
+@rule("moe.grouped_linear")
+def linear_as_combine(op: Op, rw: Rewriter) -> bool:
+    """grouped_linear -> index_select of its rows in the order of experts, gemm_combine"""
+    assert isinstance(op, GroupedLinear)
+    order, offsets = _sorted(op, rw)
+    (tokens, k), columns = op.ids.tensor.shape, op.y.tensor.shape[-1]
+    pairs, inner = order.tensor.shape[0], op.x.tensor.shape[-1]
+    dtype = op.x.tensor.dtype
+    rows, at = op.x, order
+    if op.x.tensor.rank == 3:
+        rows = rw.make(op, "aten.view", [rows], [TensorType((pairs, inner), dtype)], {"size": (pairs, inner)}).result
+    elif k != 1:
+        at = rw.make(op, "aten.floor_divide.Scalar", [order], [order.type], {"other": k}).result
+    rows = rw.make(op, "aten.index_select", [rows, at], [TensorType((pairs, inner), dtype)], {"dim": 0}).result
+    attrs: dict[str, Attr] = {"down_transposed": True} if op.transposed else {}
+    if op.weights is not None:
+        combine = GemmCombine(_trimmed(rows, order, offsets, op.weights, op.w, op.bias), None, attrs)
+        rw.insert(combine, op)
+        rw.replace(op, combine.results)
+        return True
+    # Every pair is a token with one choice here: its sum over choices is the row itself.
+    alone = TensorType((pairs, 1), op.ids.tensor.dtype)
+    ids = rw.make(op, "aten.view", [op.ids], [alone], {"size": alone.shape}).result
+    attrs["weighted"] = False
+    combine = GemmCombine(_trimmed(rows, order, offsets, ids, op.w, op.bias), None, attrs)
+    rw.insert(combine, op)
+    shape = (tokens, k, columns)
+    rw.replace(op, rw.make(op, "aten.view", combine.results, [TensorType(shape, dtype)], {"size": shape}).results)
+    return True
+
+
+def _sorted(op: Experts | GroupedLinear, rw: Rewriter) -> tuple[Value, Value]:
+    """`order` and `offsets` of the pairs of a bank."""
+    route = op.ids.op
+    if isinstance(route, RouteGroup) and route.ids is op.ids and route.num_experts == op.num_experts:
+        return route.order, route.offsets
+    group = Group([op.ids], None, {"num_experts": op.num_experts})
+    rw.insert(group, op)
+    group.order.name, group.offsets.name = "order", "offsets"
+    return group.order, group.offsets
+
+
+def _trimmed(*operands: Value | None) -> list[Value | None]:
+    """Operands without the absent ones at the end."""
+    given = list(operands)
+    while given[-1] is None:
+        given.pop()
+    return given

@@ -1,4 +1,4 @@
-"""Move every fused op into a kernel function and launch it."""
+"""Move every fused op into a kernel function and launch it; what needs no kernel becomes operators of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import ClassVar
 
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.kernel import Alloc, Launch
-from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
+from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import Dim, Sym, SymType, TensorType, Type
 from sparsec.passes.base import Pass, PassContext, register
+from sparsec.passes.capacity import spell_capacity
+from sparsec.passes.fuse import linear_as_combine, split_experts
 from sparsec.passes.rules import substitute
 
 TOKENS = Sym("t")  #: the number of tokens inside kernel functions
@@ -24,7 +26,10 @@ TOKENS = Sym("t")  #: the number of tokens inside kernel functions
 @register
 @dataclass(frozen=True)
 class LowerKernels(Pass):
-    """Outline each fused op into a kernel function, shared where equal, and replace it by buffers and a launch."""
+    """Outline each fused op into a kernel function, shared where equal, and replace it by buffers and a launch.
+
+    Banks that were not split yet are split here; `moe.capacity` becomes operators of PyTorch.
+    """
 
     name: ClassVar[str] = "lower-kernels"
 
@@ -32,7 +37,7 @@ class LowerKernels(Pass):
         kernels: dict[Key, str] = {func_key(f): f.name for f in module.funcs.values() if f.name != "main"}
         numbers = Counter(name.rpartition("_")[0] for name in kernels.values())
 
-        @rule("moe.route_group", "moe.group", "moe.gather_gemm", "moe.gemm_combine")
+        @rule("moe.route", "moe.route_group", "moe.group", "moe.gather_gemm", "moe.gemm_combine")
         def launch(op: Op, rw: Rewriter) -> bool:
             assert isinstance(op, OpDef)
             if op.block is None or not isinstance(op.block.parent, Func) or op.block.parent.name != "main":
@@ -52,7 +57,7 @@ class LowerKernels(Pass):
             rw.replace(op, new.results)
             return True
 
-        ctx.rewrite(module, [launch])
+        ctx.rewrite(module, [split_experts, linear_as_combine, spell_capacity, launch])
 
 
 def _lone(op: OpDef) -> tuple[Value | None, ...]:
@@ -69,7 +74,7 @@ def backend(op: OpDef, target: str) -> str:
 
 def token_dim(op: OpDef) -> Dim:
     """The dimension of a fused op that counts tokens."""
-    if isinstance(op, RouteGroup):
+    if isinstance(op, Route | RouteGroup):
         return op.logits.tensor.shape[0]
     if isinstance(op, Group):
         return op.ids.tensor.shape[0]

@@ -114,6 +114,8 @@ def product(dims: tuple[Dim, ...]) -> Dim:
             symbolic.append(dim if dim.isidentifier() else f"({dim})")
     if not symbolic:
         return known
+    if known == len(symbolic) == 1:
+        return next(dim for dim in dims if isinstance(dim, Sym))
     return Sym("*".join([str(known), *symbolic] if known != 1 else symbolic))
 
 
