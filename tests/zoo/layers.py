@@ -78,11 +78,15 @@ def record(name: str, model: Any, batch: int = 2, length: int = 12) -> dict[str,
 
 
 def _copied(call: Call) -> Call:
-    """Tensors as they are now: a layer may write to what it was given."""
-    args, kwargs, output = tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (call.args, call.kwargs, call.output)
-    )
-    return Call(args, kwargs, output)
+    """Tensors as they are now, for a layer may write to what it was given; no caches, which export does not take."""
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone()
+        return leaf if isinstance(leaf, bool | int | float | str) else None
+
+    kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in call.kwargs.items()}
+    return Call(*tree_map(copied, (call.args, kwargs, call.output)))
 
 
 def _candidates(name: str, model: nn.Module) -> Iterator[list[str]]:
