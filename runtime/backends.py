@@ -72,15 +72,23 @@ def bind_pair(
     up_of = _bank(gather, first, context, 3, 4, "up")
     down_of = _bank(combine, second, context, 4, 5, "down")
     activation, parts = _activation(gather, context)
+    weighted, tail_of = _weighted(combine), _tail(combine, context)
     batched, split = _batched(gather), len(gather.params)
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         x, order, offsets, weights = _tensors(ins[0], ins[1], ins[2], ins[split + 3])
-        up, down = up_of(ins), down_of(ins[split:])
+        up, down, early, tail = up_of(ins), down_of(ins[split:]), _row_weights(ins[:split]), tail_of(ins[split:])
         few = batched(weights.shape[0], order.shape[0])
-        return (cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few),)
+        return (
+            cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few, early, weighted, tail),
+        )
 
     return run
+
+
+def _route(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    body = region(kernel, context.device)
+    return lambda ins: body(_tensors(*ins))
 
 
 def _route_group(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
@@ -106,23 +114,26 @@ def _gather_gemm(kernel: Kernel, slots: Sequence[int | None], context: Context) 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         x, order, offsets = _tensors(*ins[:3])
         few = batched(x.shape[0], order.shape[0])
-        return (cpu_kernels.gather_gemm(x, order, offsets, bank_of(ins), k, activation, parts, few),)
+        early = _row_weights(ins)
+        return (cpu_kernels.gather_gemm(x, order, offsets, bank_of(ins), k, activation, parts, few, early),)
 
     return run
 
 
 def _gemm_combine(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
     bank_of = _bank(kernel, slots, context, 4, 5, "down")
+    weighted, tail_of = _weighted(kernel), _tail(kernel, context)
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         h, order, offsets, weights = _tensors(*ins[:4])
-        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins)),)
+        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins), weighted, tail_of(ins)),)
 
     return run
 
 
 _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]] = {
     "moe.group": _group,
+    "moe.route": _route,
     "moe.route_group": _route_group,
     "moe.gather_gemm": _gather_gemm,
     "moe.gemm_combine": _gemm_combine,
@@ -132,6 +143,28 @@ _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]
 def _activation(kernel: Kernel, context: Context) -> tuple[cpu_kernels.Activation, int]:
     body = region(kernel, context.device)
     return lambda parts: body(parts)[0], len(kernel.body_params)
+
+
+def _row_weights(ins: Sequence[Operand]) -> Operand:
+    """The weights that a gathered GEMM's rows are multiplied by, among its operands."""
+    return ins[5] if len(ins) > 5 else None
+
+
+def _weighted(kernel: Kernel) -> bool:
+    return bool(kernel.attrs.get("weighted", True))
+
+
+def _tail(kernel: Kernel, context: Context) -> Callable[[Sequence[Operand]], cpu_kernels.Tail | None]:
+    """The tail of a combining GEMM, given the operands of a launch."""
+    if not kernel.body_outs:
+        return lambda ins: None
+    body = region(kernel, context.device)
+
+    def tail_of(ins: Sequence[Operand]) -> cpu_kernels.Tail:
+        params = _tensors(*ins[6:])
+        return lambda rows: body([rows, *params])[0]
+
+    return tail_of
 
 
 def _batched(kernel: Kernel) -> Callable[[int, int], bool]:

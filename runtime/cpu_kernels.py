@@ -104,15 +104,20 @@ def experts(
     activation: Activation,
     parts: int,
     batched: bool,
-    weight_on: str = "output",
+    row_weights: Tensor | None = None,
+    weighted: bool = True,
     tail: Tail | None = None,
 ) -> Tensor:
-    """`gather_gemm` and `gemm_combine` in one pass over the experts that are hit. Returns: [T, H], dtype of `x`."""
-    early = weight_on == "input"
+    """`gather_gemm` and `gemm_combine` in one pass over the experts that are hit.
+
+    Args:
+        row_weights: the `weights` of `gather_gemm`; all others are as there.
+
+    Returns: [T, H], dtype of `x`.
+    """
     hits, used = _hits(offsets)
-    rows = _gathered(x, order[:used], weights.shape[1], weights if early else None)
-    if early:
-        weights = _ones(weights)
+    rows = _gathered(x, order[:used], weights.shape[1], row_weights)
+    weights = weights if weighted else _ones(weights)
     if batched:
         h = _activate(activation, _multiply(up, hits, rows(0, used)), parts)
         return combine(_finished(tail, _multiply(down, hits, h)), order, used, weights, x.dtype)

@@ -47,6 +47,8 @@ def run_experts(
         order, offsets = cpu_kernels.group(ids, up_bank.experts)
         parts = 1 if layout == "single" else 2
         batched = order.shape[0] <= cpu_kernels.BATCHED_ROWS
+        late = weight_on == "output"
+        early = None if late else weights
         return cpu_kernels.experts(
-            x, order, offsets, weights, up_bank, down_bank, activation, parts, batched, weight_on, tail
+            x, order, offsets, weights, up_bank, down_bank, activation, parts, batched, early, late, tail
         )
