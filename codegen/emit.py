@@ -10,6 +10,7 @@ from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
 from sparsec.diagnostics import CompileError, Remark
 from sparsec.dialects.moe import GatherGemm
 from sparsec.ir.core import Block, Func, Module, Op, Value
+from sparsec.ir.derived import is_derivation
 from sparsec.ir.types import SymType
 from sparsec.runtime.operators import IN_PLACE
 from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Variant
@@ -45,7 +46,8 @@ def emit(module: Module, target: str, inputs: Json = None, structure: Json = Non
         CompileError: the module is not lowered, or holds what the runtime cannot run.
     """
     emitter = _Emitter(target)
-    kernels = {name: emitter.kernel(func) for name, func in module.funcs.items() if name != "main"}
+    fused = (func for func in module.funcs.values() if func.name != "main" and not is_derivation(func))
+    kernels = {func.name: emitter.kernel(func) for func in fused}
     main = module.main
     _require_lowered(main)
     kinds = {value: str(main.arg_attrs.get(value, {}).get("kind", "input")) for value in main.body.args}
@@ -172,6 +174,7 @@ def _variants(op: Op) -> list[Variant]:
 
 def _arg(value: Value, slot: int, attrs: Mapping[str, Any]) -> Arg:
     kind: Any = attrs.get("kind", "input")
+    kind = "param" if kind == "derived" else kind  # computed before it is stored: a weight like any other
     name, source = value.name or f"arg{value.index}", str(attrs.get("source", ""))
     if isinstance(value.type, SymType):
         return Arg(name, slot, kind, None, source, str(value.type.expr))

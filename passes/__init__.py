@@ -1,6 +1,6 @@
 """The passes. Importing this package registers every one under its name."""
 
-from sparsec.passes import canonicalize, cse, dce, fuse, lower, raise_route, schedule
+from sparsec.passes import canonicalize, cse, dce, derive_weights, fuse, lower, raise_route, recompose, schedule
 from sparsec.passes.base import PASSES, Option, Pass, PassContext, options, parse_pipeline, print_pipeline
 
 __all__ = [
@@ -11,11 +11,13 @@ __all__ = [
     "canonicalize",
     "cse",
     "dce",
+    "derive_weights",
     "fuse",
     "lower",
     "options",
     "parse_pipeline",
     "print_pipeline",
     "raise_route",
+    "recompose",
     "schedule",
 ]

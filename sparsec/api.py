@@ -21,6 +21,7 @@ from sparsec.diagnostics import Diagnostic, Remark, SparsecError
 from sparsec.frontend.capture import Captured, capture
 from sparsec.inspect.dump import Dump
 from sparsec.ir.core import Attr, Module
+from sparsec.ir.interp import DerivedWeights
 from sparsec.ir.printer import print_module
 from sparsec.runtime import structure
 from sparsec.runtime.artifact import load as load_program
@@ -98,7 +99,12 @@ class CompiledModel:
     def program(self) -> Program:
         """The plan with its weights, loaded into this process when first asked for."""
         self.target.require()
-        return Program(self.emitted.plan, self.captured.weights, self.target.device, files=self.emitted.files)
+        return Program(self.emitted.plan, self.weights, self.target.device, files=self.emitted.files)
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """What the plan reads, by source: the model's own tensors, and those derived from them, made when asked for."""
+        return DerivedWeights(self.result.module, self.captured.weights)
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
@@ -143,7 +149,7 @@ class CompiledModel:
         return write_artifact(
             Path(path),
             self.emitted,
-            self.captured.weights,
+            self.weights,
             target=str(self.target),
             text=print_module(self.result.module),
             generation=self.generation,

@@ -34,7 +34,7 @@ PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
 
 PIPELINES: dict[str, str] = {
     "capture": "",
-    "raise": "canonicalize,cse,dce,raise-route,canonicalize,cse,dce",
+    "raise": "recompose,canonicalize,cse,dce,raise-route,canonicalize,cse,dce,derive-weights",
     "fuse": "fuse-route-group,fuse-experts,cse,dce",
     "place": "",
     "schedule": "schedule",

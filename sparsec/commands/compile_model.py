@@ -21,6 +21,7 @@ from sparsec.frontend.capture import capture
 from sparsec.frontend.models import LoadedModel, describe_absence, load_model
 from sparsec.inspect.dump import Dump, write_atomic
 from sparsec.ir.core import Module
+from sparsec.ir.interp import DerivedWeights
 from sparsec.ir.parser import parse_module
 from sparsec.ir.printer import print_module
 from sparsec.runtime.artifact import open_artifact
@@ -140,7 +141,7 @@ def _from_text(
         path = write_artifact(
             output,
             emitted,
-            held.weights,
+            DerivedWeights(result.module, held.weights),
             target=target,
             text=print_module(result.module),
             generation=api.plain(result.module.attrs.get("generation")),

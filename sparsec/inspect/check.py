@@ -26,7 +26,7 @@ from sparsec.dialects.moe import Experts, Route
 from sparsec.frontend.capture import capture
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import ValueMap, clone_op
-from sparsec.ir.interp import evaluate_module
+from sparsec.ir.interp import DerivedWeights, evaluate_module
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import Dim, Sym, TensorType, Type, evaluate, symbols
 from sparsec.passes.rules import substitute
@@ -76,11 +76,12 @@ def check(
     no_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     result = pipeline.run(captured.module)
     raised = result.ir("raise")
-    layers = [_Layer(raised.main, op, captured.weights) for op in raised.main.body.ops if isinstance(op, Experts)]
+    weights = DerivedWeights(raised, captured.weights)
+    layers = [_Layer(raised.main, op, weights) for op in raised.main.body.ops if isinstance(op, Experts)]
     if not layers:
         raise CompileError("there are no expert layers to compare")
     emitted = emit(result.module, "cpu", captured.inputs_json, captured.structure_json)
-    program = Program(emitted.plan, captured.weights)
+    program = Program(emitted.plan, weights)
     found = list[Comparison]()
     for count in tokens:
         say(f"{count} tokens")
@@ -88,7 +89,7 @@ def check(
         with _recorded(model, layers) as seen, torch.no_grad():
             given, named = tree_unflatten(inputs, spec)
             expected = tree_leaves(model(*given, **named, **no_cache))
-        found += _compare(count, raised, layers, seen, inputs, captured.weights)
+        found += _compare(count, raised, layers, seen, inputs, weights)
         if layers[0].op.x.tensor.dtype.itemsize >= 4:
             outputs = [value for value in expected if isinstance(value, Tensor)]
             error = max(relative(ours, theirs) for ours, theirs in zip(program(*inputs), outputs, strict=False))

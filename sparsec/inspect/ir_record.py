@@ -34,8 +34,9 @@ class _Reader:
         for arg in main.body.args:
             attrs = main.arg_attrs.get(arg, {})
             kind, source = attrs.get("kind", "input"), str(attrs.get("source", ""))
-            args[arg] = self._seen(arg, param=source if kind == "param" else "", input=kind == "input")
-            if kind == "param":
+            weight = kind in ("param", "derived")
+            args[arg] = self._seen(arg, param=source if weight else "", input=kind == "input")
+            if weight:
                 self.record.parameters[source] = args[arg]
         results = self._read(main, args, "")
         self.record.returned = set(results)

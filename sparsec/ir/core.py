@@ -203,8 +203,8 @@ class Func:
 
     Argument attributes say where a value comes from: `{kind = "input"}`, `{kind = "param", source = "lm_head.weight"}`,
     `{kind = "buffer", source = ...}`, `{kind = "constant", source = ...}`; a buffer with `zeros = true` starts as zeros
-    and is no part of the weights. Result attributes: `{kind = "output"}` or `{kind = "mutation", source = ...}` for the
-    new value of a buffer.
+    and is no part of the weights; `{kind = "derived", ...}` is computed of others (`sparsec.ir.derived`). Result
+    attributes: `{kind = "output"}` or `{kind = "mutation", source = ...}` for the new value of a buffer.
     """
 
     __slots__ = ("arg_attrs", "attrs", "body", "loc", "name", "result_attrs")
@@ -222,7 +222,10 @@ class Func:
 
 
 class Module:
-    """Functions by name; `main` is the model, the others are kernels. Attributes say phase, version, target."""
+    """Functions by name: `main` is the model, the others are kernels and what computes derived weights.
+
+    Attributes say phase, version, target.
+    """
 
     __slots__ = ("attrs", "funcs")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Block, Func, Module, Op, Value
+from sparsec.ir.derived import derivations
 from sparsec.ir.loc import UNKNOWN, Loc
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.printer import print_op
@@ -51,7 +52,7 @@ def evaluate_module(
     Args:
         module: a module that `verify_module` accepts.
         inputs: values of the arguments of kind `input` (or of no kind), in order: tensors, or ints for `sym<...>`.
-        weights: values of the other arguments, by their `source`.
+        weights: values of the other arguments, by their `source`; derived ones are computed where they are missing.
         observer: is shown the results of every op.
         override: values to go on with in the place of computed ones, e.g. to force the same routing on two modules.
 
@@ -62,6 +63,7 @@ def evaluate_module(
 
     main = module.main
     given, args = iter(inputs), list[Any]()
+    weights = DerivedWeights(module, weights)
     for arg in main.body.args:
         attrs = main.arg_attrs.get(arg, {})
         if attrs.get("kind", "input") == "input":
@@ -69,14 +71,45 @@ def evaluate_module(
             if value is None:
                 raise CompileError(f"@main takes more inputs than the {len(inputs)} given: %{arg.name} has none")
         else:
-            value = weights.get(str(attrs.get("source")))
-            if value is None:
-                raise CompileError(f"no weight is named {attrs.get('source')!r} (for %{arg.name} of @main)")
+            try:
+                value = weights[str(attrs.get("source"))]
+            except KeyError as error:
+                raise CompileError(f"no weight is named {error.args[0]!r} (for %{arg.name} of @main)") from None
         args.append(value)
     if next(given, None) is not None:
         raise CompileError(f"@main takes fewer inputs than the {len(inputs)} given")
     with torch.no_grad():
         return list(_Run(module, observer, override).func(main, args))
+
+
+class DerivedWeights(Mapping[str, "Tensor"]):
+    """The weights that a module reads, by source: those given, and those derived from them.
+
+    A derived weight is computed each time it is asked for and not kept, unless `given` has it, as an artifact does.
+    """
+
+    def __init__(self, module: Module, given: Mapping[str, Tensor]) -> None:
+        self.module, self.given, self.made = module, given, derivations(module)
+
+    def __getitem__(self, source: str) -> Tensor:
+        made = self.made.get(source)
+        if made is None or source in self.given:
+            return self.given[source]
+        return evaluate_func(self.module, made.func, [self.given[name] for name in made.of])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self.given), **dict.fromkeys(self.made)})
+
+    def __len__(self) -> int:
+        return len(self.given.keys() | self.made.keys())
+
+
+def evaluate_func(module: Module, func: Func, args: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a function of a module returns for `args`. Raises: CompileError, as of `evaluate_module`."""
+    import torch
+
+    with torch.no_grad():
+        return _Run(module, None, None).func(func, args)
 
 
 class _Run:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from sparsec.diagnostics import CompileError, Diagnostic
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
+from sparsec.ir.derived import is_derivation
 from sparsec.ir.opdef import OpDef, declared_problems
 from sparsec.ir.printer import TERMINATORS, Printer
 from sparsec.ir.types import Sym, SymType, TensorType, Type, symbols
 
-KINDS = ("input", "param", "buffer", "constant")
+KINDS = ("input", "param", "buffer", "constant", "derived")
 RESULT_KINDS = ("output", "mutation")
 _FAILURES = (TypeError, ValueError, IndexError, KeyError, AttributeError, ArithmeticError, AssertionError)
 
@@ -80,7 +81,7 @@ class _Checker:
 
     def run(self) -> Iterator[Problem]:
         func = self.func
-        for message in _head_problems(func):
+        for message in (*_head_problems(func), *_derived_problems(func, self.module)):
             yield Problem(func, None, message)
         yield from self.block(func.body, set(), "func.return", None)
 
@@ -189,12 +190,29 @@ def _head_problems(func: Func) -> Iterator[str]:
     for value, attrs in func.arg_attrs.items():
         if value not in args:
             yield f"@{func.name} has attributes for {_name(value)}, which is not its argument"
-        yield from _kind_problems(f"argument {_name(value)}", attrs, KINDS, ("param", "buffer", "constant"))
+        yield from _kind_problems(f"argument {_name(value)}", attrs, KINDS, KINDS[1:])
     count = len(func.body.ops[-1].operands) if func.body.ops else 0
     for i, attrs in func.result_attrs.items():
         if not 0 <= i < count:
             yield f"@{func.name} has attributes for result {i}, it returns {count}"
         yield from _kind_problems(f"result {i}", attrs, RESULT_KINDS, ("mutation",))
+
+
+def _derived_problems(func: Func, module: Module) -> Iterator[str]:
+    """How derived weights differ from what the functions that they name compute."""
+    for value, attrs in func.arg_attrs.items():
+        if attrs.get("kind") != "derived":
+            continue
+        name, of = attrs.get("function"), attrs.get("of")
+        made = module.funcs.get(name) if isinstance(name, str) else None
+        if made is None or made is func or not is_derivation(made):
+            yield f"{_name(value)} is derived by @{name}, which is no function of the module that computes weights"
+        elif not isinstance(of, tuple) or not all(isinstance(source, str) for source in of):
+            yield f"{_name(value)} is derived and does not say what it is computed `of`"
+        elif len(of) != len(made.body.args):
+            yield f"{_name(value)} is computed of {len(of)} weights, @{name} takes {len(made.body.args)}"
+        elif made.body.ops and made.result_types != (value.type,):
+            yield f"{_name(value)} is {value.type}, @{name} returns ({', '.join(map(str, made.result_types))})"
 
 
 def _kind_problems(

@@ -33,23 +33,23 @@ def test_layout(tmp_path: Path) -> None:
     files = sorted(path.name for path in dump.folder.iterdir())
     assert files == [
         "00-capture.sparsec",
-        "01-canonicalize.diff",
-        "01-canonicalize.sparsec",
+        "02-canonicalize.diff",
+        "02-canonicalize.sparsec",
         "manifest.json",
         "remarks.jsonl",
     ]
     manifest = json.loads((dump.folder / "manifest.json").read_text())
     assert manifest["state"] == "done"
-    first, changed, *others = manifest["passes"]
+    first, idle, changed, *others = manifest["passes"]
     assert first["file"] == "00-capture.sparsec"
     assert changed["changed"] and changed["ops_before"] == changed["ops_after"] == 2
     assert changed["rules"] and changed["ms"] > 0
-    assert [entry["pass"] for entry in others] == [record.name for record in result.records[1:]]
-    assert not any(entry["changed"] for entry in others)
-    text = (dump.folder / "01-canonicalize.sparsec").read_text()
+    assert [entry["pass"] for entry in others] == [record.name for record in result.records[2:]]
+    assert not any(entry["changed"] for entry in (idle, *others))
+    text = (dump.folder / "02-canonicalize.sparsec").read_text()
     assert hashlib.sha256(text.encode()).hexdigest() == changed["sha256"] == others[-1]["sha256"]
     assert equal(parse_module(text), parse_module(TEXT.replace("dim = 1", "dim = -1")))
-    lines = (dump.folder / "01-canonicalize.diff").read_text().splitlines()
+    lines = (dump.folder / "02-canonicalize.diff").read_text().splitlines()
     assert [line for line in lines if line[:2] in ("- ", "+ ")] == [
         "-  %p = aten.softmax.int(%x) {dim = 1} : tensor<s0x8xf32>",
         "+  %p = aten.softmax.int(%x) {dim = -1} : tensor<s0x8xf32>",
