@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import sparsec
 from sparsec.ir.core import Func, Module, Op, Value
-from tests.zoo.layers import Call
+from tests.zoo.layers import Call, tensors_of
 
 BANKS = ("moe.experts", "moe.grouped_linear")
 LOGITS = ("aten.linear", "aten.mm", "aten.addmm", "aten.matmul", "aten.bmm", "aten.einsum")
@@ -143,8 +143,7 @@ def alone(layer: nn.Module, call: Call) -> tuple[nn.Module, Call]:
     leaves = tree_leaves((call.args, call.kwargs))
     if not call.kwargs and all(isinstance(leaf, Tensor) for leaf in leaves):
         return layer, call
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    return Alone(layer, call), Call(tensors, {}, call.output)
+    return Alone(layer, call), Call(tuple(call.given), {}, call.output)
 
 
 def compile_layer(layer: nn.Module, call: Call, other: Call) -> sparsec.CompiledModel:
@@ -164,7 +163,7 @@ def outputs(layer: Any, call: Call) -> list[Tensor]:
     """The tensors that `layer` returns for a call."""
     with torch.no_grad():
         args, kwargs = copy.deepcopy((call.args, call.kwargs))
-        return [leaf for leaf in tree_leaves(layer(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_of(layer(*args, **kwargs))
 
 
 def error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -34,7 +34,18 @@ class Call:
     @property
     def tensors(self) -> list[Tensor]:
         """What the layer returned."""
-        return [leaf for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
+        return tensors_of(self.output)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What it was called with."""
+        return tensors_of((self.args, self.kwargs))
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors in arguments or results of any structure."""
+    leaves = tree_leaves(dict(tree) if hasattr(tree, "items") else tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def eager(model: Any) -> Any:
