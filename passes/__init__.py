@@ -1,6 +1,17 @@
 """The passes. Importing this package registers every one under its name."""
 
-from sparsec.passes import canonicalize, cse, dce, derive_weights, fuse, lower, raise_route, recompose, schedule
+from sparsec.passes import (
+    canonicalize,
+    canonicalize_routers,
+    cse,
+    dce,
+    derive_weights,
+    fuse,
+    lower,
+    raise_route,
+    recompose,
+    schedule,
+)
 from sparsec.passes.base import PASSES, Option, Pass, PassContext, options, parse_pipeline, print_pipeline
 
 __all__ = [
@@ -9,6 +20,7 @@ __all__ = [
     "Pass",
     "PassContext",
     "canonicalize",
+    "canonicalize_routers",
     "cse",
     "dce",
     "derive_weights",

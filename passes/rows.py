@@ -65,7 +65,7 @@ def _broadcast(op: Op, rows: int) -> Verdict:
 
 def _along(op: Op, rows: int) -> Verdict:
     """Ops along the axes that `dim` names, which must not count tokens; all operands have the same rows."""
-    dim = attr(op, "dim")
+    dim = attr(op, "dims" if op.name == "aten.flip" else "dim")
     dims = dim if isinstance(dim, tuple) else (dim,)
     rank = op.results[0].tensor.rank if op.name in ("aten.unsqueeze", "aten.stack") else op.operands[0].tensor.rank
     if rows and (not dims or any(item is None for item in dims)):
@@ -96,6 +96,14 @@ def _reshape(op: Op, rows: int) -> Verdict:
         if same_size(given[:count], wanted[:rows]) and same_size(given[count:], wanted[rows:]):
             return [count]
     return f"reshapes {_shape(given)} to {_shape(wanted)} across tokens"
+
+
+def _normed(op: Op, rows: int) -> Verdict:
+    """Normalised over the last axes, with a weight and a bias of their shape."""
+    shape = attr(op, "normalized_shape")
+    if op.operands[0].tensor.rank - len(shape) < rows:
+        return "normalises over tokens"
+    return [rows, *[0] * (len(op.operands) - 1)]
 
 
 def _same(op: Op, rows: int) -> Verdict:
@@ -133,6 +141,19 @@ _HANDLERS: dict[str, Callable[[Op, int], Verdict]] = {
                 "argmin",
                 "logsumexp",
                 "linalg_vector_norm",
+                "kthvalue",
+                "std.dim",
+                "std.correction",
+                "var.dim",
+                "var.correction",
+                "count_nonzero.dim_IntList",
+                "cumprod",
+                "flip",
+                "narrow",
+                "chunk",
+                "sort.stable",
+                "argsort.stable",
+                "scatter_reduce.two",
                 "norm.ScalarOpt_dim",
                 "cumsum",
                 "prod.dim_int",
@@ -162,6 +183,8 @@ _HANDLERS: dict[str, Callable[[Op, int], Verdict]] = {
     **dict.fromkeys(("aten.reshape", "aten.view", "aten._unsafe_view"), _reshape),
     **dict.fromkeys(("aten.transpose.int", "aten.permute"), _swap),
     "aten.expand": _broadcast,
+    "aten.layer_norm": _normed,
+    "aten.rms_norm": _normed,
     "aten.index.Tensor": _index,
 }
 
@@ -205,7 +228,7 @@ def _folded_attrs(op: Op, rows: int, result: TensorType) -> dict[str, Attr]:
     if op.operands:
         by_result = op.name in ("aten.unsqueeze", "aten.stack")
         rank = (op.results[0] if by_result else op.operands[0]).tensor.rank
-        for name in ("dim", "dim0", "dim1"):
+        for name in ("dim", "dim0", "dim1", *(("dims",) if op.name == "aten.flip" else ())):
             dim = attr(op, name) if op.name in _HANDLERS and not is_like(op) else None
             if isinstance(dim, tuple):
                 changes[name] = tuple(negative(item, rank) for item in dim)

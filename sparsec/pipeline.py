@@ -34,7 +34,10 @@ PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
 
 PIPELINES: dict[str, str] = {
     "capture": "",
-    "raise": "recompose,canonicalize,cse,dce,raise-route,canonicalize,cse,dce,derive-weights",
+    "raise": (
+        "recompose,canonicalize,cse,dce,canonicalize-routers,raise-route,canonicalize-routers,canonicalize,cse,dce,"
+        "derive-weights"
+    ),
     "fuse": "fuse-route-group,fuse-experts,cse,dce",
     "place": "",
     "schedule": "schedule",
