@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from sparsec.diagnostics import CompileError
 from sparsec.frontend import locations, region
+from sparsec.frontend.functional import tail_region, tensors_of
 
 NAME = "sparsec"
 
+Regions = tuple[str, str, str]
+"""Layout of the up-projection, activation, and what follows each expert ("" for nothing)."""
+
 _by_id: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
-_traced: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[str, str]]] = WeakKeyDictionary()
+_traced: WeakKeyDictionary[nn.Module, dict[torch.dtype, Regions]] = WeakKeyDictionary()
 
 
 def register() -> None:
@@ -28,7 +32,7 @@ def register() -> None:
 def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """A bank's forward: x [T, H], ids and weights [T, k] -> [T, H], dtype of x. `self` is the module of the bank."""
     bank: Any = self
-    layout, activation = _activation_by_id(id(self), hidden_states.dtype)
+    layout, activation, tail = _regions_by_id(id(self), hidden_states.dtype)
     gated, bias = bank.has_gate, bank.has_bias
     return torch.ops.sparsec.experts(
         hidden_states,
@@ -42,19 +46,21 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         layout=layout,
         up_transposed=bank.is_transposed,
         down_transposed=bank.is_transposed,
+        tail=tail,
+        tail_params=tensors_of(bank.post_expert_norm) if tail else (),
     )
 
 
 @torch._dynamo.assume_constant_result
-def _activation_by_id(bank: int, dtype: torch.dtype) -> tuple[str, str]:
-    """`activation_of` the module with this id: on older versions of torch a module is no constant of a traced graph."""
+def _regions_by_id(bank: int, dtype: torch.dtype) -> Regions:
+    """`regions_of` the module with this id: on older versions of torch a module is no constant of a traced graph."""
     if (known := _by_id.get(bank)) is None:
         known = _by_id[bank] = next(o for o in gc.get_objects() if id(o) == bank and isinstance(o, nn.Module))
-    return activation_of(known, dtype)
+    return regions_of(known, dtype)
 
 
-def activation_of(bank: nn.Module, dtype: torch.dtype) -> tuple[str, str]:
-    """Layout and region of a bank's activation, recorded once per module and dtype.
+def regions_of(bank: nn.Module, dtype: torch.dtype) -> Regions:
+    """What a bank's own code does around its two projections, recorded once per module and dtype.
 
     Raises: CompileError for a bank that `sparsec::experts` cannot express.
     """
@@ -64,21 +70,19 @@ def activation_of(bank: nn.Module, dtype: torch.dtype) -> tuple[str, str]:
     return known[dtype]
 
 
-def _record(bank: Any, dtype: torch.dtype) -> tuple[str, str]:
+def _record(bank: Any, dtype: torch.dtype) -> Regions:
     cls = type(bank)
-    if getattr(bank, "has_post_expert_norm", False):
-        raise CompileError(
-            f"{cls.__name__} normalises the output of each expert, which moe.experts cannot express yet",
-            locations.of_class(cls),
-            hint='keep this model\'s own implementation: model.set_experts_implementation("grouped_mm")',
-        )
-    width = bank.down_proj.shape[1 if bank.is_transposed else 2]
+    width, columns = bank.down_proj.shape[1:] if bank.is_transposed else reversed(bank.down_proj.shape[1:])
     fn = bank._apply_gate if bank.has_gate else bank.act_fn
     try:
-        return region.record(fn, width, bank.has_gate, dtype)
+        layout, activation = region.record(fn, width, bank.has_gate, dtype)
     except region.UnsupportedActivation as error:
         raise CompileError(
             f"the activation of {cls.__name__} is not pointwise over the rows of an expert: {error}",
             locations.of_class(cls),
             hint="write it as a function of the gate half and the up half, e.g. silu(gate) * up",
         ) from error
+    if not getattr(bank, "has_post_expert_norm", False):
+        return layout, activation, ""
+    norm = bank.post_expert_norm
+    return layout, activation, tail_region(norm, columns, dtype, tensors_of(norm))

@@ -68,6 +68,12 @@ class Symbols:
                 return f"{name.lower()}({','.join(sorted(self._text(arg, _SUM) for arg in args))})", _ATOM
             case "Identity":
                 return self._write(args[0])
+            case "CeilToInt" | "FloorToInt" | "TruncToInt" as name if (ratio := _ratio(args[0])) is not None:
+                above, below = ratio
+                above = above + below - 1 if name == "CeilToInt" else above
+                if below == 1:
+                    return self._write(above)
+                return f"{self._text(above, _ATOM)}//{self._text(below, _ATOM)}", _PRODUCT
             case _ if isinstance(expr, sympy.Integer):
                 return str(int(expr)), _ATOM if int(expr) >= 0 else _SUM
             case _:
@@ -96,3 +102,31 @@ class Symbols:
         if denominator != 1:
             text = f"({text})//{denominator}"
         return (f"-{text}", _SUM) if numerator < 0 else (text, _PRODUCT)
+
+
+def _ratio(expr: Any) -> tuple[Any, Any] | None:
+    """A float expression over sizes as a numerator and a denominator, where rounding to a float changes no digit."""
+    import sympy
+
+    match type(expr).__name__:
+        case "ToFloat":
+            return expr.args[0], sympy.Integer(1)
+        case "IntTrueDiv" if expr.args[1].is_Integer:
+            return expr.args
+        case "FloatTrueDiv" if (above := _ratio(expr.args[0])) and (below := _ratio(expr.args[1])):
+            exact = _is_power_of_two(above[1]) and below[1] == 1 and below[0].is_Integer
+            return (above[0], above[1] * below[0]) if exact else None
+        case "Float":
+            above, below = (sympy.Integer(part) for part in float(expr).as_integer_ratio())
+            return (above, below) if below <= 2**20 else None
+        case "Mul" | "FloatMul" if len(expr.args) == 2:
+            parts = [_ratio(arg) for arg in expr.args]
+            if any(part is None or not _is_power_of_two(part[1]) for part in parts):
+                return None
+            (above, below), (other_above, other_below) = (part for part in parts if part is not None)
+            return above * other_above, below * other_below
+    return None
+
+
+def _is_power_of_two(number: Any) -> bool:
+    return bool(number.is_Integer) and int(number) > 0 and int(number) & (int(number) - 1) == 0

@@ -10,8 +10,10 @@ from torch import nn
 
 from sparsec.diagnostics import CompileError
 from sparsec.frontend import experts_hook
+from sparsec.frontend.capture import capture
 from sparsec.frontend.experts_op import TARGET
-from tests.frontend.helpers import logits, mixtral, relative_error, token_ids, zoo_model
+from tests.frontend.helpers import logits, mixtral, outputs, relative_error, token_ids, zoo_model
+from tests.zoo.families import build
 
 
 @pytest.fixture
@@ -62,10 +64,26 @@ def bank(model: Any) -> Any:
     return model.model.layers[0].mlp.experts
 
 
-def test_a_norm_after_each_expert_is_refused(model: Any) -> None:
-    bank(model).has_post_expert_norm = True
-    with pytest.raises(CompileError, match=r"modeling_mixtral\.py:\d+: error: MixtralExperts normalises"):
-        experts_hook.activation_of(bank(model), torch.float32)
+def test_a_norm_after_each_expert_is_its_tail() -> None:
+    model, inputs = build("muse_spark")
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).last_hidden_state
+    captured = capture(model, (inputs["input_ids"],))
+    for op in (found := [op for op in captured.module.walk() if op.name == "moe.experts"]):
+        assert [len(region.args) for region in op.regions] == [2, 2]  # gate and up; rows and the norm's weight
+    assert len(found) == 2
+    assert relative_error(outputs(captured, inputs["input_ids"])[0], expected) < 1e-6
+
+
+def test_a_norm_over_several_rows_is_refused(model: Any) -> None:
+    class Centred(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0, keepdim=True)
+
+    bank(model).has_post_expert_norm, bank(model).post_expert_norm = True, Centred()
+    with pytest.raises(CompileError, match="mixes rows"):
+        experts_hook.regions_of(bank(model), torch.float32)
 
 
 def test_an_activation_over_columns_is_refused(model: Any) -> None:
@@ -75,4 +93,4 @@ def test_an_activation_over_columns_is_refused(model: Any) -> None:
 
     bank(model).act_fn = Softmaxed()
     with pytest.raises(CompileError, match="number of rows"):
-        experts_hook.activation_of(bank(model), torch.float32)
+        experts_hook.regions_of(bank(model), torch.float32)

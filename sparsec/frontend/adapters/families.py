@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsec.frontend import experts_hook
 from sparsec.frontend.adapters.registry import Registered
 from sparsec.frontend.functional import capacity, experts, grouped_linear
 
@@ -198,8 +199,62 @@ def ernie_vl(module: Any, hidden_states: Tensor, moe_mm_token_type_ids: Tensor |
     else:
         seen = moe_mm_token_type_ids.bool().reshape(-1, 1)
         vision_logits, vision_weights, vision_ids = vision.gate(x)
-        y = text.experts(x, torch.where(seen, text.num_experts, ids), weights)
-        y = y + vision.experts(x, torch.where(seen, vision_ids, vision.num_experts), vision_weights)
+        # Not by the banks' own forward: some implementations of it take no id that is to be skipped.
+        y = experts_hook.forward(text.experts, x, torch.where(seen, text.num_experts, ids), weights)
+        vision_ids = torch.where(seen, vision_ids, vision.num_experts)
+        y = y + experts_hook.forward(vision.experts, x, vision_ids, vision_weights)
         logits = torch.where(seen, vision_logits, logits)
     y = y.view(hidden_states.shape)
     return (y if module.shared_experts is None else y + module.shared_experts(hidden_states)), logits
+
+
+@_for("nllb_moe", "NllbMoeTop2Router")
+def nllb_router(module: Any, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Casts the classifier's weight for the call, and leaves the module's capacity as it was."""
+    bias = module.classifier.bias
+    weight = module.classifier.weight.to(module.dtype)
+    logits = F.linear(hidden_states.to(module.dtype), weight, None if bias is None else bias.to(module.dtype))
+    given = module.expert_capacity
+    try:
+        mask, probs = module.route_tokens(logits, hidden_states.dtype, padding_mask)
+    finally:
+        module.expert_capacity = given
+    return mask, probs, logits
+
+
+@_for(
+    "nllb_moe",
+    "NllbMoeExperts",
+    "this version of transformers takes the router's mask of zeros and ones for expert ids: expert_0 and expert_1 are "
+    "the only ones that it ever applies, to every token, and so they are compiled as dense layers",
+)
+def nllb(module: Any, hidden_states: Tensor, router_mask: Tensor, router_probs: Tensor) -> Tensor:
+    """What one_hot(mask, E) makes of a mask [T, E]: expert 1 where it is set, expert 0 everywhere else."""
+    y = torch.zeros_like(hidden_states)
+    for i in range(2):
+        share = torch.where(router_mask == i, router_probs, 0.0).sum(-1, keepdim=True)
+        y = y + module[f"expert_{i}"](hidden_states) * share
+    return y * (1 - module.moe_token_dropout)
+
+
+@_for(
+    "doge",
+    "DogeCDMoE",
+    "its two halves of router logits come from different tokens (view(2, tokens, -1)), so that a token's experts "
+    "depend on the other tokens of the batch: there is no routing token by token to fuse, and the layer stays dense",
+)
+def doge(module: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """Product keys over experts of one row each, with sizes that do not fix the batch."""
+    x, keys = hidden_states.reshape(-1, module.hidden_size), module.num_keys
+    logits = module.router_gate(x).flatten().view(2, x.shape[0], keys)
+    values, places = logits.topk(keys, dim=-1)
+    sums = (values[0].unsqueeze(-1) + values[1].unsqueeze(-2)).flatten(1)
+    pairs = (places[0].unsqueeze(-1) * keys + places[1].unsqueeze(-2)).flatten(1)
+    scores, best = sums.topk(module.top_k, dim=-1)
+    ids, weights = pairs.gather(-1, best), scores.softmax(-1)
+    if module.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    h = module.act_fn((module.down_embed(ids) @ x.unsqueeze(-1)).squeeze(-1)) * weights
+    routed = (h.unsqueeze(1) @ module.up_embed(ids)).view(hidden_states.shape)
+    shared = module.down_proj(module.act_fn(module.gate_proj(hidden_states)) * module.up_proj(hidden_states))
+    return shared + routed, logits
