@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsec.codegen.triton import experts, pointwise, route, rowwise
+from sparsec.codegen.triton import combine, experts, pointwise, route, rowwise
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
 from sparsec.codegen.triton.tile import unsupported
-from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
+from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
 from sparsec.ir.core import Func
 from sparsec.runtime.plan import Variant
 
@@ -49,12 +49,12 @@ def sketch_kernel(func: Func) -> Sketch:
     """
     op = experts.fused_op(func)
     match op:
-        case RouteGroup() | Group():
+        case Route() | RouteGroup() | Group():
             return route.sketch(func, op)
         case GatherGemm():
             return experts.gather_gemm(func, op)
         case GemmCombine():
-            return experts.gemm_combine(func, op)
+            return combine.gemm_combine(func, op)
         case _:
             raise unsupported(op, "it is not one of the fused ops")
 

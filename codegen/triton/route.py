@@ -1,4 +1,4 @@
-"""Kernels that route and group: `moe.route_group`, and `moe.group` for ids that come from elsewhere.
+"""Kernels that route and group: `moe.route_group`, `moe.route` alone, and `moe.group` for ids from elsewhere.
 
 Grouping is a stable counting sort. For a few tokens one program does everything. Otherwise three launches: each block
 of rows counts its experts, each expert adds up its counts over the blocks before, each block writes its pairs.
@@ -13,7 +13,7 @@ from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Schedul
 from sparsec.codegen.triton.region import RegionCode, converted
 from sparsec.codegen.triton.source import indent, library, module_text
 from sparsec.codegen.triton.tile import FLOATS, INTEGERS, POINTERS, Names, Tile, known_sizes, padded, unsupported
-from sparsec.dialects.moe import Group, RouteGroup
+from sparsec.dialects.moe import Group, Route, RouteGroup
 from sparsec.ir.core import Func, Value
 from sparsec.ir.types import DType, Sym
 
@@ -24,7 +24,7 @@ MAX_LANES = 16384
 KEEP = "ids = tl.where(live[:, None] & (ids >= 0) & (ids < E), ids, -1).to(tl.int32)"
 
 
-def sketch(func: Func, op: RouteGroup | Group) -> Sketch:
+def sketch(func: Func, op: Route | RouteGroup | Group) -> Sketch:
     """Text and launches of a routing kernel. Raises: CompileError for a region that no kernel can hold."""
     return _Router(func, op).sketch()
 
@@ -37,13 +37,16 @@ def _role(i: int, value: Value) -> str:
 class _Router:
     """Writes one kernel; the parts that routing and grouping share are methods."""
 
-    def __init__(self, func: Func, op: RouteGroup | Group) -> None:
+    def __init__(self, func: Func, op: Route | RouteGroup | Group) -> None:
         self.func, self.op = func, op
         ids = op.ids.tensor
         if len(ids.shape) != 2 or not isinstance(ids.shape[1], int) or ids.dtype not in INTEGERS:
             raise unsupported(op, f"ids are {ids}, must be [tokens, k] integers with k known")
         self.k = ids.shape[1]
-        self.experts = op.num_experts
+        experts = op.num_experts
+        if not isinstance(experts, int):
+            raise unsupported(op, f"the number of experts {experts!r} must be known")
+        self.experts = experts
         self.inputs = list[Value]() if isinstance(op, Group) else list(dict.fromkeys(op.operands))
         self.names = Names((*RESERVED, *library()))
         self.arguments = {value: self.names.fresh(_role(i, value)) for i, value in enumerate(self.inputs)}
@@ -57,9 +60,11 @@ class _Router:
         if not isinstance(self.op, Group):
             functions.append(self._region())
         variants = self._variants()
-        if any(not self._alone(v) for v in variants):
+        if isinstance(self.op, Route):
+            functions.append(self._choose_text())
+        elif any(not self._alone(v) for v in variants):
             functions += [self._route_text(), self._scan_text(), self._place_text()]
-        if any(self._alone(v) for v in variants):
+        if not isinstance(self.op, Route) and any(self._alone(v) for v in variants):
             functions.append(self._alone_text())
         constants = {"E": self.experts, "E_PAD": padded(self.experts), "K": self.k, "K_PAD": padded(self.k)}
         source = module_text(self.func, self.op, self._summary(), constants, functions)
@@ -68,6 +73,8 @@ class _Router:
     def _summary(self) -> str:
         routing = f"choose {self.k} of {self.experts} experts for each token and weigh them"
         grouping = "sort the (token, slot) pairs by expert, keeping their order"
+        if isinstance(self.op, Route):
+            return f"{routing}."
         return f"{grouping}." if isinstance(self.op, Group) else f"{routing}; then {grouping}."
 
     def _variants(self) -> list[Mapping[str, Any]]:
@@ -176,6 +183,16 @@ class _Router:
         outputs = "".join(f"{name}_out, " for name in ("ids", "weights", *self.extras.values()))
         return self._names(", ") + outputs
 
+    def _choose_text(self) -> str:
+        lines = [
+            '"""One block of rows: ids and weights."""',
+            "rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)",
+            "live = rows < tokens",
+            "rows = rows.to(tl.int64)",
+            *self._tile_of_ids(),
+        ]
+        return self._entry(f"{self.func.name}_choose", f"{self._chosen}tokens, ROWS: tl.constexpr", lines)
+
     def _route_text(self) -> str:
         ids = "" if isinstance(self.op, Group) else "ids and weights, "
         lines = [
@@ -278,6 +295,9 @@ class _Router:
             ]
         constants = {"ROWS": rows}
         up_to, name = variant.get("up_to"), self.func.name
+        if isinstance(op, Route):
+            entry = Entry(f"{name}_choose", (*chosen, TOKENS), constants, (blocks, "1"), warps, 1)
+            return Schedule(up_to, (entry,))
         order = Parameter("order", I32, wiring.result(op.order))
         offsets = Parameter("offsets", I32, wiring.result(op.offsets))
         placed = (order, offsets)

@@ -160,7 +160,7 @@ class GroupedLinear(OpDef, name="moe.grouped_linear"):
         (tokens, k), experts = ids.shape, w.shape[0]
         order, offsets = group_reference(ids, experts)
         pairs = order.long()
-        rows = x.reshape(tokens * k, -1)[pairs] if x.dim() == 3 else x[pairs // k]
+        rows = x.flatten(0, 1)[pairs] if x.dim() == 3 else x[pairs // k]
         if weights is not None:
             return gemm_combine_reference(rows, order, offsets, weights, w, bias, self.transposed, x.dtype)
         single = ids.reshape(-1, 1)

@@ -16,7 +16,7 @@ import torch
 
 from sparsec.codegen.triton.compile import load_module
 from sparsec.codegen.triton.emit import sketch_kernel
-from sparsec.ir.core import Func
+from sparsec.ir.core import Func, Value
 from sparsec.ir.types import Sym, TensorType
 from sparsec.runtime import plan
 from sparsec.runtime.triton_kernels import launcher
@@ -67,7 +67,7 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
         for schedule in sketch.schedules
     ]
     op = func.body.ops[0]
-    params = tuple(_type(value.type) for value in op.operands)
+    params = tuple(_type(value.type) if isinstance(value, Value) else None for value in op.arguments)
     results = tuple(_type(value.type) for value in op.results)
     fixed = func.attrs["tokens"]
     tokens = fixed if isinstance(fixed, int) and not isinstance(fixed, bool) else "t"

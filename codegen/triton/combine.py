@@ -1,0 +1,164 @@
+"""The kernels of the down-projection and the sum over a token's experts: `moe.gemm_combine`.
+
+The GEMM leaves one row of f32 for each pair, and a second kernel adds those of a token in the order of its slots, so
+that the result does not depend on who comes first. The GEMM weighs the rows, but where a tail has to see whole ones.
+"""
+
+from __future__ import annotations
+
+from sparsec.codegen.triton.gemm import GROUP_M, GroupedGemm, masked, narrowed, step
+from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Schedule, Sketch, Wiring
+from sparsec.codegen.triton.region import RegionCode
+from sparsec.codegen.triton.source import indent, library, module_text
+from sparsec.codegen.triton.tile import FLOATS, INTEGERS, POINTERS, Names, Tile, known_sizes, padded, unsupported
+from sparsec.dialects.moe import GemmCombine
+from sparsec.ir.core import Func, Value
+from sparsec.ir.types import DType
+
+MAX_ROW = 16384
+"""Most lanes of a row that a tail can hold in registers."""
+
+
+def gemm_combine(func: Func, op: GemmCombine) -> Sketch:
+    """Text and launches of the down-projection and the weighted sum. Raises: CompileError."""
+    gemm = GroupedGemm(func, op, op.h, op.down, op.down_bias)
+    hidden = gemm.known(op.y.tensor.shape[-1])
+    wiring = Wiring(op)
+    partial = Parameter("partial", "*fp32", wiring.buffer(f"t * {op.k * hidden * 4}"))
+    kept = Parameter("kept", I32, wiring.buffer(f"t * {op.k * 4}")) if op.tail is not None else None
+    weights = gemm.pointer("weights", op.weights, wiring) if op.weighted else None
+    parameters = [
+        *(gemm.pointer(name, value, wiring) for name, value in (("h", op.h), ("order", op.order))),
+        gemm.pointer("offsets", op.offsets, wiring),
+        *([weights] if weights is not None and kept is None else []),
+        gemm.pointer("down", op.down, wiring),
+        *([gemm.pointer("down_bias", op.down_bias, wiring)] if op.down_bias is not None else []),
+        partial,
+        *([kept] if kept is not None else []),
+        TOKENS,
+    ]
+    y = Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))
+    if kept is None:
+        finish, entry = _combine(func, op, hidden, (partial, y))
+    else:
+        rest = [gemm.pointer(f"param_{i}", value, wiring) for i, value in enumerate(op.tail_params)]
+        given = (partial, kept, *([weights] if weights is not None else []), *rest, y)
+        finish, entry = _finish(func, op, hidden, given)
+    constants = {"E": gemm.experts, "E_PAD": padded(gemm.experts + 1), "K": op.k, "H": hidden, "I": gemm.inner}
+    does = [*(["finished"] if op.tail is not None else []), *(["weighed"] if op.weighted else []), "and added"]
+    summary = f"rows of h times their expert's down-projection, {', '.join(does)} per token in the order of slots."
+    text = gemm.signature(f"{func.name}_gemm", parameters) + "\n" + indent(_gemm_lines(gemm, op, hidden))
+    source = module_text(func, op, summary, {**constants, "GROUP_M": GROUP_M}, [text, finish])
+    schedules = list[Schedule]()
+    for variant in gemm.variants:
+        sizes = gemm.sizes(variant, hidden)
+        grid = gemm.grid(sizes, hidden, gemm.experts + 1)
+        first = gemm.entry(f"{func.name}_gemm", parameters, variant, sizes, grid)
+        schedules.append(Schedule(variant.get("up_to"), (first, entry), tuple(wiring.scratch)))
+    return Sketch(source, tuple(schedules))
+
+
+def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, hidden: int) -> list[str]:
+    """The body of the GEMM."""
+    bound = [] if gemm.even(hidden, "BLOCK_N", hidden) else ["columns < H"]
+    at = "depth[:, None] * H + columns[None, :]" if op.down_transposed else "columns[None, :] * I + depth[:, None]"
+    bias = "tl.load(down_bias + expert.to(tl.int64) * H + columns" + masked(bound) + ").to(tl.float32)"
+    out_mask = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
+    weigh = op.weighted and op.tail is None
+    kept = "tl.full([BLOCK_M], 0, tl.int32) + (expert < E).to(tl.int32)"
+    return [
+        f'"""Row p of partial is the down-projection of pair p by its expert{", times its weight" if weigh else ""}; '
+        '0 if skipped."""',
+        *gemm.head("H"),
+        "if expert > E:",
+        "    return",
+        *gemm.rows(),
+        "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
+        "out = partial + pair.to(tl.int64)[:, None] * H + columns[None, :]",
+        *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if op.tail is not None else []),
+        "if expert == E:",
+        f"    tl.store(out, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), mask={out_mask})",
+        "    return",
+        "depth = tl.arange(0, BLOCK_K)",
+        "a_at = h + rows.to(tl.int64)[:, None] * I + depth[None, :]",
+        f"down_at = down + expert.to(tl.int64) * (H * I) + {at}",
+        "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
+        *gemm.loop("I", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in bound]}, {"down_at": "acc"},
+                   step(op.down_transposed, "H")),
+        *([f"acc += {bias}[None, :]"] if op.down_bias is not None else []),
+        *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if weigh else []),
+        f"tl.store(out, acc, mask={out_mask})",
+    ]  # fmt: skip
+
+
+def _combine(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Parameter, ...]) -> tuple[str, Entry]:
+    """The kernel that adds rows as they are, a block of columns in a program."""
+    block, name = min(1024, padded(hidden)), f"{func.name}_combine"
+    tail = hidden % block != 0
+    mask = ", mask=columns < H, other=0" if tail else ""
+    lines = [
+        '"""One token: the sum of its K rows of partial, slot by slot, rounded once."""',
+        "token = tl.program_id(0).to(tl.int64)",
+        "columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)",
+        "total = tl.zeros([BLOCK_H], tl.float32)",
+        "for slot in tl.static_range(K):",
+        f"    total += tl.load(partial + (token * K + slot) * H + columns{mask})",
+        f"tl.store(y + token * H + columns, {narrowed('total', op.y.tensor.dtype)}"
+        f"{', mask=columns < H' if tail else ''})",
+    ]
+    text = f"@triton.jit\ndef {name}(partial, y, BLOCK_H: tl.constexpr):\n{indent(lines)}"
+    return text, Entry(name, parameters, {"BLOCK_H": block}, ("t", str(-(-hidden // block))), 4, 1)
+
+
+RESERVED = ("partial", "kept", "weights", "y", "token", "columns", "total", "slot", "pair", "row", "weight", "ROWS")
+
+
+def _finish(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Parameter, ...]) -> tuple[str, Entry]:
+    """The kernel that takes whole rows through the tail, one token in a program. Raises: CompileError."""
+    assert op.tail is not None
+    lanes, name = padded(hidden), f"{func.name}_finish"
+    if lanes > MAX_ROW:
+        raise unsupported(op, f"a tail over rows of {hidden} columns does not fit into registers")
+    given = [parameter.name for parameter in parameters]
+    code = RegionCode(Names((*RESERVED, *given, *library())), rounds=False)
+    within = "(columns < H)[None, :]" if lanes != hidden else ""
+    loads = [_vector(code, op, value, f"param_{i}") for i, value in enumerate(op.tail_params)]
+    (row,) = code.run(op.tail, [Tile("row", (hidden,), True, op.tail.args[0].tensor.dtype), *loads])
+    head, steps = code.lines[: len(loads)], code.lines[len(loads) :]
+    weight = ["weight = tl.load(weights + pair).to(tl.float32)"] if op.weighted else []
+    body = [
+        "pair = token * K + slot",
+        f"row = tl.load(partial + pair * H + columns[None, :]{masked([within] if within else [])})",
+        *steps,
+        *weight,
+        "# A pair that is skipped adds nothing, whatever the tail makes of zeros.",
+        f"total += tl.where(tl.load(kept + pair) != 0, {row.text}{' * weight' if weight else ''}, 0.0)",
+    ]
+    store_mask = f", mask={within}" if within else ""
+    lines = [
+        '"""One token: its K rows of partial through the tail, weighed and added slot by slot, rounded once."""',
+        "token = tl.program_id(0).to(tl.int64)",
+        f"columns = tl.arange(0, {lanes})",
+        *head,
+        f"total = tl.zeros([1, {lanes}], tl.float32)",
+        "for slot in range(K):",
+        *(f"    {line}" for line in body),
+        f"tl.store(y + token * H + columns[None, :], {narrowed('total', op.y.tensor.dtype)}{store_mask})",
+    ]
+    text = f"@triton.jit\ndef {name}({', '.join(given)}, ROWS: tl.constexpr):\n{indent(lines)}"
+    return text, Entry(name, parameters, {"ROWS": 1}, ("t", "1"), 4 if lanes <= 2048 else 8, 1)
+
+
+def _vector(code: RegionCode, op: GemmCombine, value: Value, pointer: str) -> Tile:
+    """Load a vector or a scalar that the tail reads. Raises: CompileError for anything larger."""
+    type = value.tensor
+    sizes = known_sizes(type, False, op)
+    if len(sizes) > 1 or type.dtype not in FLOATS | INTEGERS:
+        raise unsupported(op, f"%{value.name} is {type}: a tail reads vectors of numbers")
+    name = code.names.fresh(f"{pointer}_tile")
+    lane = f"tl.arange(0, {padded(sizes[0])})" if sizes else ""
+    bound = f", mask={lane} < {sizes[0]}, other=0" if sizes and padded(sizes[0]) != sizes[0] else ""
+    wide = ".to(tl.float32)" if type.dtype in FLOATS else ".to(tl.int32)"
+    load = f"tl.load({pointer}{f' + {lane}' if lane else ''}{bound})"
+    code.lines.append(f"{name} = {load}{'' if type.dtype is DType.f32 else wide}")
+    return Tile(name, sizes, False, type.dtype, pointer)

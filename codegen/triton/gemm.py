@@ -1,0 +1,128 @@
+"""What the two GEMMs of an expert layer share: tiles, the loop over the inner dimension, the grid.
+
+Rows are cut into blocks expert by expert, and each program finds its block from the offsets, so no list of tiles has
+to come from the host: the grid is an upper bound, and programs past the last tile leave at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from sparsec.codegen.triton.launch import Entry, Parameter, Wiring
+from sparsec.codegen.triton.tile import FLOATS, NARROW, POINTERS, padded, unsupported
+from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.ir.core import Func, Value
+from sparsec.ir.types import DType
+
+GROUP_M = 8
+"""Row blocks of one expert that share a block of its weights before the next one is read."""
+
+DEFAULTS: tuple[Mapping[str, Any], ...] = (
+    {"up_to": 64, "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4},
+    {"up_to": 1024, "block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 4},
+    {"up_to": None, "block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 8, "num_stages": 3},
+)
+"""Variants where the schedule names none."""
+
+
+class GroupedGemm:
+    """What both kernels share: tile sizes, the loop over the inner dimension, the grid."""
+
+    def __init__(self, func: Func, op: GatherGemm | GemmCombine, a: Value, bank: Value, bias: Value | None) -> None:
+        self.func, self.op, self.bank, self.bias = func, op, bank, bias
+        for value in (a, bank, *([bias] if bias is not None else [])):
+            if value.tensor.dtype not in FLOATS:
+                raise unsupported(op, f"%{value.name} is {value.type}: GEMMs take f32, f16 and bf16")
+        if a.tensor.dtype is not bank.tensor.dtype:
+            raise unsupported(op, f"%{a.name} is {a.tensor.dtype}, %{bank.name} {bank.tensor.dtype}: they must agree")
+        self.inner = self.known(a.tensor.shape[-1])
+        self.experts, self.k = op.num_experts, op.k
+        given = op.variants or func.attrs.get("variants") or DEFAULTS
+        self.variants = list(cast("Sequence[Mapping[str, Any]]", given))
+
+    def known(self, dim: object) -> int:
+        if not isinstance(dim, int):
+            raise unsupported(self.op, f"the size {dim!r} must be known")
+        return dim
+
+    def sizes(self, variant: Mapping[str, Any], columns: int) -> dict[str, int]:
+        """Tile sizes of a variant, no larger than the problem and no smaller than a tensor core's."""
+        return {
+            "BLOCK_M": max(16, padded(int(variant.get("block_m", 64)))),
+            "BLOCK_N": max(16, min(padded(int(variant.get("block_n", 64))), padded(columns))),
+            "BLOCK_K": max(16, min(padded(int(variant.get("block_k", 64))), padded(self.inner))),
+        }
+
+    def even(self, size: int, block: str, columns: int) -> bool:
+        """Whether `block` divides `size` in every variant, so that no mask is needed."""
+        return all(size % self.sizes(variant, columns)[block] == 0 for variant in self.variants)
+
+    def head(self, columns: str) -> list[str]:
+        """Find the tile; leave if there is none."""
+        return [
+            f"COLUMNS: tl.constexpr = ({columns} + BLOCK_N - 1) // BLOCK_N",
+            "expert, start, stop, row_block, column_block = find_tile(",
+            "    tl.program_id(0), offsets, tokens * K, E, E_PAD, COLUMNS, BLOCK_M, GROUP_M",
+            ")",
+        ]
+
+    def rows(self) -> list[str]:
+        return [
+            "rows = start + row_block * BLOCK_M + tl.arange(0, BLOCK_M)",
+            "live = rows < stop",
+            "pair = tl.load(order + rows, mask=live, other=0)",
+        ]
+
+    def loop(self, inner: str, masks: Mapping[str, Sequence[str]], banks: Mapping[str, str], step: str) -> list[str]:
+        """`acc += a @ bank` over the inner dimension for each (bank pointer, accumulator).
+
+        Args:
+            inner: name of the inner size.
+            masks: conditions of the loads from `a_at` and from the banks, besides the inner dimension's.
+            banks: accumulator by pointer.
+            step: what the banks' pointers advance by.
+        """
+        tail = self.inner % max(self.sizes(v, 1 << 30)["BLOCK_K"] for v in self.variants) != 0
+        a = [*masks["a"], *(["(depth < " + inner + " - k)[None, :]"] if tail else [])]
+        b = [*masks["bank"], *(["(depth < " + inner + " - k)[:, None]"] if tail else [])]
+        precision = ', input_precision="ieee"' if self.bank.tensor.dtype is DType.f32 else ""
+        lines = [f"for k in tl.range(0, {inner}, BLOCK_K):", f"    a = tl.load(a_at{masked(a)})"]
+        for pointer, accumulator in banks.items():
+            lines.append(f"    {accumulator} = tl.dot(a, tl.load({pointer}{masked(b)}), {accumulator}{precision})")
+        lines.append("    a_at += BLOCK_K")
+        return [*lines, *(f"    {pointer} += {step}" for pointer in banks)]
+
+    def grid(self, sizes: Mapping[str, int], columns: int, groups: int) -> tuple[str, str]:
+        """At most this many tiles: every row block is full but one for each group that has rows."""
+        pairs = f"t * {self.k}" if self.k > 1 else "t"
+        blocks = -(-columns // sizes["BLOCK_N"])
+        return f"({pairs} // {sizes['BLOCK_M']} + min({groups}, {pairs})) * {blocks}", "1"
+
+    def entry(self, name: str, parameters: Sequence[Parameter], variant: Mapping[str, Any], sizes: Mapping[str, int],
+              grid: tuple[str, str]) -> Entry:  # fmt: skip
+        warps, stages = int(variant.get("num_warps", 4)), int(variant.get("num_stages", 3))
+        return Entry(name, tuple(parameters), sizes, grid, warps, stages)
+
+    def signature(self, name: str, parameters: Sequence[Parameter]) -> str:
+        names = ", ".join(parameter.name for parameter in parameters)
+        tiles = "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr"
+        return f'@triton.jit(do_not_specialize=["tokens"])\ndef {name}({names}, {tiles}):'
+
+    def pointer(self, name: str, value: Value, wiring: Wiring) -> Parameter:
+        return Parameter(name, POINTERS[value.tensor.dtype], wiring.operand(value))
+
+
+def step(transposed: bool, columns: str) -> str:
+    """What a bank's pointers advance by along the inner dimension."""
+    return f"BLOCK_K * ({columns})" if transposed else "BLOCK_K"
+
+
+def masked(conditions: Sequence[str]) -> str:
+    """The rest of a load under conditions: zeros where they do not hold."""
+    return f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+
+
+def narrowed(text: str, dtype: DType) -> str:
+    """An f32 tile in the element type of a result."""
+    return f"{text}.to({NARROW[dtype]})" if dtype in NARROW else text
