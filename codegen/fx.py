@@ -36,7 +36,7 @@ class FxBuilder:
         kernels: Mapping[str, str],
         device: torch.device,
         constants: Mapping[str, torch.Tensor],
-        places: Sequence[int | None] | None,
+        places: Sequence[int | Sym | None] | None,
     ) -> None:
         self.kernels, self.device, self.places = kernels, device, places
         self.root = torch.nn.Module()
@@ -66,7 +66,7 @@ class FxBuilder:
             case Return():
                 results = [self.nodes[value] for value in op.operands]
                 places = range(len(results)) if self.places is None else self.places
-                self.graph.output(tuple(None if place is None else results[place] for place in places))
+                self.graph.output(tuple(self._returned(place, results) for place in places))
             case Alloc():
                 pass  # the operator allocates what it returns
             case Launch():
@@ -77,6 +77,11 @@ class FxBuilder:
                 self._call(op)
             case _:
                 raise CompileError(f"'{op.name}' has no counterpart in a torch.fx graph", op.loc)
+
+    def _returned(self, place: int | Sym | None, results: Sequence[fx.Node]) -> Any:
+        if isinstance(place, Sym):
+            return self.dim(place)
+        return None if place is None else results[place]
 
     def _call(self, op: AtenOp) -> None:
         args, kwargs = list[Any](), dict[str, Any]()
@@ -160,7 +165,7 @@ def to_fx(
     kernels: Mapping[str, str],
     device: torch.device,
     constants: Mapping[str, torch.Tensor] | None = None,
-    places: Sequence[int | None] | None = None,
+    places: Sequence[int | Sym | None] | None = None,
 ) -> fx.GraphModule:
     """A torch.fx graph that computes `func`.
 
@@ -169,7 +174,7 @@ def to_fx(
         kernels: for each callee, the name under which the runtime's launch operator knows it.
         device: where tensors that the function creates live.
         constants: the tensors of arguments of kind `constant`, by source; they become buffers of the graph's module.
-        places: what the graph returns: for each place the number of a result, or None. All results by default.
+        places: what the graph returns: for each place the number of a result, a size, or None. All results by default.
 
     Raises:
         CompileError: for an op that torch has no operator for, or a size that nothing binds.

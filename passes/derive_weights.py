@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -82,7 +83,7 @@ class _Taken:
         function = self._function(value, ops, leaves)
         of = tuple(str(main.arg_attrs[leaf]["source"]) for leaf in leaves)
         source = self._free(PREFIX + pattern(of))
-        arg = main.body.add_arg(value.type, source.removeprefix(PREFIX).replace("*", "_").replace("#", "_"))
+        arg = main.body.add_arg(value.type, re.sub(r"\W+", ".", source))
         main.arg_attrs[arg] = {"kind": "derived", "source": source, "function": function, "of": of}
         self.fixed[arg] = True
         for user in list(value.users):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -19,8 +22,13 @@ from sparsec import pipeline
 from sparsec.codegen.emit import emit
 from sparsec.codegen.fx import to_fx
 from sparsec.diagnostics import CompileError, SparsecError
-from sparsec.frontend.graph import import_graph, result_places
+from sparsec.frontend.graph import import_graph
+from sparsec.ir.core import Func, Module
+from sparsec.ir.derived import derivations
+from sparsec.ir.equal import func_key
+from sparsec.ir.interp import evaluate_func
 from sparsec.launch import register
+from sparsec.runtime.live_weights import LiveWeight
 
 _logger = logging.getLogger(__name__)
 
@@ -55,25 +63,103 @@ class _Compiler:
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            fused = _fuse(graph_module, example_inputs)
+            fused = fuse(graph_module, example_inputs)
         except CompileError as error:
             warnings.warn(f"sparsec leaves this graph to PyTorch:\n{error}", stacklevel=2)
-            fused = graph_module
-        return self.dense(fused, example_inputs)
+            fused = None
+        if fused is None:
+            return self.dense(graph_module, example_inputs)
+        mode = detect_fake_mode(list(example_inputs))
+        with mode if mode is not None else nullcontext():
+            examples = [read.example(example_inputs) for read in fused.reads]
+        run = self.dense(fused.graph, examples)
+
+        def boxed(inputs: list[Any]) -> Any:
+            given = [read(inputs) for read in fused.reads]
+            inputs.clear()
+            return run(given)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
 
 
-def _fuse(graph_module: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
-    """The graph with its expert layers as launches of kernels; the same graph where it has none."""
-    module, constants = import_graph(graph_module)
-    if not any(op.name == "moe.experts" for op in module.walk()):
+@dataclass(frozen=True)
+class Given:
+    """An argument of a fused graph that is an input of the graph before it."""
+
+    place: int
+
+    def __call__(self, inputs: Sequence[Any]) -> Any:
+        return inputs[self.place]
+
+    example = __call__
+
+
+@dataclass(frozen=True)
+class Made:
+    """An argument of a fused graph that is made of weights among the inputs: once, not at every call."""
+
+    places: tuple[int, ...]
+    weight: LiveWeight
+
+    def __call__(self, inputs: Sequence[Any]) -> torch.Tensor:
+        return self.weight([inputs[place] for place in self.places])
+
+    def example(self, inputs: Sequence[Any]) -> torch.Tensor:
+        return self.weight.make([inputs[place] for place in self.places])
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A graph whose expert layers are launches of kernels, and where its arguments come from."""
+
+    graph: GraphModule
+    reads: list[Given | Made]
+
+
+def fuse(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Fused | None:
+    """The graph with its expert layers as launches of kernels; None where it has none. Raises: CompileError."""
+    imported = import_graph(graph_module, _static_inputs())
+    result = pipeline.run(imported.module, to="raise")
+    for remark in result.remarks:
+        _logger.info("%s", remark)
+    if not any(op.dialect == "moe" for op in imported.module.main.body.ops):
         _logger.info("no bank of experts in this graph: it is left to PyTorch")
-        return graph_module
+        return None
     device = _device_of(example_inputs)
     target = _target_of(device)
-    lowered = pipeline.run(module, target=target).module
+    lowered = pipeline.run(imported.module, target=target).module
     emitted = emit(lowered, target)
     kernels = {name: register(kernel, device, emitted.files) for name, kernel in emitted.plan.kernels.items()}
-    return to_fx(lowered.main, kernels, device, constants, result_places(graph_module))
+    graph = to_fx(lowered.main, kernels, device, imported.constants, imported.results)
+    return Fused(graph, list(_reads(graph_module, lowered)))
+
+
+def _reads(graph_module: GraphModule, lowered: Module) -> Iterator[Given | Made]:
+    """For each argument of the lowered graph but its constants, where it comes from."""
+    names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    places = {name: i for i, name in enumerate(names)}
+    made = derivations(lowered)
+    for attrs in map(lowered.main.arg_attrs.__getitem__, lowered.main.body.args):
+        source = str(attrs["source"])
+        if source in made:
+            func, of = made[source].func, made[source].of
+            digest = hashlib.sha256(repr(func_key(func)).encode()).hexdigest()
+            weight = LiveWeight(digest, partial(_derive, Module([func]), func))
+            yield Made(tuple(places[name] for name in of), weight)
+        elif attrs["kind"] != "constant":
+            yield Given(places[source])
+
+
+def _derive(module: Module, func: Func, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    (made,) = evaluate_func(module, func, parts)
+    return cast("torch.Tensor", made)
+
+
+def _static_inputs() -> Collection[int]:
+    """Numbers of the inputs that are parameters and buffers of the model that is compiled."""
+    context = TracingContext.try_get()
+    return () if context is None or context.fw_metadata is None else context.fw_metadata.static_input_indices
 
 
 def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule
@@ -11,21 +12,41 @@ from sparsec.diagnostics import CompileError
 from sparsec.frontend.importer import GraphImporter
 from sparsec.ir.core import Attr, Module, Value
 from sparsec.ir.opdef import make
+from sparsec.ir.types import Sym
 
 
-def import_graph(graph_module: GraphModule) -> tuple[Module, dict[str, torch.Tensor]]:
-    """The module of a graph whose placeholders are tensors and sizes, and the constants that it holds.
+@dataclass(frozen=True)
+class ImportedGraph:
+    """A graph in the IR.
 
-    Every placeholder is an input of `main`, in order; constants follow. `result_places` tells where results that are
-    None stood.
+    Args:
+        module: its placeholders are arguments of `main`, in order, which say by `source` whose they are; constants
+            follow.
+        constants: the tensors that the graph holds, by source.
+        results: for each result of the graph the number of the result of `main`, the size that it is, or None.
+    """
+
+    module: Module
+    constants: dict[str, torch.Tensor]
+    results: list[int | Sym | None]
+
+
+def import_graph(graph_module: GraphModule, weights: Collection[int] = ()) -> ImportedGraph:
+    """Import a graph whose placeholders are tensors and sizes.
+
+    Args:
+        weights: numbers of the placeholders that are parameters and buffers of a module.
 
     Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
     """
     importer = GraphImporter()
     constants: dict[str, torch.Tensor] = {}
+    placeholders = 0
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
-            importer.argument(node, {"kind": "input"})
+            kind = "param" if placeholders in weights else "input"
+            importer.argument(node, {"kind": kind, "source": node.name})
+            placeholders += 1
         elif node.op == "get_attr":
             held = getattr(graph_module, str(node.target))
             if not isinstance(held, torch.Tensor):
@@ -33,26 +54,19 @@ def import_graph(graph_module: GraphModule) -> tuple[Module, dict[str, torch.Ten
             node.meta.setdefault("val", held)
             constants[str(node.target)] = held
             importer.argument(node, {"kind": "constant", "source": str(node.target)})
-    results = [value for value in importer.graph(graph_module) if isinstance(value, Value)]
-    importer.func.result_attrs = {i: dict[str, Attr](kind="output") for i in range(len(results))}
-    importer.builder.block.append(make("func.return", results))
-    return Module([importer.func], {"phase": "capture", "version": 1}), constants
-
-
-def result_places(graph_module: GraphModule) -> list[int | None]:
-    """For each result of the graph, which result of the imported `main` it is; None where the graph returns None.
-
-    Raises: CompileError for a graph that returns a size.
-    """
-    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
-    returned: Any = output.args[0]
-    places, count = list[int | None](), 0
+    returned = importer.graph(graph_module)
+    values = [value for value in returned if isinstance(value, Value)]
+    importer.func.result_attrs = {i: dict[str, Attr](kind="output") for i in range(len(values))}
+    importer.builder.block.append(make("func.return", values))
+    results, count = list[int | Sym | None](), 0
     for i, item in enumerate(returned):
-        if item is None:
-            places.append(None)
-        elif isinstance(item, torch.fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
-            places.append(count)
+        if isinstance(item, Value):
+            results.append(count)
             count += 1
+        elif item is None or isinstance(item, Sym):
+            results.append(item)
+        elif isinstance(item, int) and not isinstance(item, bool):
+            results.append(Sym(str(item)))
         else:
-            raise CompileError(f"result {i} of the graph is a size, which a compiled graph cannot return")
-    return places
+            raise CompileError(f"result {i} of the graph is {item!r}, neither a tensor nor a size")
+    return ImportedGraph(Module([importer.func], {"phase": "capture", "version": 1}), constants, results)
