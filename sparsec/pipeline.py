@@ -35,7 +35,8 @@ PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
 PIPELINES: dict[str, str] = {
     "capture": "",
     "raise": (
-        "recompose,canonicalize,cse,dce,canonicalize-routers,raise-route,canonicalize-routers,canonicalize,cse,dce,"
+        "recompose,canonicalize,cse,raise-experts,dce,"
+        "canonicalize-routers,raise-route,canonicalize-routers,canonicalize,cse,dce,"
         "derive-weights"
     ),
     "fuse": "fuse-route-group,fuse-experts,cse,dce",

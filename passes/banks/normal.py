@@ -1,0 +1,168 @@
+"""Normal forms: a term as a sum of products, with selections and sorts turned into sums over (token, slot) pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparsec.ir.types import DType
+from sparsec.passes.banks.read import index_of, taken_apart
+from sparsec.passes.banks.sorting import placed
+from sparsec.passes.banks.terms import (
+    Atom,
+    Chosen,
+    Exists,
+    Flat,
+    Leaf,
+    Num,
+    Plus,
+    Point,
+    Rank,
+    Same,
+    Sorted,
+    Sum,
+    Term,
+    Times,
+    Var,
+    rename_bound,
+    substitute,
+)
+
+
+@dataclass
+class Product:
+    """The sum over some atoms of a product of factors."""
+
+    over: list[Atom]
+    factors: list[Term]
+
+    def substitute(self, changes: dict[Atom, Term]) -> None:
+        self.factors = [substitute(factor, changes) for factor in self.factors]
+
+
+def products(term: Term) -> list[Product]:
+    """A term as a sum of products. What is not linear, and products with matrices, are factors as a whole."""
+    if isinstance(term, Plus) and all(part.gemms for part in term.terms):
+        return [product for part in term.terms for product in products(part)]
+    product = Product([], [])
+    flatten(term, product)
+    return [product]
+
+
+def flatten(term: Term, into: Product) -> None:
+    if isinstance(term, Times):
+        flatten(term.left, into)
+        flatten(term.right, into)
+    elif isinstance(term, Sum) and not term.matrix:
+        clashing: dict[Atom, Term] = {atom: Var(copy_of(atom)) for atom in term.over if atom in into.over}
+        term = rename_bound(term, clashing) if clashing else term
+        assert isinstance(term, Sum)
+        into.over += term.over
+        flatten(term.body, into)
+    elif is_cast(term) and isinstance(term, Point):
+        flatten(term.args[0], into)  # sums and weights are taken in f32 whatever they pass through
+    elif term != Num(1):
+        into.factors.append(term)
+
+
+def copy_of(atom: Atom) -> Atom:
+    """A new atom that runs over the same numbers."""
+    return Atom(atom.size, atom.name)
+
+
+def is_cast(term: Term) -> bool:
+    """Whether a term is a conversion between floats."""
+    return isinstance(term, Point) and term.name == "aten._to_copy"
+
+
+def without_casts(term: Term) -> Term:
+    while is_cast(term) and isinstance(term, Point):
+        term = term.args[0]
+    return term
+
+
+def reduce(product: Product) -> None:
+    """Take out atoms that number selections or sorted rows, and comparisons that fix an atom."""
+    while _reduce_once(product):
+        pass
+    product.factors = list(dict.fromkeys(factor for factor in product.factors if not _is_mask_twice(factor, product)))
+
+
+def _is_mask_twice(factor: Term, product: Product) -> bool:
+    """Whether a mask is implied by another factor: some slot is the expert's where a given slot is."""
+    if not isinstance(factor, Exists):
+        return False
+    return any(
+        isinstance(other, Same) and _instance(factor, other, [Var(atom) for atom in product.over])
+        for other in product.factors
+    )
+
+
+def _instance(general: Exists, other: Term, candidates: Sequence[Var]) -> bool:
+    if len(general.over) != 1:
+        return general.body == other
+    (atom,) = general.over
+    return any(substitute(general.body, {atom: var}) == other for var in candidates if var.atom.size == atom.size)
+
+
+def _reduce_once(product: Product) -> bool:
+    for atom in product.over:
+        if isinstance(atom, Chosen):
+            fresh: dict[Atom, Term] = {base: Var(copy_of(base)) for base in atom.base}
+            product.factors = [placed(factor, atom, fresh) for factor in product.factors]
+            _replace(product, atom, fresh, substitute(atom.when, fresh))
+            return True
+        if isinstance(atom, Sorted) and any(atom in factor.free for factor in product.factors):
+            fresh = {base: Var(copy_of(base)) for base in atom.base}
+            element = substitute(index_of(atom.base), fresh)
+            product.substitute({atom: Rank(element, atom)})
+            _replace(product, atom, fresh)
+            return True
+    for factor in product.factors:
+        if isinstance(factor, Times | Sum) and not (isinstance(factor, Sum) and factor.matrix):
+            product.factors.remove(factor)
+            flatten(factor, product)
+            return True
+        if isinstance(factor, Same) and (changes := _solved(factor, product.over)):
+            product.factors.remove(factor)
+            product.over = [atom for atom in product.over if atom not in changes]
+            product.substitute(changes)
+            return True
+    return False
+
+
+def _replace(product: Product, atom: Atom, fresh: dict[Atom, Term], *factors: Term) -> None:
+    product.over.remove(atom)
+    product.over += [new.atom for new in fresh.values() if isinstance(new, Var)]
+    product.factors += factors
+
+
+def _solved(same: Same, over: Sequence[Atom]) -> dict[Atom, Term]:
+    """The atoms that a comparison fixes, and to what."""
+    for side, other in ((same.left, same.right), (same.right, same.left)):
+        atoms = [side] if isinstance(side, Var) else list(side.items) if isinstance(side, Flat) else []
+        mine = [item.atom for item in atoms if isinstance(item, Var)]
+        if mine and len(mine) == len(atoms) and all(atom in over and atom not in other.free for atom in mine):
+            return taken_apart(tuple(mine), other)
+    return {}
+
+
+def spread(product: Product) -> None:
+    """A mask that holds where one of a token's slots holds is the sum over its slots, as no two slots are equal."""
+    for factor in list(product.factors):
+        if isinstance(factor, Exists) and isinstance(factor.body, Same) and are_distinct(factor):
+            product.factors.remove(factor)
+            flatten(Sum(factor.over, factor.body, DType.i64), product)
+    reduce(product)
+
+
+def are_distinct(mask: Exists) -> bool:
+    """Whether at most one of the slots that a mask looks at can be the one."""
+    assert isinstance(mask.body, Same)
+    ids = mask.body.left if isinstance(mask.body.left, Leaf) else mask.body.right
+    if not isinstance(ids, Leaf) or len(mask.over) > 1:
+        return not mask.over
+    made = ids.value.op
+    while made is not None and made.name in ("aten.reshape", "aten._to_copy", "aten.slice.Tensor", "aten.clone"):
+        made = made.operands[0].op
+    return made is not None and made.name in ("aten.topk", "aten.sort", "aten.argsort", "moe.route")

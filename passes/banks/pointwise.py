@@ -1,0 +1,110 @@
+"""Pointwise ops: kept where they may belong to an expert, followed where they weigh or mask."""
+
+from __future__ import annotations
+
+from sparsec.ir.core import Op
+from sparsec.ir.types import Sym
+from sparsec.passes.banks.contract import plus, times
+from sparsec.passes.banks.read import HANDLERS, Reader, reads, unify
+from sparsec.passes.banks.select import is_mask, negated
+from sparsec.passes.banks.terms import Num, Point, Running, Sum, Term, View
+from sparsec.passes.rules import attr, is_pointwise
+
+
+@reads("aten._to_copy", "aten.to.dtype", "aten.type_as", "torch.prims.convert_element_type")
+def cast(reader: Reader, op: Op) -> View | None:
+    """Casts of masks, counts and numbers change nothing that is counted on."""
+    view, dtype = reader[op.operands[0]], op.results[0].tensor.dtype
+    if is_exact(view.term) or not op.operands[0].tensor.dtype.is_float:
+        return view
+    if not dtype.is_float:
+        return None
+    return View(view.axes, Point("aten._to_copy", (("dtype", dtype),), (view.term,), dtype)) if _kept(view) else None
+
+
+def is_exact(term: Term) -> bool:
+    """Whether a term is a small integer, which every dtype holds."""
+    if isinstance(term, Sum):
+        return is_exact(term.body)
+    return is_mask(term) or isinstance(term, Running | Num)
+
+
+def _kept(view: View) -> bool:
+    return view.term.routed or view.term.gemms > 0
+
+
+@reads("aten.mul.Tensor", "aten.mul.Scalar", "aten.logical_and", "aten.bitwise_and.Tensor", "aten.__and__.Tensor")
+def multiply(reader: Reader, op: Op) -> View | None:
+    views = [reader.data(value) for value in op.operands]
+    if len(views) == 1:
+        other = attr(op, "other")
+        if isinstance(other, Sym):
+            return None
+        views.append(View((), Num(other)))
+    if not any(map(_kept, views)) or (found := unify(views)) is None:
+        return None
+    axes, (left, right) = found
+    return View(axes, times(left, right, op.results[0].tensor.dtype))
+
+
+@reads("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Scalar", "aten.sub.Tensor")
+def add(reader: Reader, op: Op) -> View | None:
+    """A sum of data; of integers, what counts on."""
+    views = [reader.data(value) for value in op.operands]
+    scale = attr(op, "alpha")
+    if op.name.endswith("Tensor") and scale == 1 and op.name.startswith("aten.add"):
+        if not any(map(_kept, views)) or (found := unify(views)) is None:
+            return None
+        return View(found[0], plus(found[1][0], found[1][1], op.results[0].tensor.dtype))
+    return pointwise(reader, op)
+
+
+@reads("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+def masked_fill(reader: Reader, op: Op) -> View | None:
+    """masked_fill(x, mask, 0) is x where the mask is 0."""
+    view, mask = reader.data(op.operands[0]), reader[op.operands[1]]
+    fill = reader[op.operands[2]].term if len(op.operands) > 2 else Num(_number(attr(op, "value")))
+    if fill != Num(0) or not is_mask(mask.term) or (found := unify([view, mask])) is None:
+        return None
+    axes, (value, hidden) = found
+    return View(axes, times(value, negated(hidden), op.results[0].tensor.dtype))
+
+
+@reads("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
+def where(reader: Reader, op: Op) -> View | None:
+    """where(mask, x, 0) and where(mask, 0, x)."""
+    mask = reader[op.operands[0]]
+    if not is_mask(mask.term):
+        return None
+    sides = [reader.data(value) for value in op.operands[1:]]
+    if op.name == "aten.where.ScalarOther":
+        sides.append(View((), Num(_number(attr(op, "other")))))
+    elif op.name == "aten.where.ScalarSelf":
+        sides.insert(0, View((), Num(_number(attr(op, "self")))))
+    if (found := unify([mask, *sides])) is None:
+        return None
+    axes, (condition, yes, no) = found
+    if no == Num(0):
+        return View(axes, times(yes, condition, op.results[0].tensor.dtype))
+    return View(axes, times(no, negated(condition), op.results[0].tensor.dtype)) if yes == Num(0) else None
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else float("nan")
+
+
+def pointwise(reader: Reader, op: Op) -> View | None:
+    """Any other pointwise op on what experts make."""
+    if not is_pointwise(op.name) or op.segments is not None or len(op.results) != 1:
+        return None
+    views = [reader.data(value) for value in op.operands]
+    if not any(map(_kept, views)) or (found := unify(views)) is None:
+        return None
+    axes, terms = found
+    attrs = tuple(sorted(op.attrs.items(), key=lambda item: item[0]))
+    if any(isinstance(value, dict | list) for _, value in attrs):
+        return None
+    return View(axes, Point(op.name, attrs, tuple(terms), op.results[0].tensor.dtype))
+
+
+HANDLERS[""] = pointwise  # of every op that has no handler of its own
