@@ -10,11 +10,15 @@ from typing import Any, cast
 import pytest
 import torch
 
+from sparsec import pipeline
 from sparsec.codegen.triton.compile import TARGETS, Target
 from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Func
+from sparsec.ir.parser import parse_module
+from sparsec.ir.printer import print_module
 from sparsec.runtime.dims import compile_dim
+from tests.codegen.layers import LAYERS
 from tests.codegen.triton import build
 from tests.codegen.triton.routers import ROUTERS, Router
 
@@ -78,6 +82,34 @@ def test_every_kernel_fits(shape: str, target: str) -> None:
                 assert len(re.findall(r"^\s*\.param ", binary.assembly, re.M)) == len(launch["args"]) + 2
         for variant in kernel.variants:
             assert json.loads(json.dumps(variant.config)) == variant.config
+
+
+@pytest.mark.parametrize("target", CHECKED)
+def test_tails_input_weights_and_lone_routes_compile(target: str) -> None:
+    for name, kernels in (("input_and_tail", ("gather_gemm_0", "gemm_combine_0")), ("lone_route", ("route_0",))):
+        lowered = pipeline.run(LAYERS[name].module(), target=target).module
+        for kernel in kernels:
+            lowered.funcs[kernel].body.ops[0].attrs.pop("variants", None)
+            lowered.funcs[kernel].attrs["variants"] = TINY
+            made = emit_kernel(lowered.funcs[kernel], target)
+            assert all(binary.spills == 0 for binary in made.binaries.values())
+            assert made.variants[-1].up_to is None
+
+
+def test_a_tail_holds_a_wide_row_in_registers() -> None:
+    text = print_module(LAYERS["tail"].module()).replace("x40x", "x7168x").replace("40xf32", "7168xf32")
+    func = pipeline.run(parse_module(text), target="cuda:sm_90").module.funcs["gemm_combine_0"]
+    func.body.ops[0].attrs["variants"] = TINY
+    made = emit_kernel(func, "cuda:sm_90")
+    (finish,) = [binary for binary in made.binaries.values() if "finish" in binary.symbol]
+    assert finish.spills == 0
+
+
+def test_a_row_that_is_too_wide_is_refused() -> None:
+    text = print_module(LAYERS["tail"].module()).replace("x40x", "x16400x").replace("40xf32", "16400xf32")
+    func = pipeline.run(parse_module(text), target="cuda:sm_90").module.funcs["gemm_combine_0"]
+    with pytest.raises(CompileError, match="a tail over rows of 16400 columns"):
+        sketch_kernel(func)
 
 
 def test_hopper_uses_its_tensor_cores() -> None:
