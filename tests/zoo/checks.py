@@ -139,9 +139,8 @@ class Alone(nn.Module):
 
 
 def alone(layer: nn.Module, call: Call) -> tuple[nn.Module, Call]:
-    """A layer and its call as torch.export takes them: a layer that is given more than tensors is wrapped."""
-    leaves = tree_leaves((call.args, call.kwargs))
-    if not call.kwargs and all(isinstance(leaf, Tensor) for leaf in leaves):
+    """A layer and its call as torch.export takes them: a layer that is given more than one tensor is wrapped."""
+    if not call.kwargs and len(tree_leaves(call.args)) == 1:
         return layer, call
     return Alone(layer, call), Call(tuple(call.given), {}, call.output)
 
@@ -156,7 +155,8 @@ def compile_layer(layer: nn.Module, call: Call, other: Call) -> sparsec.Compiled
 
 
 def _open(one: Tensor, other: Tensor) -> dict[int, Any]:
-    return {i: Dim.AUTO for i, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b}
+    """The sizes that differ; those that differ in the same way are the same size."""
+    return {i: Dim(f"from_{a}_to_{b}") for i, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b}
 
 
 def outputs(layer: Any, call: Call) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.zoo.families import EXPERTS, FAMILIES, inputs
 
+SIZES = (1, 37, 300)  # tokens
 SPARE = 4  # classes of a router that are no experts, at most
 
 
@@ -55,6 +56,16 @@ def eager(model: Any) -> Any:
     return model
 
 
+def halved(model: Any) -> Any:
+    """`model` in bf16, but for the parameters that it keeps in f32."""
+    model.to(torch.bfloat16)
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and any(part in name for part in kept):
+            tensor.data = tensor.data.float()
+    return model
+
+
 def run(name: str, model: Any, batch: int = 2, length: int = 12) -> Any:
     """The output of a family's model at a batch and length."""
     given: dict[str, Any] = dict(inputs(name, model, batch, length))
@@ -86,6 +97,22 @@ def record(name: str, model: Any, batch: int = 2, length: int = 12) -> dict[str,
             hook.remove()
     found = (next((path for path in candidates if path in calls), None) for candidates in wanted)
     return {path: calls[path] for path in dict.fromkeys(found) if path is not None}
+
+
+def record_sizes(name: str, model: Any) -> tuple[dict[str, Call], dict[str, Call], list[dict[str, Call]]]:
+    """Calls of the expert layers: two to capture them by, and one for each of three numbers of tokens.
+
+    Some models leave the mask out for few tokens, which makes another program: more tokens then take their place.
+    """
+    first, second = record(name, model), record(name, model, 3, 17)
+    others = list[dict[str, Call]]()
+    for size in SIZES:
+        for length in (size, size + 8):
+            calls = record(name, model, 1, length)
+            if all(len(calls[path].given) == len(first[path].given) for path in first):
+                break
+        others.append(calls)
+    return first, second, others
 
 
 def _copied(call: Call) -> Call:
