@@ -66,10 +66,14 @@ def found(compiled: sparsec.CompiledModel) -> Found:
 
 
 def router_line(route: Op) -> str:
-    """The ops of a router in one line."""
-    (body,) = (region for region in route.regions)
-    names = [_short(op.name) for op in body.ops[:-1]]
-    return " ".join(name for name in names if name not in PLAIN)
+    """The ops of a router in one line, with the parameters that they read."""
+    (body,) = route.regions
+    words = list[str]()
+    for op in body.ops[:-1]:
+        params = [value.name for value in op.operands if value in body.args[1:]]
+        if (name := _short(op.name)) not in PLAIN:
+            words.append(f"{name}({', '.join(params)})" if params else name)
+    return " ".join(words)
 
 
 def _short(name: str) -> str:

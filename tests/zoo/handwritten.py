@@ -1,8 +1,8 @@
 """Expert layers as people write them by hand: x [T, H] or [B, S, H] -> the same.
 
 Each says in `expect` what sparsec makes of it: "fused" (one `moe.route`, one `moe.experts`), "left" (it runs as it is
-written, for it is no sum over chosen experts of two linear layers) or "refused" (torch.export cannot trace it; `hint`
-is part of what sparsec says to do).
+written, for it is no sum over chosen experts of two linear layers), "right" (its experts are not alike: whatever is
+raised of it, the results are equal) or "refused" (torch.export cannot trace it; `hint` is part of what sparsec says).
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class UnequalExperts(_WhereLoop):
 class OneExpertScaled(_Gated):
     """One expert is multiplied by two: the bodies are not alike."""
 
-    expect = "left"
+    expect = "right"
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.choose(x)
@@ -142,7 +142,7 @@ class OneExpertScaled(_Gated):
 class OneExpertTwice(_Gated):
     """The loop forgets expert 5 and takes expert 4 twice."""
 
-    expect = "left"
+    expect = "right"
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.choose(x)

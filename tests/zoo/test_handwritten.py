@@ -65,6 +65,12 @@ def test_what_is_no_bank_stays_as_it_is(name: str) -> None:
     check_results(layer, model)
 
 
+@pytest.mark.parametrize("name", forms("right"))
+def test_experts_that_are_not_alike_are_not_taken_for_alike(name: str) -> None:
+    layer = layer_of(name)
+    check_results(layer, compiled(layer))
+
+
 @pytest.mark.parametrize("name", forms("refused"))
 def test_what_cannot_be_traced_ends_in_the_line_and_a_hint(name: str) -> None:
     with pytest.raises(CompileError) as caught:
