@@ -8,9 +8,9 @@ from typing import ClassVar
 from sparsec.dialects.moe import Route
 from sparsec.ir.core import Attr, Block, Module, Op, Value
 from sparsec.ir.rewrite import Rewriter, rule
-from sparsec.ir.types import TensorType
+from sparsec.ir.types import DType, TensorType
 from sparsec.passes.base import Pass, PassContext, register
-from sparsec.passes.canonicalize import drop_reshape, merge_reshapes
+from sparsec.passes.canonicalize import drop_reshape
 from sparsec.passes.router_spelling import RULES as SPELLING
 from sparsec.passes.rules import attr, is_pointwise, negative, same_shape, with_attrs
 from sparsec.passes.splat import splat
@@ -30,7 +30,7 @@ class CanonicalizeRouters(Pass):
     name: ClassVar[str] = "canonicalize-routers"
 
     def run(self, module: Module, ctx: PassContext) -> None:
-        ctx.rewrite(module, (*SPELLING, merge_reshapes, drop_reshape, *RULES))
+        ctx.rewrite(module, (*SPELLING, drop_reshape, *RULES))
 
 
 def _in_route(op: Op) -> bool:
@@ -152,6 +152,35 @@ def _sum_of(total: Value, values: Value) -> list[Op] | None:
     return [at, *reversed(path)]
 
 
+@rule("aten.sort", "aten.sort.stable", "aten.argsort", "aten.argsort.stable")
+def topk_of_sort(op: Op, rw: Rewriter) -> bool:
+    """the first k of sort(x) -> topk(x, k)"""
+    x = op.operands[0]
+    slices = [user for result in op.results for user in result.users]
+    if not _in_route(op) or not _along_last(op) or not slices:
+        return False
+    known = [end for user in slices if (end := _head(user)) > 0]
+    size = x.tensor.shape[-1]
+    if len(known) != len(slices) or not isinstance(size, int) or max(known) >= size:
+        return False
+    k, shape = max(known), x.tensor.shape[:-1]
+    types = [TensorType((*shape, k), x.tensor.dtype), TensorType((*shape, k), DType.i64)]
+    attrs: dict[str, Attr] = {"k": k} if attr(op, "descending") else {"k": k, "largest": False}
+    top = rw.make(op, "aten.topk", [x], types, attrs)
+    for result, new in zip(op.results, top.results[-len(op.results) :], strict=True):
+        result.replace_by(new)
+    rw.erase(op)
+    return True
+
+
+def _head(op: Op) -> int:
+    """How many of the first elements of each row an op takes; 0 if it takes others."""
+    if op.name != "aten.slice.Tensor" or not _along_last(op) or attr(op, "start") not in (None, 0):
+        return 0
+    end = attr(op, "end")
+    return end if isinstance(end, int) and attr(op, "step") == 1 else 0
+
+
 @rule("aten.softmax.int")
 def cast_in_front(op: Op, rw: Rewriter) -> bool:
     """softmax(z, dtype=d) -> softmax(z cast to d), where the dtypes differ"""
@@ -167,4 +196,4 @@ def cast_in_front(op: Op, rw: Rewriter) -> bool:
     return True
 
 
-RULES = (value_of_topk, value_of_scatter, softmax_of_chosen, cast_in_front)
+RULES = (value_of_topk, value_of_scatter, softmax_of_chosen, topk_of_sort, cast_in_front)

@@ -39,6 +39,15 @@ def name_views(op: Op, rw: Rewriter) -> bool:
     return _as_reshape(op, rw, op.operands[0])
 
 
+@rule("aten.reshape", "aten.squeeze.dim")
+def merge_views(op: Op, rw: Rewriter) -> bool:
+    """reshape(unsqueeze(x)) -> reshape(x)"""
+    inner = op.operands[0].op
+    if inner is None or inner.name not in ("aten.unsqueeze", "aten.squeeze.dim", "aten.reshape"):
+        return False
+    return _as_reshape(op, rw, inner.operands[0])
+
+
 @rule("aten.repeat_interleave.self_int")
 def spread_repeats(op: Op, rw: Rewriter) -> bool:
     """repeat_interleave(x, n, d) -> reshape(expand(unsqueeze(x, d + 1)))"""
@@ -289,6 +298,7 @@ def _flattened(value: Value) -> Value | None:
 
 RULES = (
     name_views,
+    merge_views,
     spread_repeats,
     name_new,
     gather_of_index,

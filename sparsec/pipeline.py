@@ -36,7 +36,7 @@ PIPELINES: dict[str, str] = {
     "capture": "",
     "raise": (
         "recompose,canonicalize,cse,raise-experts,dce,"
-        "canonicalize-routers,raise-route,canonicalize-routers,canonicalize,cse,dce,"
+        "canonicalize-routers,dce,raise-route,canonicalize-routers,canonicalize,cse,dce,"
         "derive-weights"
     ),
     "fuse": "fuse-route-group,fuse-experts,cse,dce",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsec.codegen.triton import combine, experts, pointwise, route, rowwise
+from sparsec.codegen.triton import combine, experts, pointwise, reduce, route, rowwise
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
 from sparsec.codegen.triton.tile import unsupported
@@ -13,7 +13,7 @@ from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGro
 from sparsec.ir.core import Func
 from sparsec.runtime.plan import Variant
 
-RULE_MODULES = (pointwise, rowwise)
+RULE_MODULES = (pointwise, reduce, rowwise)
 """Importing them registers how each aten op is written."""
 
 

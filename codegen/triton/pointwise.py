@@ -31,7 +31,16 @@ _UNARY = {
     "relu": "tl.maximum({x}, 0)",
     "erf": "tl.erf({x})",
     "floor": "tl.floor({x})",
+    "ceil": "tl.ceil({x})",
+    "log1p": "tl.log(1 + {x})",
     "square": "{x} * {x}",
+    "isnan": "{x} != {x}",
+    "isinf": 'tl.abs({x}) == float("inf")',
+    "isfinite": 'tl.abs({x}) < float("inf")',
+    "sign": "({x} > 0).to(tl.float32) - ({x} < 0).to(tl.float32)",
+    "hardsigmoid": "tl.minimum(tl.maximum({x} / 6 + 0.5, 0), 1)",
+    "hardswish": "{x} * tl.minimum(tl.maximum({x} / 6 + 0.5, 0), 1)",
+    "softsign": "{x} / (1 + tl.abs({x}))",
     "relu6": "tl.minimum(tl.maximum({x}, 0), 6)",
 }
 _BINARY = {"mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -51,8 +60,6 @@ def _unary(pattern: str) -> Rule:
 
 def _binary(sign: str) -> Rule:
     def write(code: RegionCode, op: Op) -> str:
-        if attr(op, "rounding_mode", None) is not None:
-            raise unsupported(op, f"division rounded by '{op.attrs['rounding_mode']}'")
         x = floating(code.tile(op, 0), op) if sign == "/" else numeric(code.tile(op, 0))
         return f"{x} {sign} {operand(code, op, 1, 'other')}"
 
@@ -60,8 +67,23 @@ def _binary(sign: str) -> Rule:
 
 
 def floating(tile: Tile, op: Op) -> str:
-    """A tile as floats where the op yields floats: torch promotes integers."""
+    """A tile as floats where the op yields floats: torch promotes integers. Comparisons are made in its own type."""
     return converted(tile.text, tile.dtype, DType.f32) if op.results[0].tensor.dtype in FLOATS else numeric(tile)
+
+
+@rule(
+    "div.Tensor_mode", "div.Scalar_mode", "floor_divide", "floor_divide.Scalar", "remainder.Scalar", "remainder.Tensor"
+)
+def _whole(code: RegionCode, op: Op) -> str:
+    x, y, mode = floating(code.tile(op, 0), op), operand(code, op, 1, "other"), attr(op, "rounding_mode", "floor")
+    whole, remainder = op.results[0].tensor.dtype not in FLOATS, "remainder" in op.name
+    if mode is None:
+        return f"{x} / {y}"
+    if mode != "floor":
+        raise unsupported(op, f"division rounded by '{mode}'")
+    if whole:
+        return code.call("modulo" if remainder else "floor_divide", x, y)
+    return f"{x} - tl.floor({x} / {y}) * {y}" if remainder else f"tl.floor({x} / {y})"
 
 
 for _name, _pattern in _UNARY.items():
@@ -84,9 +106,12 @@ def _add(code: RegionCode, op: Op) -> str:
 @rule("pow.Tensor_Scalar")
 def _pow(code: RegionCode, op: Op) -> str:
     exponent = attr(op, "exponent", None)
-    if exponent not in _POWERS:
-        raise unsupported(op, f"exponent {exponent!r} (there are: {', '.join(map(str, _POWERS))})")
-    return _POWERS[exponent].format(x=floating(code.tile(op, 0), op))  # type: ignore[index]
+    x = floating(code.tile(op, 0), op)
+    if exponent in _POWERS:
+        return _POWERS[exponent].format(x=x)  # type: ignore[index]
+    if isinstance(exponent, bool | int) or not isinstance(exponent, float) or exponent.is_integer():
+        raise unsupported(op, f"exponent {exponent!r}")
+    return f"tl.exp2({exponent!r} * tl.log2({x}))"
 
 
 @rule("clamp", "clamp.Tensor", "clamp_min", "clamp_max", "clamp_min.Tensor", "clamp_max.Tensor")
@@ -106,9 +131,21 @@ def _clamp(code: RegionCode, op: Op) -> str:
     return f"tl.minimum({text}, {high})" if high is not None else text
 
 
-@rule("maximum", "minimum")
+@rule("maximum", "minimum", "max.other", "min.other")
 def _extreme(code: RegionCode, op: Op) -> str:
-    return f"tl.{op.name.split('.')[1]}({code.tile(op, 0).text}, {code.tile(op, 1).text})"
+    function = op.name.split(".")[1][:3] + "imum"
+    return f"tl.{function}({code.tile(op, 0).text}, {code.tile(op, 1).text})"
+
+
+@rule("nan_to_num")
+def _nan_to_num(code: RegionCode, op: Op) -> str:
+    x, limit = code.tile(op, 0).text, {"f16": 65504.0, "bf16": 3.3895313892515355e38}
+    most = limit.get(op.results[0].tensor.dtype.value, 3.4028234663852886e38)
+    nan, high, low = (attr(op, name, None) for name in ("nan", "posinf", "neginf"))
+    high, low = (most if high is None else high), (-most if low is None else low)
+    text = f'tl.where({x} == float("inf"), {literal(op, high)}, {x})'
+    text = f'tl.where({x} == float("-inf"), {literal(op, low)}, {text})'
+    return f"tl.where({x} != {x}, {literal(op, nan or 0.0)}, {text})"
 
 
 @rule("tanh")
@@ -143,6 +180,12 @@ def _leaky_relu(code: RegionCode, op: Op) -> str:
     return f"tl.where({x} > 0, {x}, {x} * {literal(op, attr(op, 'negative_slope', 0.01))})"
 
 
+@rule("mish")
+def _mish(code: RegionCode, op: Op) -> str:
+    x = code.tile(op, 0).text
+    return f"{x} * {code.call('tanh', code.call('softplus', x))}"
+
+
 @rule("bitwise_not", "logical_not")
 def _not(code: RegionCode, op: Op) -> str:
     x = code.tile(op, 0)
@@ -151,12 +194,13 @@ def _not(code: RegionCode, op: Op) -> str:
     return f"{numeric(x)} == 0"
 
 
-@rule("logical_and", "bitwise_and.Tensor", "logical_or", "bitwise_or.Tensor")
+@rule("logical_and", "bitwise_and.Tensor", "__and__.Tensor", "logical_or", "bitwise_or.Tensor", "__or__.Tensor",
+      "logical_xor", "bitwise_xor.Tensor", "__xor__.Tensor")  # fmt: skip
 def _logical(code: RegionCode, op: Op) -> str:
     x, y = (converted(tile.text, tile.dtype, DType.i1) for tile in (code.tile(op, 0), code.tile(op, 1)))
-    if op.name.startswith("aten.bitwise") and op.results[0].tensor.dtype is not DType.i1:
+    if op.results[0].tensor.dtype is not DType.i1:
         raise unsupported(op, "on integers")
-    return f"({x}) {'&' if 'and' in op.name else '|'} ({y})"
+    return f"({x}) {'&' if 'and' in op.name else '^' if 'xor' in op.name else '|'} ({y})"
 
 
 @rule("masked_fill.Scalar", "masked_fill.Tensor")
@@ -201,5 +245,7 @@ def _constant(code: RegionCode, op: Op) -> str:
     fill = 0 if "zeros" in name else 1 if "ones" in name else attr(op, "fill_value", attr(op, "s", None))
     if not result.rank:
         return literal(op, fill)
+    if result.rows and any(size == 0 for size in result.sizes):
+        raise unsupported(op, "rows of no elements")
     dtype = "tl.float32" if result.dtype in FLOATS else "tl.int1" if result.dtype is DType.i1 else "tl.int32"
     return f"tl.full({result.shape()}, {literal(op, fill)}, {dtype})"

@@ -1,133 +1,64 @@
-"""Within a row: reductions, softmax, top-k, gather and scatter, views that split or join the axes after the rows."""
+"""Within a row: top-k and sorting, gather and scatter, views that split or join the axes after the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from sparsec.codegen.triton.pointwise import floating
-from sparsec.codegen.triton.region import RegionCode, attr, integer, literal, numeric, rule
+from sparsec.codegen.triton.reduce import dropped
+from sparsec.codegen.triton.region import RegionCode, attr, converted, integer, literal, numeric, rule
 from sparsec.codegen.triton.tile import FLOATS, Tile, padded, shape_text, unsupported
 from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
 
-
-def _axes(op: Op, tile: Tile) -> list[int]:
-    """The axes that a reduction runs over, last first. Raises: CompileError if the tokens are among them."""
-    dims = attr(op, "dim", None)
-    if isinstance(dims, int):
-        dims = (dims,)
-    if not isinstance(dims, Sequence) or not dims:
-        dims = tuple(range(tile.rank))
-    axes = sorted({tile.axis(dim) for dim in dims if isinstance(dim, int)}, reverse=True)
-    if tile.rows and 0 in axes:
-        raise unsupported(op, "it runs over the tokens")
-    return axes
-
-
-def _reduce(code: RegionCode, op: Op, tile: Tile, function: str, fill: str) -> str:
-    axes = _axes(op, tile)
-    text = _kept(code, tile, axes, function, fill)
-    return text if attr(op, "keepdim", False) else _dropped(text, tile, axes)
-
-
-def _dropped(text: str, tile: Tile, axes: Sequence[int]) -> str:
-    """A tile without `axes`, each of which holds one lane."""
-    kept: list[int | str] = [*(["ROWS"] if tile.rows else []), *tile.lanes]
-    return f"tl.reshape({text}, {shape_text(*(n for axis, n in enumerate(kept) if axis not in axes))})"
-
-
-@rule("sum.dim_IntList", "sum", "mean.dim")
-def _sum(code: RegionCode, op: Op) -> str:
-    tile = code.tile(op, 0)
-    text = floating(tile, op)
-    summed = _reduce(code, op, replace(tile, text=text), "tl.sum", "0")
-    if op.name != "aten.mean.dim":
-        return summed
-    count = 1
-    for axis in _axes(op, tile):
-        count *= tile.size(axis)
-    return f"{summed} / {count}"
-
-
-@rule("amax", "amin")
-def _extremes(code: RegionCode, op: Op) -> str:
-    greatest = op.name == "aten.amax"
-    fill = 'float("-inf")' if greatest else 'float("inf")'
-    return _reduce(code, op, code.tile(op, 0), "tl.max" if greatest else "tl.min", fill)
-
-
-@rule("max.dim")
-def _max(code: RegionCode, op: Op) -> tuple[str, str]:
-    tile = code.tile(op, 0)
-    return _reduce(code, op, tile, "tl.max", 'float("-inf")'), _index_of_max(code, op)
-
-
-@rule("argmax")
-def _arg_max(code: RegionCode, op: Op) -> str:
-    return _index_of_max(code, op)
-
-
-def _index_of_max(code: RegionCode, op: Op) -> str:
-    tile = code.tile(op, 0)
-    (axis,) = _axes(op, tile)
-    text = code.call("arg_max", tile.text, axis, tile.size(axis))
-    return text if attr(op, "keepdim", False) else _dropped(text, tile, [axis])
-
-
-@rule("softmax.int", "_softmax", "log_softmax.int")
-def _softmax(code: RegionCode, op: Op) -> str:
-    tile = code.tile(op, 0)
-    axis = tile.axis(integer(op, "dim", -1))
-    if tile.rows and axis == 0:
-        raise unsupported(op, "it runs over the tokens")
-    text = code.call("softmax", tile.text, axis, tile.size(axis))
-    return f"tl.log({text})" if op.name == "aten.log_softmax.int" else text
-
-
-@rule("logsumexp")
-def _logsumexp(code: RegionCode, op: Op) -> str:
-    tile = code.tile(op, 0)
-    axes = _axes(op, tile)
-    top = _kept(code, tile, axes, "tl.max", 'float("-inf")')
-    e = replace(tile, text=f"tl.exp({tile.text} - {top})")
-    text = f"({top} + tl.log({_kept(code, e, axes, 'tl.sum', '0')}))"
-    return text if attr(op, "keepdim", False) else _dropped(text, tile, axes)
-
-
-@rule("linalg_vector_norm")
-def _norm(code: RegionCode, op: Op) -> str:
-    tile = code.tile(op, 0)
-    order = attr(op, "ord", 2)
-    inner = {1: f"tl.abs({tile.text})", 2: f"{tile.text} * {tile.text}"}.get(order)  # type: ignore[arg-type]
-    if inner is None:
-        raise unsupported(op, f"norm of order {order!r}")
-    text = _reduce(code, op, replace(tile, text=inner), "tl.sum", "0")
-    return f"tl.sqrt({text})" if order == 2 else text
-
-
-def _kept(code: RegionCode, tile: Tile, axes: Sequence[int], function: str, fill: str) -> str:
-    """Reduced over `axes`, which stay, with one lane each."""
-    text = tile.text
-    for axis in axes:
-        text = code.guarded(replace(tile, text=text), axis, fill)
-        text = f"{function}({text}, axis={axis}, keep_dims=True)"
-    return text
+MOST_CHOSEN = 64
+"""Most lanes that are put in order one by one."""
 
 
 @rule("topk")
 def _topk(code: RegionCode, op: Op) -> str:
     tile, k = code.tile(op, 0), integer(op, "k", 0)
-    if tile.axis(integer(op, "dim", -1)) != tile.rank - 1 or not attr(op, "largest", True):
-        raise unsupported(op, "only the greatest along the last axis")
-    if not 1 <= k <= tile.sizes[-1]:
-        raise unsupported(op, f"{k} of {tile.sizes[-1]}")
-    return code.call("top_k", tile.text, tile.sizes[-1], k, padded(k))
+    if tile.axis(integer(op, "dim", -1)) != tile.rank - 1:
+        raise unsupported(op, "only along the last axis")
+    return _ordered(code, op, tile, k, bool(attr(op, "largest", True)))
+
+
+def _ordered(code: RegionCode, op: Op, tile: Tile, k: int, largest: bool) -> str:
+    if not 1 <= k <= tile.sizes[-1] or k > MOST_CHOSEN:
+        raise unsupported(op, f"{k} of {tile.sizes[-1]} in order (at most {MOST_CHOSEN})")
+    text = converted(tile.text, tile.dtype, DType.f32)
+    return code.call("top_k", text, tile.sizes[-1], k, padded(k), *([] if largest else [False]))
+
+
+@rule("sort", "sort.stable", "argsort", "argsort.stable")
+def _sort(code: RegionCode, op: Op) -> str:
+    tile = code.tile(op, 0)
+    if tile.axis(integer(op, "dim", -1)) != tile.rank - 1 or tile.dtype not in FLOATS:
+        raise unsupported(op, "only floats, along the last axis")
+    text = _ordered(code, op, tile, tile.sizes[-1], bool(attr(op, "descending", False)))
+    return text if "argsort" not in op.name else f"{text}[1]"
+
+
+@rule("kthvalue")
+def _kth_value(code: RegionCode, op: Op) -> tuple[str, str]:
+    tile, k = code.tile(op, 0), integer(op, "k", 0)
+    if tile.axis(integer(op, "dim", -1)) != tile.rank - 1:
+        raise unsupported(op, "only along the last axis")
+    largest = k > tile.sizes[-1] // 2
+    count = tile.sizes[-1] - k + 1 if largest else k
+    pair = _ordered(code, op, tile, count, largest)
+    texts = list[str]()
+    for i in range(2):
+        here = f"tl.where({code.call('lanes', f'{pair}[{i}]', tile.rank - 1)} == {count - 1}, {pair}[{i}], 0)"
+        text = f"tl.sum({here}, axis={tile.rank - 1}, keep_dims=True)"
+        texts.append(text if attr(op, "keepdim", False) else dropped(text, tile, [tile.rank - 1]))
+    return texts[0], texts[1]
 
 
 @rule("gather")
 def _gather(code: RegionCode, op: Op) -> str:
     tile, index = code.tile(op, 0), code.tile(op, 1)
+    if tile.rows != index.rows:
+        raise unsupported(op, "rows looked up in what has none")
     if tile.axis(integer(op, "dim", 0)) != tile.rank - 1 or tile.sizes[:-1] != index.sizes[:-1]:
         raise unsupported(op, "only along the last axis, the others alike")
     return _picked(code, tile, index.text)
@@ -138,7 +69,7 @@ def _picked(code: RegionCode, tile: Tile, index: str) -> str:
     return f"{text} != 0" if tile.dtype is DType.i1 else text
 
 
-@rule("scatter.value", "scatter.src")
+@rule("scatter.value", "scatter.src", "scatter_add")
 def _scatter(code: RegionCode, op: Op) -> str:
     tile, index = code.tile(op, 0), code.tile(op, 1)
     if tile.axis(integer(op, "dim", 0)) != tile.rank - 1 or tile.sizes[:-1] != index.sizes[:-1]:
@@ -150,7 +81,8 @@ def _scatter(code: RegionCode, op: Op) -> str:
         source = code.tile(op, 2)
         if source.sizes != index.sizes:
             raise unsupported(op, f"the source is {op.operands[2].type}, the index {op.operands[1].type}")
-        text = code.call("put", numeric(tile), index.text, numeric(source), index.sizes[-1])
+        helper = "put" if op.name == "aten.scatter.src" else "put_sum"
+        text = code.call(helper, numeric(tile), index.text, numeric(source), index.sizes[-1])
     return f"{text} != 0" if tile.dtype is DType.i1 else text
 
 
@@ -293,6 +225,60 @@ def _strided(code: RegionCode, tile: Tile, result: Tile, start: int, step: int) 
     lane = f"tl.arange(0, {result.lanes[-1]})"
     index = f"({lane}{f' * {step}' if step != 1 else ''} + {start})[{'None, ' * (tile.rank - 1)}:]"
     return _picked(code, tile, f"tl.broadcast_to({index}, {result.shape()})")
+
+
+@rule("arange", "arange.start", "arange.start_step")
+def _arange(code: RegionCode, op: Op) -> str:
+    result = code.result(op)
+    if result.rows or len(result.sizes) != 1:
+        raise unsupported(op, "it numbers the tokens")
+    start, step = (literal(op, attr(op, name, value)) for name, value in (("start", 0), ("step", 1)))
+    text = f"tl.arange(0, {result.lanes[0]})"
+    text = f"{text}.to(tl.float32)" if result.dtype in FLOATS else text
+    return f"{text} * {step} + {start}"
+
+
+@rule("permute", "transpose.int")
+def _permute(code: RegionCode, op: Op) -> str:
+    tile = code.tile(op, 0)
+    order = list(range(tile.rank))
+    if op.name == "aten.permute":
+        dims = attr(op, "dims", ())
+        order = [tile.axis(dim) for dim in dims if isinstance(dim, int)] if isinstance(dims, Sequence) else []
+    else:
+        a, b = tile.axis(integer(op, "dim0", 0)), tile.axis(integer(op, "dim1", 0))
+        order[a], order[b] = b, a
+    if len(order) != tile.rank or (tile.rows and order[0] != 0):
+        raise unsupported(op, "it moves the tokens")
+    text = f"tl.permute({numeric(tile)}, {shape_text(*order)})"
+    return f"{text} != 0" if tile.dtype is DType.i1 else text
+
+
+@rule("flip")
+def _flip(code: RegionCode, op: Op) -> str:
+    tile = code.tile(op, 0)
+    dims = attr(op, "dims", ())
+    if not isinstance(dims, Sequence) or [tile.axis(dim) for dim in dims if isinstance(dim, int)] != [tile.rank - 1]:
+        raise unsupported(op, "only along the last axis")
+    lane = f"({tile.sizes[-1] - 1} - tl.arange(0, {tile.lanes[-1]}))[{'None, ' * (tile.rank - 1)}:]"
+    return _picked(code, tile, f"tl.broadcast_to({lane}, {tile.shape()})")
+
+
+@rule("stack")
+def _stack(code: RegionCode, op: Op) -> str:
+    result = code.result(op)
+    values = op.arguments[0] if isinstance(op.arguments[0], tuple) else op.arguments
+    axis = result.axis(integer(op, "dim", 0))
+    if result.rows and axis == 0:
+        raise unsupported(op, "it numbers the tokens")
+    text = ""
+    for i, value in enumerate(values):
+        assert isinstance(value, Value)
+        part = f"tl.broadcast_to(tl.expand_dims({numeric(code.tiles[value])}, {axis}), {result.shape()})"
+        lane = f"tl.arange(0, {result.lanes[axis - result.rows]})"
+        lane += f"[{', '.join(':' if other == axis else 'None' for other in range(result.rank))}]"
+        text = f"tl.where({lane} == {i}, {part}, {text})" if text else part
+    return f"{text} != 0" if result.dtype is DType.i1 else text
 
 
 @rule("cat", "concat")

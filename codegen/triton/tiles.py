@@ -45,11 +45,12 @@ def order_key(x):
 
 
 @triton.jit
-def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr):
-    """The K greatest along the last axis, greatest first, of equals the lowest index first: values and indices."""
+def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, LARGEST: tl.constexpr = True):
+    """The K greatest (or least) along the last axis, in order, of equals the lowest index first: values and indices."""
     LAST: tl.constexpr = len(x.shape) - 1
     lane = lanes(x, LAST)
-    key = tl.where(lane < SIZE, order_key(x), -0x80000000)
+    key = order_key(x) if LARGEST else -1 - order_key(x)
+    key = tl.where(lane < SIZE, key, -0x80000000)
     slot = tl.arange(0, K_PAD)
     for axis in tl.static_range(LAST):
         slot = tl.expand_dims(slot, axis)
@@ -75,6 +76,38 @@ def arg_max(x, AXIS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def variance(x, AXIS: tl.constexpr, SIZE: tl.constexpr, DIVISOR: tl.constexpr):
+    """Sum of the squared distances from the mean along AXIS, over DIVISOR; the axis stays, with one lane."""
+    mean = tl.sum(guard(x, AXIS, SIZE, 0), axis=AXIS, keep_dims=True) / SIZE
+    return tl.sum(guard((x - mean) * (x - mean), AXIS, SIZE, 0), axis=AXIS, keep_dims=True) / DIVISOR
+
+
+@triton.jit
+def layer_norm(x, AXIS: tl.constexpr, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """x less its mean along AXIS, over its standard deviation."""
+    mean = tl.sum(guard(x, AXIS, SIZE, 0), axis=AXIS, keep_dims=True) / SIZE
+    return (x - mean) / tl.sqrt(variance(x, AXIS, SIZE, SIZE) + EPS)
+
+
+@triton.jit
+def rms_norm(x, AXIS: tl.constexpr, SIZE: tl.constexpr, EPS: tl.constexpr):
+    """x over the root of the mean of its squares along AXIS."""
+    return x / tl.sqrt(tl.sum(guard(x * x, AXIS, SIZE, 0), axis=AXIS, keep_dims=True) / SIZE + EPS)
+
+
+@triton.jit
+def modulo(x, y):
+    """The remainder of integers with the sign of y, whichever way the hardware rounds."""
+    return (x % y + y) % y
+
+
+@triton.jit
+def floor_divide(x, y):
+    """The quotient of integers, rounded down."""
+    return (x - modulo(x, y)) // y
+
+
+@triton.jit
 def pick(x, index, SIZE: tl.constexpr):
     """x[..., index]: lanes of the last axis by number. A number out of range takes the nearest lane."""
     LAST: tl.constexpr = len(x.shape) - 1
@@ -94,6 +127,15 @@ def put(x, index, value, COUNT: tl.constexpr):
     wanted = wanted & (tl.expand_dims(lanes(index, LAST), LAST + 1) < COUNT)
     hit = tl.max(wanted.to(tl.int32), axis=LAST) != 0
     return tl.where(hit, tl.sum(tl.where(wanted, tl.expand_dims(value, LAST + 1), 0.0), axis=LAST), x)
+
+
+@triton.jit
+def put_sum(x, index, value, COUNT: tl.constexpr):
+    """x with the first COUNT lanes of `value` added in the lanes of the last axis that `index` names."""
+    LAST: tl.constexpr = len(x.shape) - 1
+    wanted = tl.expand_dims(index, LAST + 1) == tl.expand_dims(lanes(x, LAST), LAST)
+    wanted = wanted & (tl.expand_dims(lanes(index, LAST), LAST + 1) < COUNT)
+    return x + tl.sum(tl.where(wanted, tl.expand_dims(value, LAST + 1), 0.0), axis=LAST)
 
 
 @triton.jit

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsec import pipeline
 from sparsec.dialects.builtin import Yield
 from sparsec.dialects.dtypes import to_torch
+from sparsec.dialects.kernel import Launch
 from sparsec.dialects.moe import Experts
 from sparsec.frontend.importer import import_program
-from sparsec.ir.core import Block, Module
+from sparsec.ir.core import Block, Func, Module
 from sparsec.ir.interp import evaluate_module
 from sparsec.ir.opdef import make
 from sparsec.ir.types import Sym, TensorType
@@ -73,15 +76,38 @@ def left(module: Module) -> list[str]:
 
 def check(layer: nn.Module, module: Module, held: dict[str, Tensor], *args: Tensor) -> None:
     """The module's ids, weights and other results are those of the layer."""
-    held = dict(held)
-    for arg, attrs in module.main.arg_attrs.items():
-        if (source := attrs.get("source")) in ("up", "down"):
-            held[str(source)] = torch.randn(arg.tensor.shape, dtype=to_torch(arg.tensor.dtype))  # type: ignore[arg-type]
     with torch.no_grad():
         wanted = layer(*args)
-        got = evaluate_module(module, args, held)
+        got = evaluate_module(module, args, {**held, **banks(module)})
     for new, old in zip([*got[:2], *got[3:]], wanted, strict=True):
         if old.dtype.is_floating_point:
             torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(new, old)
+
+
+def banks(module: Module) -> dict[str, Tensor]:
+    """Values for the weights of the bank."""
+    named = {str(attrs.get("source")): arg.tensor for arg, attrs in module.main.arg_attrs.items()}
+    shapes = [(name, type) for name, type in named.items() if name in ("up", "down")]
+    return {name: torch.randn(type.shape, dtype=to_torch(type.dtype)) for name, type in shapes}  # type: ignore[arg-type]
+
+
+def kernel_of(layer: nn.Module, x: Tensor, *rows: Tensor, bank: int) -> tuple[Func, Callable[..., list[Tensor]]]:
+    """The kernel that routes, as the passes make it for a GPU, and a function that gives its operands for inputs."""
+    module, held = captured(layer, x, *rows, bank=bank)
+    pipeline.run(module, target="cuda:sm_90")
+    launch = next(op for op in module.main.body.ops if op.attrs.get("callee") == "route_group_0")
+    assert isinstance(launch, Launch)
+    wanted = launch.inputs
+
+    def operands(*args: Tensor) -> list[Tensor]:
+        end = module.main.body.terminator
+        kept = end.operands
+        end.operands = tuple(wanted)
+        try:
+            return evaluate_module(module, args, {**held, **banks(module)})
+        finally:
+            end.operands = kept
+
+    return module.funcs["route_group_0"], operands

@@ -10,7 +10,7 @@ from tests.codegen.triton.handwritten_routers import HANDWRITTEN
 from tests.codegen.triton.routers import ROUTERS, Router
 from tests.passes.route_layers import HIDDEN, Layer, captured, check, left
 
-RAISE = "canonicalize,cse,dce,canonicalize-routers,raise-route,canonicalize-routers,canonicalize,cse,dce"
+RAISE = "canonicalize,cse,dce,canonicalize-routers,dce,raise-route,canonicalize-routers,canonicalize,cse,dce"
 ALL = {**ROUTERS, **HANDWRITTEN}
 
 

@@ -232,7 +232,7 @@ def sparsemax(z: Tensor, k: int) -> Chosen:
 
 
 def relu_router(z: Tensor, k: int) -> Chosen:
-    weights, ids = F.relu(z).topk(k)
+    weights, ids = F.relu(z + 4).topk(k)
     return ids, torch.nan_to_num(weights / weights.sum(-1, keepdim=True))
 
 
@@ -299,7 +299,7 @@ HANDWRITTEN: dict[str, Router] = {
     "scale_by_eye": Router(scale_by_eye, 8, ((8,),), {"k": 2}),
     "product_keys": Router(product_keys, 16, options={"k": 2}),
     "group_of_ids": Router(group_of_ids, 12, ((3,),), {"k": 2}),
-    "sparsemax": Router(sparsemax, 8, options={"k": 3}),
+    "sparsemax": Router(sparsemax, 8, options={"k": 1}),
     "relu_router": Router(relu_router, 8, options={"k": 2}),
     "scatter_added": Router(scatter_added, 8, options={"k": 2}),
     "one_of_all": Router(one_of_all, 8),
