@@ -70,10 +70,11 @@ def _gemm(op: GatherGemm | GemmCombine) -> Gemm:
         return Gemm(op.num_experts, op.k, inner, op.width, parts, op.x.tensor.dtype, op.width * size)
     inner, columns = op.h.tensor.shape[-1], op.y.tensor.shape[-1]
     assert isinstance(inner, int) and isinstance(columns, int)
+    size = op.h.tensor.dtype.itemsize
     partial = 2 * columns * DType.f32.itemsize  # written by the GEMM, read by the sum over slots
-    return Gemm(
-        op.num_experts, op.k, inner, columns, 1, op.h.tensor.dtype, partial + inner * op.h.tensor.dtype.itemsize
-    )
+    alone = op.k == 1 and op.tail is None
+    row_bytes = inner * size + (columns * size if alone else partial)
+    return Gemm(op.num_experts, op.k, inner, columns, 1, op.h.tensor.dtype, row_bytes)
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:

@@ -2,6 +2,7 @@
 
 The GEMM leaves one row of f32 for each pair, and a second kernel adds those of a token in the order of its slots, so
 that the result does not depend on who comes first. The GEMM weighs the rows, but where a tail has to see whole ones.
+With one choice per token there is nothing to add, and the GEMM writes the result itself.
 """
 
 from __future__ import annotations
@@ -24,60 +25,69 @@ def gemm_combine(func: Func, op: GemmCombine) -> Sketch:
     gemm = GroupedGemm(func, op, op.h, op.down, op.down_bias)
     hidden = gemm.known(op.y.tensor.shape[-1])
     wiring = Wiring(op)
-    partial = Parameter("partial", "*fp32", wiring.buffer(f"t * {op.k * hidden * 4}"))
+    y = Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))
+    alone = op.k == 1 and op.tail is None
+    out = y if alone else Parameter("partial", "*fp32", wiring.buffer(f"t * {op.k * hidden * 4}"))
     kept = Parameter("kept", I32, wiring.buffer(f"t * {op.k * 4}")) if op.tail is not None else None
-    weights = gemm.pointer("weights", op.weights, wiring) if op.weighted else None
+    weights = [gemm.pointer("weights", op.weights, wiring)] if op.weighted else []
     parameters = [
         *(gemm.pointer(name, value, wiring) for name, value in (("h", op.h), ("order", op.order))),
         gemm.pointer("offsets", op.offsets, wiring),
-        *([weights] if weights is not None and kept is None else []),
+        *(weights if kept is None else []),
         gemm.pointer("down", op.down, wiring),
         *([gemm.pointer("down_bias", op.down_bias, wiring)] if op.down_bias is not None else []),
-        partial,
+        out,
         *([kept] if kept is not None else []),
         TOKENS,
     ]
-    y = Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))
-    if kept is None:
-        finish, entry = _combine(func, op, hidden, (partial, y))
-    else:
+    texts = [gemm.signature(f"{func.name}_gemm", parameters) + "\n" + indent(_gemm_lines(gemm, op, hidden, out.name))]
+    entries = list[Entry]()
+    if not alone:
         rest = [gemm.pointer(f"param_{i}", value, wiring) for i, value in enumerate(op.tail_params)]
-        given = (partial, kept, *([weights] if weights is not None else []), *rest, y)
-        finish, entry = _finish(func, op, hidden, given)
+        given = (out, y) if kept is None else (out, kept, *weights, *rest, y)
+        text, entry = (_combine if kept is None else _finish)(func, op, hidden, given)
+        texts.append(text)
+        entries.append(entry)
     constants = {"E": gemm.experts, "E_PAD": padded(gemm.experts + 1), "K": op.k, "H": hidden, "I": gemm.inner}
-    does = [*(["finished"] if op.tail is not None else []), *(["weighed"] if op.weighted else []), "and added"]
-    summary = f"rows of h times their expert's down-projection, {', '.join(does)} per token in the order of slots."
-    text = gemm.signature(f"{func.name}_gemm", parameters) + "\n" + indent(_gemm_lines(gemm, op, hidden))
-    source = module_text(func, op, summary, {**constants, "GROUP_M": GROUP_M}, [text, finish])
+    does = ["rows of h times their expert's down-projection"]
+    does += ["finished"] if op.tail is not None else []
+    does += ["weighed"] if op.weighted else []
+    does += [] if alone else ["and added per token in the order of slots"]
+    summary = f"{', '.join(does)}."
+    source = module_text(func, op, summary, {**constants, "GROUP_M": GROUP_M}, texts)
     schedules = list[Schedule]()
     for variant in gemm.variants:
         sizes = gemm.sizes(variant, hidden)
         grid = gemm.grid(sizes, hidden, gemm.experts + 1)
         first = gemm.entry(f"{func.name}_gemm", parameters, variant, sizes, grid)
-        schedules.append(Schedule(variant.get("up_to"), (first, entry), tuple(wiring.scratch)))
+        schedules.append(Schedule(variant.get("up_to"), (first, *entries), tuple(wiring.scratch)))
     return Sketch(source, tuple(schedules))
 
 
-def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, hidden: int) -> list[str]:
-    """The body of the GEMM."""
+def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, hidden: int, out: str) -> list[str]:
+    """The body of the GEMM, which writes to `out`: `partial`, or `y` itself."""
     bound = [] if gemm.even(hidden, "BLOCK_N", hidden) else ["columns < H"]
     at = "depth[:, None] * H + columns[None, :]" if op.down_transposed else "columns[None, :] * I + depth[:, None]"
     bias = "tl.load(down_bias + expert.to(tl.int64) * H + columns" + masked(bound) + ").to(tl.float32)"
     out_mask = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
     weigh = op.weighted and op.tail is None
+
+    def rounded(text: str) -> str:
+        return narrowed(text, op.y.tensor.dtype) if out == "y" else text
+
     kept = "tl.full([BLOCK_M], 0, tl.int32) + (expert < E).to(tl.int32)"
     return [
-        f'"""Row p of partial is the down-projection of pair p by its expert{", times its weight" if weigh else ""}; '
+        f'"""Row p of {out} is the down-projection of pair p by its expert{", times its weight" if weigh else ""}; '
         '0 if skipped."""',
         *gemm.head("H"),
         "if expert > E:",
         "    return",
         *gemm.rows(),
         "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
-        "out = partial + pair.to(tl.int64)[:, None] * H + columns[None, :]",
+        f"out = {out} + pair.to(tl.int64)[:, None] * H + columns[None, :]",
         *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if op.tail is not None else []),
         "if expert == E:",
-        f"    tl.store(out, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), mask={out_mask})",
+        f"    tl.store(out, {rounded('tl.zeros([BLOCK_M, BLOCK_N], tl.float32)')}, mask={out_mask})",
         "    return",
         "depth = tl.arange(0, BLOCK_K)",
         "a_at = h + rows.to(tl.int64)[:, None] * I + depth[None, :]",
@@ -87,7 +97,7 @@ def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, hidden: int) -> list[str]:
                    step(op.down_transposed, "H")),
         *([f"acc += {bias}[None, :]"] if op.down_bias is not None else []),
         *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if weigh else []),
-        f"tl.store(out, acc, mask={out_mask})",
+        f"tl.store(out, {rounded('acc')}, mask={out_mask})",
     ]  # fmt: skip
 
 

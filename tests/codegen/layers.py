@@ -94,6 +94,10 @@ LAYERS = {
         "heads back", "\n %h = moe.grouped_linear(%x, %ids, %heads) : tensor<s0x1x24xf32>"
         "\n %y = moe.grouped_linear(%h, %ids, %back, none, %w) {transposed = true} : tensor<s0x40xf32>"
         "\n  return %h, %y", 1),
+    "top_1": Case(
+        "up down db", "\n %few = moe.capacity(%ids) {num_experts = 5, capacity = 2} : tensor<s0x1xi64>"
+        "\n %y = moe.experts(%x, %few, %w, %up, %down, none, %db) : tensor<s0x40xf32> {"
+        + ACTIVATION + "\n  }\n  return %y", 1),
     "lone_route": Case("", "\n return %ids, %w", 3),
 }  # fmt: skip
 

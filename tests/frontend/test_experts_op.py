@@ -120,7 +120,7 @@ def finished(given: dict[str, Tensor], scale: Tensor) -> Tensor:
 @pytest.mark.parametrize("by", ["reference", "runtime"])
 def test_weights_on_the_input_and_a_tail(by: str) -> None:
     given, scale = operands(), torch.rand(H)
-    kernel = experts_op.reference if by == "reference" else sparsec.hf.run
+    kernel: Any = experts_op.reference if by == "reference" else sparsec.hf.run
     got = kernel(**given, tail_params=[scale], activation=ACTIVATION, weight_on="input", tail=NORM)
     assert relative_error(got, finished(given, scale)) < 1e-5
 

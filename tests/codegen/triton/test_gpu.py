@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from sparsec import pipeline
+from sparsec.codegen.emit import emit
 from sparsec.codegen.triton.emit import emit_kernel
 from sparsec.dialects.moe import gather_gemm_reference, gemm_combine_reference, group_reference
 from sparsec.ir.core import Func
+from sparsec.ir.equal import clone_module
+from sparsec.ir.interp import evaluate_module
 from sparsec.ir.types import Sym, TensorType
 from sparsec.runtime import gpu_driver
 from sparsec.runtime.context import Context
 from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.executor import Program
 from sparsec.runtime.plan import Kernel, Tensor
 from sparsec.runtime.triton_kernels import bind
+from tests.codegen.layers import LAYERS, inputs
 from tests.codegen.triton import build
 from tests.codegen.triton.routers import ROUTERS
 
@@ -125,3 +131,19 @@ def test_code_for_another_gpu_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ArtifactError, match=f"compiled for {other}, this GPU is"):
         bind(kernel, [0], Context(torch.device("cuda", 0), made.files, lambda slot: None))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str) -> None:
+    """Whole programs: kernels by Triton, what is between them by PyTorch."""
+    module = LAYERS[name].module()
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = gpu_driver.architecture(device)
+    emitted = emit(pipeline.run(clone_module(module), target=target).module, target)
+    assert not emitted.remarks
+    program = Program(emitted.plan, {}, device, files=emitted.files)
+    for tokens in COUNTS:
+        given = inputs(module, tokens, seed=tokens)
+        results = program(*(value.to(device) for value in given))
+        for got, wanted in zip(results, evaluate_module(module, given, {}), strict=True):
+            torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
