@@ -19,7 +19,7 @@ from sparsec.passes.rules import attr, same_shape
 @register
 @dataclass(frozen=True)
 class Recompose(Pass):
-    """Make linear layers, softmaxes and log-sigmoids of the ops that PyTorch decomposes them into."""
+    """Make linear layers, softmaxes, log-sigmoids and `where` of the ops that PyTorch decomposes them into."""
 
     name: ClassVar[str] = "recompose"
 
@@ -103,4 +103,14 @@ def name_log_sigmoid(op: Op, rw: Rewriter) -> bool:
     return True
 
 
-RULES = (linear_of_product, linear_of_addmm, linear_of_rows, name_softmax, name_log_sigmoid)
+@rule("aten.unbind.int")
+def name_where(op: Op, rw: Rewriter) -> bool:
+    """unbind(nonzero(x), 1) -> nonzero_numpy(x), which is `torch.where(x)`"""
+    places = op.operands[0].op
+    if places is None or places.name != "aten.nonzero" or attr(op, "dim") not in (1, -1):
+        return False
+    rw.replace_op(op, "aten.nonzero_numpy", places.operands)
+    return True
+
+
+RULES = (linear_of_product, linear_of_addmm, linear_of_rows, name_softmax, name_log_sigmoid, name_where)

@@ -44,7 +44,22 @@ def register(kernel: Kernel, device: torch.device, files: Mapping[str, bytes]) -
 
 @torch.library.custom_op("sparsec::launch", mutates_args=(), schema="(str kernel, Tensor?[] inputs) -> Tensor[]")
 def launch(kernel: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    return list(_KERNELS[kernel].call(inputs))
+    results = list(_KERNELS[kernel].call(inputs))
+    if _KERNELS[kernel].kernel.body:
+        _part(results, inputs)
+    return results
+
+
+def _part(results: list[Tensor], inputs: Sequence[Tensor | None]) -> None:
+    """Copy results that share memory with an input or with one another, which an operator may not return.
+
+    A region can yield what it was given, or two views of the same.
+    """
+    taken = {given.untyped_storage().data_ptr() for given in inputs if given is not None}
+    for i, result in enumerate(results):
+        if result.numel() and result.untyped_storage().data_ptr() in taken:
+            results[i] = result = result.clone()
+        taken.add(result.untyped_storage().data_ptr())
 
 
 @launch.register_fake
