@@ -23,6 +23,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 RESULTS, PAGE = DOCS / "models.json", DOCS / "models.md"
+NOTE = "<!-- Written by docs/support_matrix.py from docs/models.json: run it instead of editing. -->"
 LIMIT = 600  # seconds for one family
 TOLERANCE = 1e-4
 WHOLE = ((3, 7), (1, 30))  # batch and length that a whole model is called with again
@@ -227,7 +228,7 @@ def page(results: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                "<!-- Written by docs/support_matrix.py from docs/models.json: run it instead of editing. -->\n# Models",
+                f"{NOTE}\n# Models",
                 _summary(families, forms),
                 "## Expert layers of the families of transformers\n\n" + LAYERS_TEXT,
                 _table(first, rows),
@@ -247,7 +248,7 @@ relative to the greatest value. For bf16 it is the median over 300 tokens of a r
 f32, and the ratio of it to that of eager. The router is the ops of the layer's `moe.route`, views and casts left out.
 *hook*: the experts come in by transformers' experts interface; *adapter*: by an adapter of sparsec; *raised*: from
 plain ops. Unfused are ops between the logits and the sum over experts that stayed outside."""
-WHOLE_TEXT = f"""Captured once at batch 2 and 12 tokens, then compared to eager at (batch, tokens) {" and ".join(map(str, WHOLE))}.
+WHOLE_TEXT = f"""Captured once at batch 2 and 12 tokens, then compared to eager at {", ".join(map(str, WHOLE))}.
 A model is listed as working if the greatest difference is below {TOLERANCE:.0e} of the greatest value. Generation:
 `static-cache` holds keys and values in buffers of the program; `recompute` runs the whole text for each token, for
 models whose state is not only keys and values."""
@@ -324,7 +325,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the page is not fresh")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.what == "one":
         (name,) = given.names
         print(json.dumps(measure_form(name) if name[0].isupper() else measure(name)))

@@ -224,7 +224,7 @@ class TokenByToken(_Gated):
     """A loop over the tokens, one row at a time."""
 
     expect = "refused"
-    hint = ""
+    hint = "tensors"
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.choose(x)

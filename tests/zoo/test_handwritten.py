@@ -8,13 +8,13 @@ from torch import Tensor
 
 import sparsec
 from sparsec.diagnostics import CompileError
-from tests.zoo import handwritten_others
+from tests.zoo import handwritten_more, handwritten_others
 from tests.zoo.checks import error, found
 from tests.zoo.families import randomised
 from tests.zoo.handwritten import FORMS, Layer
 
 TOKENS = (1, 37, 300)
-assert handwritten_others  # imported to complete the forms
+assert handwritten_more and handwritten_others  # imported to complete the forms
 
 
 def forms(expect: str) -> list[str]:
