@@ -166,6 +166,16 @@ def cancel_transposes(op: Op, rw: Rewriter) -> bool:
     return True
 
 
+@rule("aten.select.int")
+def reshape_only(op: Op, rw: Rewriter) -> bool:
+    """select(x, d, 0) -> reshape(x), where d has no other element"""
+    x = op.operands[0].tensor
+    if x.shape[negative(attr(op, "dim"), x.rank)] != 1:
+        return False
+    rw.replace_op(op, "aten.reshape", op.operands, {"shape": op.results[0].tensor.shape})
+    return True
+
+
 @rule("aten.squeeze.dim")
 def cancel_squeeze(op: Op, rw: Rewriter) -> bool:
     """squeeze(unsqueeze(x, d), d) -> x"""
@@ -187,8 +197,12 @@ def drop_times_one(op: Op, rw: Rewriter) -> bool:
 
 @rule("aten.mul.Tensor", "aten.div.Tensor")
 def drop_times_ones(op: Op, rw: Rewriter) -> bool:
-    """x * (a tensor of ones) -> x"""
-    return splat(op.operands[1]) == 1 and _drop(op, rw)
+    """x * (a tensor of ones) -> x; (a tensor of ones) * x -> x"""
+    left, right = op.operands
+    if op.name == "aten.mul.Tensor" and splat(left) == 1 and right.type == op.results[0].type:
+        op.operands = (right, left)
+        return _drop(op, rw)
+    return splat(right) == 1 and _drop(op, rw)
 
 
 @rule("aten.add.Scalar", "aten.sub.Scalar")
@@ -297,6 +311,7 @@ RULES = (
     merge_reshapes,
     drop_slice,
     cancel_transposes,
+    reshape_only,
     cancel_squeeze,
     drop_times_one,
     drop_times_ones,

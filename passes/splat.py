@@ -46,17 +46,23 @@ def splat(value: Value, depth: int = 32) -> Number | None:
     if op.name in ("aten.bitwise_not", "aten.logical_not") and value.tensor.dtype is DType.i1:
         inner = splat(op.operands[0], depth - 1)
         return None if inner is None else not inner
+    if op.name in ("aten.eq.Tensor", "aten.eq.Scalar"):
+        left = splat(op.operands[0], depth - 1)
+        right = splat(op.operands[1], depth - 1) if op.name.endswith("Tensor") else op.attrs["other"]
+        return None if left is None or not isinstance(right, bool | int | float) else left == right
     if op.name == "aten.scatter.value" and _overwrites_all(op):
         return _cast(op.attrs["value"], value.tensor.dtype)  # type: ignore[arg-type]
     return None
 
 
 def _constant(op: Op) -> Number | None:
-    if op.name in ("aten.zeros_like", "aten.zeros"):
+    if op.name in ("aten.zeros_like", "aten.zeros", "aten.new_zeros"):
         return 0
-    if op.name in ("aten.ones_like", "aten.ones"):
+    if op.name in ("aten.ones_like", "aten.ones", "aten.new_ones"):
         return 1
-    filled = op.attrs.get("fill_value") if op.name in ("aten.full_like", "aten.full") else None
+    if op.name == "aten.arange" and op.results[0].tensor.shape == (1,):
+        return 0
+    filled = op.attrs.get("fill_value") if op.name in ("aten.full_like", "aten.full", "aten.new_full") else None
     return filled if isinstance(filled, bool | int | float) else None
 
 
