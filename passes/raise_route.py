@@ -13,8 +13,9 @@ from sparsec.ir.opdef import OpDef, make
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import Dim, TensorType, product
 from sparsec.passes.base import Pass, PassContext, register
+from sparsec.passes.lone_routers import lone_routers
 from sparsec.passes.row_slice import Problem, Slice, close
-from sparsec.passes.rows import folded, localise
+from sparsec.passes.rows import LINEAR, folded, localise
 
 BANKS = ("moe.experts", "moe.grouped_linear")
 AFTER_ROUTE = ("moe.capacity",)  # change ids between route and bank
@@ -28,13 +29,15 @@ class RaiseRoute(Pass):
     The slice goes backwards from the two operands of `moe.experts` to the logits, the result of a linear layer, and
     small parameters; other tensors with one row per token (ids that are given, a mask) become operands too. What else
     of the slice the model reads becomes a further result, with the row-local ops on the way to it. Where the slice does
-    not close, the ops stay and a remark says which one is in the way.
+    not close, the ops stay and a remark says which one is in the way. A remark also names routers that no bank reads.
     """
 
     name: ClassVar[str] = "raise-route"
     max_ops: int = 64  #: a router of more ops stays as it is
 
     def run(self, module: Module, ctx: PassContext) -> None:
+        declined = set[Op]()
+
         @rule(*BANKS)
         def raise_route(op: Op, rw: Rewriter) -> bool:
             chosen = _chosen(op)
@@ -58,9 +61,20 @@ class RaiseRoute(Pass):
                 why = f"the router has {len(found.ops)} ops, more than max-ops={self.max_ops}"
                 found = Problem(op, why, "run raise-route{max-ops=N} with a greater N")
             ctx.missed(found.op, why=found.why, try_=found.suggestion)
+            declined.add(op)
             return False
 
         ctx.rewrite(module, [raise_route])
+        routes = [op for op in module.main.body.ops if isinstance(op, Route)]
+        banked = {view for op in routes for view in _same_rows(op.logits)}
+        chains = {op for bank in declined for op in _behind(bank)}
+        for op, experts in lone_routers(module.main, banked):
+            if op not in chains:
+                why = f"a router that chooses among {experts} experts feeds no bank of experts that was found"
+                ctx.missed(op, why=why, try_=_TRY_BANK)
+
+
+_TRY_BANK = "see what raise-experts says of these experts, or call sparsec.ops.experts"
 
 
 def _chosen(op: Op) -> tuple[Value, Value] | None:
@@ -72,6 +86,27 @@ def _chosen(op: Op) -> tuple[Value, Value] | None:
     if weights is None or (ids.op is not None and ids.op.dialect == "moe"):
         return None
     return ids, weights
+
+
+def _same_rows(value: Value) -> list[Value]:
+    """A value and what it is a reshape of."""
+    found = [value]
+    while value.op is not None and value.op.name == "aten.reshape":
+        value = value.op.operands[0]
+        found.append(value)
+    return found
+
+
+def _behind(bank: Op) -> set[Op]:
+    """The ops that a bank's ids and weights are made by, up to linear layers."""
+    chosen = _chosen(bank)
+    found, stack = set[Op](), [value.op for value in chosen or ()]
+    while stack:
+        op = stack.pop()
+        if op is not None and op not in found and op.name not in LINEAR:
+            found.add(op)
+            stack += [operand.op for operand in op.operands]
+    return found
 
 
 def _latest(values: list[Value], places: dict[Op, int]) -> Value | None:

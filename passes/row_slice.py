@@ -13,6 +13,7 @@ from sparsec.passes.rules import is_pointwise, same_shape
 WIDEST = 1 << 14  #: elements of one row that a region may read or yield
 
 MOST_CUTS = 64
+LIMIT_OF_SEARCH = 256  # ops looked at to tell whether one thing comes from another
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Slice:
         self.sources.insert(0, logits)
         self.ops = in_order(ops, (self.ids, self.weights))
         self.outside = [end for end in ends if _belongs(end.op, logits)]
+        for param in self.params:
+            if param.op is not None and _comes_from(param.op, logits):
+                why = f"'{param.op.name}' works across tokens"
+                self.outside.append(Problem(param.op, why, WRITE_ROW_LOCAL))
         return None
 
     def _visit(
@@ -226,16 +231,21 @@ def _matches(param: Value, user: Op) -> bool:
     return any(v.tensor.rank > len(shape) and same_shape(v.tensor.shape[-len(shape) :], shape) for v in user.operands)
 
 
-def _belongs(op: Op, logits: Value, limit: int = 256) -> bool:
+def _belongs(op: Op, logits: Value) -> bool:
     """Whether an op that stays outside is part of the router: it turns scores into scores, or comes from the logits."""
     if op.name in ROW_OPS:
         return op.name not in LOOKUPS
     shape = op.results[0].tensor.shape
     if any(isinstance(v.type, TensorType) and same_shape(v.tensor.shape, shape) for v in op.operands):
         return True
+    return _comes_from(op, logits)
+
+
+def _comes_from(op: Op, logits: Value) -> bool:
+    """Whether an op reads the logits, or what is made of them."""
     seen: dict[Op, None] = {}
     stack = [op]
-    while stack and len(seen) < limit:
+    while stack and len(seen) < LIMIT_OF_SEARCH:
         at = stack.pop()
         if at in seen:
             continue

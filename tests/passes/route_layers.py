@@ -44,7 +44,9 @@ class Layer(nn.Module):
 
 def captured(layer: nn.Module, *args: Tensor, bank: int) -> tuple[Module, dict[str, Tensor]]:
     """`layer` as IR with its weights; its third result is that of an expert bank which reads the first two."""
-    dynamic = [dict.fromkeys(range(max(1, arg.dim() - 1)), torch.export.Dim.DYNAMIC) for arg in args]
+    dynamic: list[Any] = [dict.fromkeys(range(max(1, arg.dim() - 1)), torch.export.Dim.DYNAMIC) for arg in args]
+    if len(args) > 1:
+        dynamic = [{0: torch.export.Dim("tokens")} for _ in args]
     shapes = (dynamic[0], tuple(dynamic[1:])) if len(args) > 1 else (dynamic[0],)
     with torch.no_grad():
         program = torch.export.export(layer.eval(), args, dynamic_shapes=shapes, strict=False)
