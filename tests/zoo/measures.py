@@ -1,0 +1,151 @@
+"""Measurements of families and forms for the support matrix: what became of each, as JSON."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+
+import sparsec
+from sparsec.diagnostics import SparsecError
+from sparsec.frontend.adapters import registry
+from tests.zoo.checks import alone, compile_layer, distance, error, found, outputs
+from tests.zoo.families import build, inputs
+from tests.zoo.layers import eager, halved, record, record_sizes, run, tensors_of
+from tests.zoo.test_handwritten import FORMS, TOKENS, layer_of, tokens_for
+from tests.zoo.test_handwritten import compiled as compile_form
+
+TOLERANCE = 1e-4  # of a whole model's outputs
+WHOLE = ((3, 7), (1, 30))  # batch and length that a whole model is called with again
+
+
+def layers(name: str) -> dict[str, Any]:
+    """The kinds of expert layers of a family, each captured alone; and the first of them in bf16."""
+    return {"kinds": _kinds(name, eager(build(name)[0])), "bf16": _bf16(name)}
+
+
+def _kinds(name: str, model: Any) -> list[dict[str, Any]]:
+    """Layers of which the same is to be said are one kind."""
+    kinds = list[dict[str, Any]]()
+    first, second, others = record_sizes(name, model)
+    for path, call in first.items():
+        layer = model.get_submodule(path)
+        kind: dict[str, Any] = {"class": type(layer).__name__}
+        try:
+            compiled = compile_layer(layer, call, second[path])
+            got = found(compiled)
+            wanted = [alone(layer, calls[path])[1] for calls in others]
+            kind |= {
+                "how": _how(layer, compiled),
+                "found": {"routes": got.routes, "experts": got.experts, "linears": got.linears},
+                "router": got.router,
+                "loose": list(got.loose),
+                "error": max(error(outputs(compiled, call), call.tensors) for call in wanted),
+                "why": [warning.message for warning in registry.warnings(layer)] + list(got.missed),
+            }
+        except Exception as problem:
+            kind |= {"how": "refused", "why": [_sentence(problem)]}
+        same = [one for one in kinds if one | {"error": 0} == kind | {"error": 0}]
+        if same and "error" in kind:
+            same[0]["error"] = max(same[0]["error"], kind["error"])
+        elif not same:
+            kinds.append(kind)
+    return kinds
+
+
+def _how(layer: Any, compiled: Any) -> str:
+    """How the bank came into the IR: as an operator, which a hook or an adapter emitted, or raised from plain ops."""
+    replaced = registry.install(layer)
+    registry.remove(replaced)
+    if replaced:
+        return "adapter"
+    captured = any(op.name == "moe.experts" for op in compiled.result.ir("capture").walk())
+    raised = any(op.name == "moe.experts" for op in compiled.result.ir("raise").walk())
+    return "hook" if captured else "raised" if raised else "left"
+
+
+def _bf16(name: str) -> dict[str, Any]:
+    """The distance of the first expert layer in bf16 to the same weights in f32, of sparsec and of eager."""
+    model = halved(eager(build(name)[0]))
+    exact = copy.deepcopy(model).float()
+    calls = [record(name, exact, *size) for size in ((2, 12), (3, 17), (1, 300))]
+    path = next(iter(calls[0]), None)
+    if path is None:
+        return {}
+    layer = model.get_submodule(path)
+    call, second, long = (each[path].to(torch.bfloat16) for each in calls)
+    try:
+        compiled = compile_layer(layer, call, second)
+        f32 = outputs(exact.get_submodule(path), long.to(torch.float32))[0]
+        return {
+            "own": distance(outputs(compiled, alone(layer, long)[1])[0], f32),
+            "eager": distance(outputs(layer, long)[0], f32),
+        }
+    except Exception as problem:
+        return {"why": _sentence(problem)}
+
+
+def whole(name: str) -> dict[str, Any]:
+    """A family's whole model, captured once and called with other sizes."""
+    model = eager(build(name)[0])
+    began = time.perf_counter()
+    banks = len(record(name, model))
+    try:
+        compiled = sparsec.compile(model, (), inputs(name, model))
+        got = found(compiled)
+        seconds = time.perf_counter() - began
+        errors = list[float]()
+        for batch, length in WHOLE:
+            expected = tensors_of(run(name, model, batch, length))[:1]
+            errors.append(error(tensors_of(compiled(**inputs(name, model, batch, length)))[:1], expected))
+    except Exception as problem:
+        return {"works": False, "why": _sentence(problem)}
+    return {
+        "works": max(errors) <= TOLERANCE,
+        "layers": banks,
+        "found": {"routes": got.routes, "experts": got.experts, "linears": got.linears},
+        "error": max(errors),
+        "seconds": round(seconds, 1),
+        "why": [warning.message for warning in compiled.warnings],
+    }
+
+
+def generation(name: str) -> str:
+    """How a family's model generates text: with a static cache, by running the whole text again, or not."""
+    model = build(name)[0]
+    if not type(model).__name__.endswith("ForCausalLM"):
+        return ""
+    try:
+        compiled = sparsec.compile_language_model(model, max_length=64)
+    except Exception as problem:
+        return _sentence(problem)
+    assert compiled.generation is not None
+    return str(compiled.generation["kind"])
+
+
+def _sentence(problem: Exception) -> str:
+    """The first line of an error, and the line of the user's code that it names."""
+    lines = str(problem).splitlines() or [type(problem).__name__]
+    source = lines[1].strip() if len(lines) > 1 and lines[1].startswith("    ") else ""
+    text = lines[0] if hasattr(problem, "diagnostics") else f"{type(problem).__name__}: {lines[0]}"
+    return text + (f" `{source}`" if source else "")
+
+
+def form(name: str) -> dict[str, Any]:
+    """What became of one hand-written layer."""
+    about = {"form": (FORMS[name].__doc__ or "").splitlines()[0]}
+    layer = layer_of(name)
+    try:
+        model = compile_form(layer)
+    except SparsecError as problem:
+        return about | {"became": "refused", "why": [_sentence(problem)]}
+    got = found(model)
+    with torch.no_grad():
+        errors = [error([model(x)], [layer(x)]) for x in (tokens_for(layer, 1, count) for count in TOKENS)]
+    became = "fused" if got.fused else "left" if got.experts == 0 else "in part"
+    said = {"router": got.router, "loose": list(got.loose), "why": list(got.missed)}
+    return (
+        about | said | {"became": became, "error": max(errors), "dtype": str(FORMS[name].dtype).removeprefix("torch.")}
+    )
