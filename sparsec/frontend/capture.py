@@ -18,16 +18,19 @@ from torch.export.graph_signature import ConstantArgument
 from torch.utils._pytree import TreeSpec, tree_map
 
 from sparsec.diagnostics import CompileError, Diagnostic
-from sparsec.frontend import structure
+from sparsec.frontend import repeated, structure
 from sparsec.frontend.adapters import registry as adapters
 from sparsec.frontend.failures import explain, quiet
 from sparsec.frontend.importer import import_program
 from sparsec.frontend.pt2 import load_program
-from sparsec.ir.core import Module
+from sparsec.ir.core import Func, Module
 from sparsec.ir.types import Sym, TensorType, evaluate
 
 _EXPERTS = "_experts_implementation_internal"
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_SHAPE = re.compile(r"\w+\.shape\[\d+\]")
+_FIXED = re.compile(rf"{_SHAPE.pattern} == \d+")
+_EQUAL = re.compile(rf"{_SHAPE.pattern} == {_SHAPE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,14 @@ def capture(
     with for_capture(model, no_cache=not use_cache and "use_cache" not in (kwargs or {})), torch.no_grad():
         device = _device(model)
         call: Any = tree_map(lambda leaf: _on(leaf, device), (tuple(args), dict(kwargs or {})))
+        if dynamic is True:
+            call = tree_map(_not_one, call)
         try:
             with quiet():
-                program = _export(model, call[0], call[1], dynamic).run_decompositions({})
+                program, blocks = _program(model, call[0], call[1], dynamic)
         except Exception as error:
             raise explain(error, model) from error
-    captured = _import(program)
+    captured = _import(program, blocks)
     warnings = (list(_fixed(captured.module)) or list(_tied(program))) if dynamic is True else []
     warnings += adapters.warnings(model)
     if model.training:
@@ -98,9 +103,9 @@ def capture(
     return replace(captured, warnings=tuple(warnings))
 
 
-def _import(program: ExportedProgram) -> Captured:
+def _import(program: ExportedProgram, blocks: repeated.Blocks | None = None) -> Captured:
     """`program`, which must be functional, in the IR."""
-    module, weights = import_program(program)
+    module, weights = import_program(program, blocks)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     assert in_spec is not None and out_spec is not None
     signature = program.graph_signature
@@ -119,14 +124,38 @@ def _import(program: ExportedProgram) -> Captured:
     return Captured(module, weights, inputs, structure.tree(out_spec, returned), in_spec, out_spec)
 
 
+def _program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Any
+) -> tuple[ExportedProgram, repeated.Blocks | None]:
+    """The functional program of a model, in which each block that it repeats is exported once, if that can be."""
+    with repeated.blocks(model, args, kwargs, _export_block) as blocks:
+        try:
+            return _export(model, args, kwargs, dynamic).run_decompositions({}), blocks
+        except Exception:
+            if not blocks:
+                raise
+    return _export(model, args, kwargs, dynamic).run_decompositions({}), None
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Any) -> ExportedProgram:
     shapes: Any = None if dynamic is False else dynamic
     if dynamic is True:
-        args, kwargs = tree_map(_not_one, (args, kwargs))
         # In the structure that torch.export wants: by name of the forward's parameters.
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
         shapes = tree_map(_open_dims, dict(bound.arguments))
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _export_block(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ExportedProgram, Func, dict[str, torch.Tensor]]:
+    """A block of a model on its own, with open sizes. Raises: repeated.Unrepeatable where its code ties them."""
+    with quiet():
+        program = _export(module, args, kwargs, True).run_decompositions({})
+    if not all(_EQUAL.fullmatch(equation) for equation in _equations(program)):  # equal sizes are in its types
+        raise repeated.Unrepeatable("the block's code takes sizes for granted")
+    imported, tensors = import_program(program)
+    return program, imported.main, tensors
 
 
 def _open_dims(leaf: Any) -> Any:
@@ -161,11 +190,17 @@ def _fixed(module: Module) -> Iterator[Diagnostic]:
                 )
 
 
-def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
-    """Equations between sizes that tracing took for granted: the program is wrong or fails where they do not hold."""
+def _equations(program: ExportedProgram) -> list[str]:
+    """Equations between sizes that tracing took for granted, less those that say a size or hold for all."""
     guards: list[str] = getattr(program, "_guards_code", None) or []  # newer than the oldest torch that we run on
-    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard and not _always(guard)]
-    equations = [text for text in equations if not re.fullmatch(r"\w+\.shape\[\d+\] == \d+", text)]  # in its type
+    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard]
+    fixed = {name: int(size) for name, size in (e.split(" == ") for e in equations if _FIXED.fullmatch(e))}
+    return [text for text in equations if not _FIXED.fullmatch(text) and not _always(text, fixed)]
+
+
+def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
+    """The program is wrong or fails where its equations between sizes do not hold."""
+    equations = _equations(program)
     if equations:
         yield Diagnostic(
             f"the model's code depends on sizes of its inputs: it was captured for {' and '.join(equations[:3])}",
@@ -175,15 +210,17 @@ def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
         )
 
 
-def _always(equation: str) -> bool:
-    """Whether an equation between sizes holds for any sizes (tried with a few): then it says nothing."""
-    names = sorted({found.group(0) for found in _SIZE.finditer(equation)})
+def _always(equation: str, fixed: Mapping[str, int]) -> bool:
+    """Whether an equation holds for any sizes beside the fixed ones (tried with a few): then it says nothing."""
+    names = sorted(set(_SHAPE.findall(equation)))
     for i, name in enumerate(names):
         equation = equation.replace(name, f"n{i}")
     left, _, right = equation.lower().partition(" == ")
+    tries = [
+        {f"n{i}": fixed.get(name, 2 + (7 * i + 5 * step) % 11) for i, name in enumerate(names)} for step in range(6)
+    ]
     try:
-        sizes = [{f"n{i}": 2 + (7 * i + 5 * step) % 11 for i in range(len(names))} for step in range(6)]
-        return all(evaluate(Sym(left.strip()), env) == evaluate(Sym(right.strip()), env) for env in sizes)
+        return all(evaluate(Sym(left.strip()), env) == evaluate(Sym(right.strip()), env) for env in tries)
     except (ValueError, SyntaxError, KeyError, ZeroDivisionError):
         return False
 

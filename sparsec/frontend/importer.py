@@ -17,9 +17,10 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import GraphModule, Node
+from torch.nn import Parameter
 
 from sparsec.diagnostics import CompileError
-from sparsec.frontend import experts_op, locations, pair_ops, region
+from sparsec.frontend import experts_op, locations, pair_ops, region, repeated
 from sparsec.frontend.builder import Builder
 from sparsec.frontend.symbols import Symbols
 from sparsec.ir.core import Attr, Block, Func, Module, Value
@@ -42,12 +43,17 @@ _KINDS = {
 _ORDER = {kind: i for i, kind in enumerate(_KINDS)}
 
 
-def import_program(program: ExportedProgram) -> tuple[Module, dict[str, torch.Tensor]]:
+def import_program(
+    program: ExportedProgram, blocks: repeated.Blocks | None = None
+) -> tuple[Module, dict[str, torch.Tensor]]:
     """The module of a functional exported program, and the tensor behind every parameter, buffer and constant of it.
+
+    Args:
+        blocks: what the program's calls of `sparsec::block` mean.
 
     Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
     """
-    return _ProgramImporter(program).run()
+    return _ProgramImporter(program, blocks or repeated.Blocks()).run()
 
 
 _EXPERTS_ATTRS: dict[str, Attr] = {
@@ -116,6 +122,8 @@ class GraphImporter:
         elif target in self._special:
             self.known[node] = self._special[target](_given(node), loc)
             self.known[node].name = node.name
+        elif target is repeated.TARGET:
+            self.known[node] = self._block(node, loc)
         elif target in _ITEMS or not _is_size(node.meta.get("val")):
             args, kwargs = self._resolve(node.args), {key: self._resolve(value) for key, value in node.kwargs.items()}
             self.known[node] = self.builder.call(target, args, kwargs, node.meta["val"], loc, node.name)
@@ -171,6 +179,9 @@ class GraphImporter:
         attrs = {key: given[key] for key, default in defaults.items() if given.get(key, default) != default}
         return self.builder.block.append(make(name, operands, None, attrs, bodies, loc)).result
 
+    def _block(self, node: Node, loc: Loc) -> tuple[Value, ...]:
+        raise TypeError("a block of another program is called")
+
     def _resolve(self, item: Any) -> Any:
         """A node's argument with values in the place of nodes, and dimensions in the place of symbolic integers."""
         if isinstance(item, list | tuple):
@@ -190,9 +201,12 @@ class GraphImporter:
 class _ProgramImporter(GraphImporter):
     """Adds what an exported program says of its arguments and results."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, blocks: repeated.Blocks) -> None:
         super().__init__()
-        self.program = program
+        self.program, self.blocks = program, blocks
+        self.held: dict[str, Any] = program.constants | program.state_dict
+        self.called: dict[str, repeated.Block] = {}
+        self.by_tensor: dict[int, Value] = {}
         self.weights: dict[str, torch.Tensor] = {}
 
     def run(self) -> tuple[Module, dict[str, torch.Tensor]]:
@@ -200,7 +214,33 @@ class _ProgramImporter(GraphImporter):
         results = self.graph(self.program.graph_module)
         self._results(results)
         self._drop_unused()
-        return Module([self.func], {"phase": "capture", "version": 1}), self.weights
+        funcs = [self.func, *(block.func for block in self.called.values())]
+        return Module(funcs, {"phase": "capture", "version": 1}), self.weights
+
+    def _block(self, node: Node, loc: Loc) -> tuple[Value, ...]:
+        operands, name, path = self._resolve(node.args[0]), str(node.args[1]), str(node.args[2])
+        block = self.called[name] = self.blocks.by_name[name]
+        held = self.blocks.weights[path]
+        for source in block.sources:
+            shared = block.constants.get(source)
+            if shared is None:
+                kind = "param" if isinstance(held[source], Parameter) else "buffer"
+                operands.append(self._weight(f"{path}.{source}", held[source], kind))
+            else:
+                operands.append(self._weight(f"{name}.{source}", shared, "constant"))
+        types = [self.builder.type_of(item) for item in node.meta["val"]]
+        op = self.builder.block.append(make("moe.call", [tuple(operands)], types, {"callee": block.name}, loc=loc))
+        for value in op.results:
+            value.name = f"{node.name}_{value.index}"
+        return op.results
+
+    def _weight(self, source: str, tensor: torch.Tensor, kind: str) -> Value:
+        """The argument of `main` that holds a tensor, by whichever name it came first."""
+        if id(tensor) not in self.by_tensor:
+            value = self.builder.block.add_arg(self.builder.type_of(tensor), source)
+            self.func.arg_attrs[value] = {"kind": kind, "source": source}
+            self.weights[source], self.by_tensor[id(tensor)] = tensor, value
+        return self.by_tensor[id(tensor)]
 
     def _arguments(self) -> None:
         nodes = [node for node in self.program.graph.nodes if node.op == "placeholder"]
@@ -217,12 +257,12 @@ class _ProgramImporter(GraphImporter):
             what = spec.kind.name.lower().replace("_", " ")
             raise CompileError(f"argument '{node.name}' of the model is a {what}, which cannot be compiled")
         attrs: dict[str, Attr] = {"kind": _KINDS[spec.kind]}
-        if spec.kind is not InputKind.USER_INPUT:
-            assert spec.target is not None
-            attrs["source"] = spec.target
-            held: dict[str, Any] = self.program.constants | self.program.state_dict
-            self.weights[spec.target] = held[spec.target]
-        self.argument(node, attrs)
+        if spec.kind is InputKind.USER_INPUT:
+            self.argument(node, attrs)
+            return
+        assert spec.target is not None
+        tensor = self.weights[spec.target] = self.held[spec.target]
+        self.by_tensor[id(tensor)] = self.argument(node, attrs | {"source": spec.target})
 
     def _results(self, results: Sequence[Any]) -> None:
         outputs, mutations = list[tuple[Value, dict[str, Attr]]](), list[tuple[Value, dict[str, Attr]]]()

@@ -30,6 +30,16 @@ class Loc:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.file else "<unknown>"
 
+    def within(self, scope: str, old: str = "") -> Loc:
+        """This place with the module path `old`, which its scope starts with, called `scope`."""
+        if old and self.scope != old and not self.scope.startswith(f"{old}."):
+            moved = self.scope
+        else:
+            rest = self.scope.removeprefix(old).removeprefix(".")
+            moved = f"{scope}.{rest}" if scope and rest else scope or rest
+        origins = tuple(origin.within(scope, old) for origin in self.origins)
+        return Loc(self.file, self.line, moved, self.source, origins)
+
     def alone(self) -> Loc:
         """This place without what was fused into it."""
         return Loc(self.file, self.line, self.scope, self.source) if self.origins else self

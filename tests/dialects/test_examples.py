@@ -40,6 +40,10 @@ func @gather_gemm_0(%x: tensor<tx64xf32>, %order: tensor<(2*t)xi32>, %offsets: t
   }
   return %h
 }
+func @block_0(%x: tensor<s0x64xf32>, %up: tensor<8x96x64xf32>) -> (tensor<s0x64xf32>) {scope = "layers.0.mlp"} {
+  %y = aten.exp(%x) : tensor<s0x64xf32>
+  return %y
+}
 """
 
 
