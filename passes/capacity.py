@@ -28,7 +28,7 @@ def spell_capacity(op: Op, rw: Rewriter) -> bool:
     split, turned, flat = (groups, each, k), (groups, k, each), (groups, pairs)
     arrival = op.ids
     if slots_first:
-        arrival = add("view", [arrival], dtype, split, size=split)
+        arrival = add("reshape", [arrival], dtype, split, shape=split)
         arrival = add("transpose.int", [arrival], dtype, turned, dim0=1, dim1=2)
     arrival = add("reshape", [arrival], dtype, flat, shape=flat)
     outside = flags(
@@ -44,7 +44,7 @@ def spell_capacity(op: Op, rw: Rewriter) -> bool:
     late = flags("scatter.src", [late, places, late], dim=1)
     kept = add("masked_fill.Scalar", [arrival, late], dtype, flat, value=experts)
     if slots_first:
-        kept = add("view", [kept], dtype, turned, size=turned)
+        kept = add("reshape", [kept], dtype, turned, shape=turned)
         kept = add("transpose.int", [kept], dtype, split, dim0=1, dim1=2)
     rw.replace(op, [add("reshape", [kept], dtype, (tokens, k), shape=(tokens, k))])
     return True

@@ -98,12 +98,13 @@ def linear_as_combine(op: Op, rw: Rewriter) -> bool:
     (tokens, k), columns = op.ids.tensor.shape, op.y.tensor.shape[-1]
     pairs, inner = order.tensor.shape[0], op.x.tensor.shape[-1]
     dtype = op.x.tensor.dtype
+    flat = TensorType((pairs, inner), dtype)
     rows, at = op.x, order
     if op.x.tensor.rank == 3:
-        rows = rw.make(op, "aten.view", [rows], [TensorType((pairs, inner), dtype)], {"size": (pairs, inner)}).result
+        rows = rw.make(op, "aten.reshape", [rows], [flat], {"shape": flat.shape}).result
     elif k != 1:
         at = rw.make(op, "aten.floor_divide.Scalar", [order], [order.type], {"other": k}).result
-    rows = rw.make(op, "aten.index_select", [rows, at], [TensorType((pairs, inner), dtype)], {"dim": 0}).result
+    rows = rw.make(op, "aten.index_select", [rows, at], [flat], {"dim": 0}).result
     attrs: dict[str, Attr] = {"down_transposed": True} if op.transposed else {}
     if op.weights is not None:
         combine = GemmCombine(_trimmed(rows, order, offsets, op.weights, op.w, op.bias), None, attrs)
@@ -112,12 +113,12 @@ def linear_as_combine(op: Op, rw: Rewriter) -> bool:
         return True
     # Every pair is a token with one choice here: its sum over choices is the row itself.
     alone = TensorType((pairs, 1), op.ids.tensor.dtype)
-    ids = rw.make(op, "aten.view", [op.ids], [alone], {"size": alone.shape}).result
+    ids = rw.make(op, "aten.reshape", [op.ids], [alone], {"shape": alone.shape}).result
     attrs["weighted"] = False
     combine = GemmCombine(_trimmed(rows, order, offsets, ids, op.w, op.bias), None, attrs)
     rw.insert(combine, op)
     shape = (tokens, k, columns)
-    rw.replace(op, rw.make(op, "aten.view", combine.results, [TensorType(shape, dtype)], {"size": shape}).results)
+    rw.replace(op, rw.make(op, "aten.reshape", combine.results, [TensorType(shape, dtype)], {"shape": shape}).results)
     return True
 
 

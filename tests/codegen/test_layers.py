@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import sparsec
 from sparsec import pipeline
 from sparsec.codegen.emit import emit
 from sparsec.codegen.fx import to_fx
@@ -75,3 +76,32 @@ def test_banks_in_half_precision_are_close_to_f32() -> None:
     (got,) = Program(emit(lowered(narrow), "cpu").plan, {})(*given)
     same = (got.float() - wanted).norm(dim=1) < 0.05 * wanted.norm(dim=1)
     assert same.float().mean() > 0.9  # near ties bf16 may choose another expert
+
+
+class Heads(torch.nn.Module):
+    """Linears by expert around a pointwise op, for as many pairs as there is room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((4, 32), (4, 24, 32), (4, 32, 24))
+        drawn = [torch.randn(shape, generator=generator) * 0.2 for shape in shapes]
+        self.gate, self.heads, self.back = map(torch.nn.Parameter, drawn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = torch.topk(torch.softmax(x @ self.gate.T, -1), 2)
+        ids = torch.ops.sparsec.capacity(ids, 4, x.shape[0] // 3 + 1)
+        h = torch.ops.sparsec.grouped_linear(x, ids, self.heads)
+        return torch.ops.sparsec.grouped_linear(torch.tanh(h), ids, self.back, None, weights)
+
+
+def test_capacities_and_linears_under_torch_compile_and_as_a_model() -> None:
+    model = Heads().eval()
+    compiled = torch.compile(model, backend="sparsec", dynamic=True)
+    program = sparsec.compile(model, (torch.randn(9, 32),))
+    with torch.no_grad():
+        for tokens in (9, 5, 40):
+            x = torch.randn(tokens, 32)
+            wanted = model(x)
+            for run in (compiled, program):
+                torch.testing.assert_close(run(x), wanted, rtol=1e-5, atol=1e-5)
