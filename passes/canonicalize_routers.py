@@ -10,7 +10,7 @@ from sparsec.ir.core import Attr, Block, Module, Op, Value
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import DType, TensorType
 from sparsec.passes.base import Pass, PassContext, register
-from sparsec.passes.canonicalize import drop_reshape
+from sparsec.passes.canonicalize import drop_reshape, drop_slice
 from sparsec.passes.router_spelling import RULES as SPELLING
 from sparsec.passes.rules import attr, is_pointwise, negative, same_shape, with_attrs
 from sparsec.passes.splat import splat
@@ -30,7 +30,7 @@ class CanonicalizeRouters(Pass):
     name: ClassVar[str] = "canonicalize-routers"
 
     def run(self, module: Module, ctx: PassContext) -> None:
-        ctx.rewrite(module, (*SPELLING, drop_reshape, *RULES))
+        ctx.rewrite(module, (*SPELLING, drop_reshape, drop_slice, *RULES))
 
 
 def _in_route(op: Op) -> bool:

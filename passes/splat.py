@@ -50,6 +50,8 @@ def splat(value: Value, depth: int = 32) -> Number | None:
         left = splat(op.operands[0], depth - 1)
         right = splat(op.operands[1], depth - 1) if op.name.endswith("Tensor") else op.attrs["other"]
         return None if left is None or not isinstance(right, bool | int | float) else left == right
+    if op.name in ("aten.sum.dim_IntList", "aten.amax", "aten.any.dim") and _counts_each(op):
+        return _cast(1, value.tensor.dtype)
     if op.name == "aten.scatter.value" and _overwrites_all(op):
         return _cast(op.attrs["value"], value.tensor.dtype)  # type: ignore[arg-type]
     return None
@@ -82,6 +84,26 @@ def _overwrites_all(op: Op) -> bool:
     axis = negative(attr(op, "dim"), target.tensor.rank)
     if target.tensor.shape[axis] == 1:
         return True  # the only index there is
+    return _is_permutation(index, axis)
+
+
+def _counts_each(op: Op) -> bool:
+    """Whether ones for every number along an axis are added up: one_hot(a permutation).sum(-2)."""
+    hot = op.operands[0].op
+    while hot is not None and hot.name in ("aten._to_copy", "aten.to.dtype"):
+        hot = hot.operands[0].op
+    if hot is None or hot.name != "aten.one_hot":
+        return False
+    index, dim = hot.operands[0], attr(op, "dim")
+    dims = dim if isinstance(dim, tuple) else (dim,)
+    if len(dims) != 1 or not isinstance(dims[0], int) or negative(dims[0], index.tensor.rank + 1) != -2:
+        return False
+    size = index.tensor.shape[-1]
+    return attr(hot, "num_classes") == size and (size == 1 or _is_permutation(index, -1))
+
+
+def _is_permutation(index: Value, axis: int) -> bool:
+    """Whether an index names everything along an axis once, as a top-k that keeps every entry does."""
     topk = index.op
     if topk is None or topk.name != "aten.topk" or index is not topk.results[1]:
         return False

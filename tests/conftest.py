@@ -2,6 +2,7 @@
 
     // pass: raise-route{max-ops=64}
     // target: cuda:sm_90                      (optional)
+    // tolerance: 1e-6                         (optional: by how much floats may differ; else they are the same bits)
     module ...
     // ----- expect
     module ...
@@ -59,7 +60,7 @@ class GoldenItem(pytest.Item):
 
         text = self.path.read_text()
         given, _, expected = text.partition(EXPECT)
-        header = dict(re.findall(r"^// (pass|target): *(.*?) *$", given, re.MULTILINE))
+        header = dict(re.findall(r"^// (pass|target|tolerance): *(.*?) *$", given, re.MULTILINE))
         if "pass" not in header:
             raise GoldenError("the first lines need `// pass: NAME`")
         before = parse_module(given, self.path.name)
@@ -68,7 +69,7 @@ class GoldenItem(pytest.Item):
         round_trip(before)
         round_trip(after)
         check_remarks(given, before, [remark for remark in result.remarks if remark.kind == "missed"])
-        same_results(before, after)
+        same_results(before, after, float(header.get("tolerance", 0)))
         changed = not equal(before, after)
         if changed != any(record.changed for record in result.records):
             raise GoldenError(f"the passes {'hide' if changed else 'claim'} a change")
@@ -120,8 +121,8 @@ def check_remarks(text: str, module: Any, missed: list[Any]) -> None:
         raise GoldenError(f"remarks that nobody expects: {missed}")
 
 
-def same_results(before: Any, after: Any) -> None:
-    """Both modules give the same bits on random inputs."""
+def same_results(before: Any, after: Any, tolerance: float) -> None:
+    """Both modules give the same bits on random inputs, or floats that differ by no more than `tolerance`."""
     import torch
 
     from sparsec.ir.interp import evaluate_module
@@ -129,7 +130,8 @@ def same_results(before: Any, after: Any) -> None:
     inputs, weights = random_inputs(before)
     results = [evaluate_module(module, inputs, weights) for module in (before, after)]
     for i, (old, new) in enumerate(zip(*results, strict=True)):
-        if not torch.equal(old.nan_to_num(), new.nan_to_num()):
+        allowed = tolerance if old.dtype.is_floating_point else 0.0
+        if not torch.allclose(old.nan_to_num(), new.nan_to_num(), rtol=0.0, atol=allowed):
             raise GoldenError(f"result {i} differs by {(old.double() - new.double()).abs().max().item():.2e}")
 
 

@@ -42,6 +42,26 @@ def test_bf16(name: str) -> None:
     check(layer, module, held, torch.randn(37, HIDDEN).bfloat16())
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "groups_by_one_hot"])
+def test_groups_that_are_all_kept_fold_away(name: str, dtype: torch.dtype, decomposed: bool, groups: int) -> None:
+    if decomposed and name == "groups_by_one_hot":
+        pytest.skip("one_hot is taken apart into a comparison")
+    options = {"k": 2, "groups": groups, "kept": groups}
+    router = Router(ALL[name].fn, 8, ((8,),) if ALL[name].params else (), options)
+    layer = Layer(router, 8, router.params).to(dtype).eval()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(5, HIDDEN, dtype=dtype),), dynamic_shapes=shapes)
+        module, _ = import_program(program.run_decompositions(None if decomposed else {}))
+    pipeline.run_passes(module, f"recompose,{RAISE}")
+    names = [op.name for op in module.main.body.ops]
+    assert names.count("aten.topk") == 1
+    assert not [name for name in names if "scatter" in name or "where" in name or "fill" in name or "expand" in name]
+
+
 def raised(layer: nn.Module, *args: Tensor, experts: int = 8) -> tuple[Module, dict[str, Tensor], Op]:
     module, held = captured(layer, *args, bank=experts)
     result = pipeline.run_passes(module, RAISE)
