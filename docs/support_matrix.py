@@ -99,9 +99,10 @@ f32, and the ratio of it to that of eager. The router is the ops of the layer's 
 *hook*: the experts come in by transformers' experts interface; *adapter*: by an adapter of sparsec; *raised*: from
 plain ops. Unfused are ops between the logits and the sum over experts that stayed outside."""
 SIZES = ", ".join(map(str, measures.WHOLE))
-WHOLE_TEXT = f"""Captured once at batch 2 and 12 tokens, then compared to eager at {SIZES}. A model is listed as working
-if the greatest difference is below {measures.TOLERANCE:.0e} of the greatest value. Generation: `static-cache` holds keys and values in buffers of the program; `recompute` runs the whole text for each token, for
-models whose state is not only keys and values."""
+WHOLE_TEXT = f"""Captured once at batch 2 and 12 tokens, then compared to eager at {SIZES}. A model works if
+the greatest difference is below {measures.TOLERANCE:.0e} of the greatest value. Generation: `static-cache` holds keys
+and values in buffers of the program; `recompute` runs the whole text for each token, for models whose state is not
+only keys and values."""
 FORMS_TEXT = """Layers of `tests/zoo/handwritten.py`, none of which calls sparsec. *fused*: one router and one bank of
 experts; *left*: runs as it is written; *refused*: torch.export cannot trace it, and the error names the line and the
 change that helps."""
