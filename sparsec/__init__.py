@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparsec import ops
     from sparsec.api import CompiledModel, compile, compile_language_model, load
     from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
+    from sparsec.eager import use_experts
     from sparsec.frontend.adapters.registry import register_experts, unregister_experts
     from sparsec.frontend.capture import Captured, capture
     from sparsec.runtime.errors import ArtifactError, InputError
@@ -35,6 +36,7 @@ _HOME = {
     "Captured": "sparsec.frontend.capture",
     "register_experts": "sparsec.frontend.adapters.registry",
     "unregister_experts": "sparsec.frontend.adapters.registry",
+    "use_experts": "sparsec.eager",
     "CompileError": "sparsec.diagnostics",
     "Diagnostic": "sparsec.diagnostics",
     "Remark": "sparsec.diagnostics",
@@ -60,6 +62,7 @@ __all__ = [
     "ops",
     "register_experts",
     "unregister_experts",
+    "use_experts",
 ]
 
 

@@ -86,6 +86,8 @@ class AtenOp(OpDef):
                     arguments = []
                 elif arguments:
                     yield param, arguments.pop(0)
+                elif not param.has_default_value() and "Optional" in str(param.type):
+                    yield param, None  # trailing ones are not written
             elif param.name in self.attrs:
                 yield param, self.attrs[param.name]
 

@@ -26,7 +26,7 @@ from sparsec.frontend.pt2 import load_program
 from sparsec.ir.core import Func, Module
 from sparsec.ir.types import Sym, TensorType, evaluate
 
-_EXPERTS = "_experts_implementation_internal"
+EXPERTS = "_experts_implementation_internal"
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 _SHAPE = re.compile(r"\w+\.shape\[\d+\]")
 _FIXED = re.compile(rf"{_SHAPE.pattern} == \d+")
@@ -238,17 +238,23 @@ def _set(configs: Sequence[Any], key: str, value: Any) -> Generator[None, None, 
             setattr(config, key, old)
 
 
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configurations that modules of `model` hold, each once."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if hasattr(config, "__dict__")}.values())
+
+
 @contextmanager
 def for_capture(model: nn.Module, no_cache: bool = False) -> Generator[None, None, None]:
     """Run transformers' banks of experts as `sparsec::experts`, modules that have adapters by these, and without a
     key/value cache, for a while."""
-    configs = list({id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}.values())
+    configs = configs_of(model)
     with ExitStack() as stack:
-        if any(_EXPERTS in config.__dict__ for config in configs):
+        if any(EXPERTS in config.__dict__ for config in configs):
             from sparsec.frontend import experts_hook
 
             experts_hook.register()
-            stack.enter_context(_set(configs, _EXPERTS, experts_hook.NAME))
+            stack.enter_context(_set(configs, EXPERTS, experts_hook.NAME))
         stack.enter_context(adapters.adapted(model))
         if no_cache:
             stack.enter_context(_set(configs, "use_cache", False))

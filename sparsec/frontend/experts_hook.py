@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsec.diagnostics import CompileError
 from sparsec.frontend import locations, region
-from sparsec.frontend.functional import tail_region, tensors_of
+from sparsec.frontend.functional import kinds_of, tail_region, tensors_of
 
 NAME = "sparsec"
 
@@ -85,4 +85,4 @@ def _record(bank: Any, dtype: torch.dtype) -> Regions:
     if not getattr(bank, "has_post_expert_norm", False):
         return layout, activation, ""
     norm = bank.post_expert_norm
-    return layout, activation, tail_region(norm, columns, dtype, tensors_of(norm))
+    return layout, activation, tail_region(columns, dtype, norm, *kinds_of(tensors_of(norm)))

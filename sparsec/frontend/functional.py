@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -47,7 +49,8 @@ def experts(
             stacked.
         down: [E, H, I].
         activation: (gate, up) -> [r, I], or (up) -> [r, I] for experts without a gate; any pointwise operators. It is
-            recorded, not called with data.
+            recorded, not called with data. `glu(silu)` is silu(gate) * up. Under torch.compile it must be a function of
+            a module, a module, or a `functools.partial` of these: a closure over a module is none that it can keep.
         gate: [E, I, H] where it is a weight of its own.
         up_bias, gate_bias, down_bias: [E, I or 2I], [E, I], [E, H].
         interleaved: whether gate and up rows of one weight alternate.
@@ -66,7 +69,10 @@ def experts(
     if gate is not None:
         if interleaved:
             raise ValueError("interleaved gate and up rows are rows of one weight: leave out `gate`")
-        up_ = torch.cat([_stacked(gate), up_], 2 if up_transposed else 1)
+        gate_ = _stacked(gate)
+        if gate_.shape != up_.shape:
+            raise ValueError(f"gate is {[*gate_.shape]}, up {[*up_.shape]}")
+        up_ = torch.cat([gate_, up_], 2 if up_transposed else 1)
         if (gate_bias is None) != (bias is None):
             raise ValueError("gate and up have a bias both or none: give zeros for the other")
         bias = torch.cat([_stacked(gate_bias), bias], 1) if bias is not None else None
@@ -79,12 +85,15 @@ def experts(
             f"up gives {rows} columns and down takes {width}: expected {width}, or {2 * width} with a gate "
             "(up_transposed and down_transposed say how the weights lie)"
         )
-    text, layout = _activation(activation, width, rows == 2 * width, interleaved, x.dtype)
+    held: tuple[Any, ...] = ()
+    if isinstance(activation, partial):  # which torch.compile keeps no constant of, but of its parts
+        activation, held = activation.func, activation.args
+    text, layout = _activation(width, rows == 2 * width, interleaved, x.dtype, activation, *held)
     more: dict[str, Any] = {"weight_on": weight_on} if weight_on != "output" else {}
     if tail is not None:
         params = (*tensors_of(tail), *tail_params)
         columns = down_.shape[2 if down_transposed else 1]
-        more |= {"tail": tail_region(tail, columns, x.dtype, params), "tail_params": params}
+        more |= {"tail": tail_region(columns, x.dtype, tail, *kinds_of(params)), "tail_params": params}
     y = torch.ops.sparsec.experts(
         x.reshape(-1, x.shape[-1]),
         ids.reshape(-1, ids.shape[-1]),
@@ -100,6 +109,15 @@ def experts(
         **more,
     )
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def glu(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The gated activation act(gate) * up, for `experts`."""
+    return partial(_gated, act)
+
+
+def _gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return act(gate) * up
 
 
 def grouped_linear(
@@ -144,15 +162,16 @@ def _stacked(bank: Any) -> Any:
     return torch.stack(list(bank)) if isinstance(bank, list | tuple | nn.ParameterList) else bank
 
 
+@torch._dynamo.assume_constant_result
 def _activation(
-    fn: Callable[..., Tensor], width: int, gated: bool, interleaved: bool, dtype: torch.dtype
+    width: int, gated: bool, interleaved: bool, dtype: torch.dtype, fn: Callable[..., Tensor], *held: Any
 ) -> tuple[str, str]:
     def whole(projected: Tensor) -> Tensor:
         if not gated:
-            return fn(projected)
+            return fn(*held, projected)
         if interleaved:
-            return fn(projected[..., ::2], projected[..., 1::2])
-        return fn(*projected.chunk(2, dim=-1))
+            return fn(*held, projected[..., ::2], projected[..., 1::2])
+        return fn(*held, *projected.chunk(2, dim=-1))
 
     try:
         layout, text = region.record(whole, width, gated, dtype)
@@ -169,8 +188,19 @@ def tensors_of(fn: Any) -> tuple[Tensor, ...]:
     return (*fn.parameters(), *fn.buffers()) if isinstance(fn, nn.Module) else ()
 
 
-def tail_region(fn: Callable[..., Tensor], width: int, dtype: torch.dtype, params: Sequence[Tensor]) -> str:
-    """The region of `fn` over rows [r, width] and `params`, which start with `tensors_of(fn)`. Raises: CompileError."""
+def kinds_of(tensors: Sequence[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes, as constants that torch.compile can keep."""
+    return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+
+
+@torch._dynamo.assume_constant_result
+def tail_region(
+    width: int, dtype: torch.dtype, fn: Callable[..., Tensor], *params: tuple[tuple[int, ...], torch.dtype]
+) -> str:
+    """The region of `fn` over rows [r, width] and `params`, which start with those of `tensors_of(fn)`.
+
+    Raises: CompileError.
+    """
     names = [name for name, _ in (*fn.named_parameters(), *fn.named_buffers())] if isinstance(fn, nn.Module) else []
 
     def whole(y: Tensor, *given: Tensor) -> Tensor:
@@ -193,10 +223,12 @@ def tail_region(fn: Callable[..., Tensor], width: int, dtype: torch.dtype, param
     return text
 
 
-def _row_by_row(text: str, width: int, dtype: torch.dtype, params: Sequence[Tensor]) -> bool:
+def _row_by_row(
+    text: str, width: int, dtype: torch.dtype, params: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> bool:
     """Whether the rows of a region's result depend on their own row alone, tried on three."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-        given = [torch.linspace(0.5, 1.5, param.numel()).reshape(param.shape).to(param.dtype) for param in params]
+        given = [torch.linspace(0.5, 1.5, prod(shape)).reshape(shape).to(kind) for shape, kind in params]
         rows = torch.linspace(-2, 3, 3 * width).sin().reshape(3, width).to(dtype)
         together = _run(text, rows, given)
         alone = [_run(text, rows[i : i + 1], given) for i in range(3)]

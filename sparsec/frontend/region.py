@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from sparsec.frontend.builder import Builder
 from sparsec.frontend.symbols import Symbols
@@ -29,6 +30,7 @@ from sparsec.ir.types import DType, Sym, TensorType
 ROWS = Sym("r")
 _PROBE = 7919  # rows while recording: a prime that no model's sizes contain, read back as `r`
 _aten = torch.ops.aten
+_HALVES = (_aten.split.Tensor, _aten.slice.Tensor)  # only taken of the whole input, without overlap: see `_parts`
 
 
 class UnsupportedActivation(ValueError):
@@ -46,10 +48,9 @@ def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, 
     Returns: the layout (`concat`, `interleaved` or `single`) and the region as a string.
     Raises: UnsupportedActivation.
     """
-    recorder = _Recorder()
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         projected = torch.empty(_PROBE, 2 * width if gated else width, dtype=dtype, device="meta")
-        with recorder:
+        with (recorder := _Recorder(projected)):
             out = fn(projected)
     if tuple(out.shape) != (_PROBE, width):
         raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
@@ -57,21 +58,25 @@ def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, 
     return layout, encode(_region(recorder.calls, parts, out))
 
 
-def record_rows(fn: Callable[..., torch.Tensor], width: int, dtype: torch.dtype, params: Sequence[torch.Tensor]) -> str:
+def record_rows(
+    fn: Callable[..., torch.Tensor],
+    width: int,
+    dtype: torch.dtype,
+    params: Sequence[tuple[tuple[int, ...], torch.dtype]],
+) -> str:
     """What `fn` does to whole rows, each by itself, as a region.
 
     Args:
         fn: maps y [rows, width] and `params` to [rows, width].
         dtype: of y.
-        params: small tensors that `fn` reads besides, such as the weight of a norm.
+        params: shapes and dtypes of small tensors that `fn` reads besides, such as the weight of a norm.
 
     Raises: UnsupportedActivation.
     """
-    recorder = _Recorder()
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         y = torch.empty(_PROBE, width, dtype=dtype, device="meta")
-        given = [y, *(torch.empty(tuple(param.shape), dtype=param.dtype, device="meta") for param in params)]
-        with recorder:
+        given = [y, *(torch.empty(shape, dtype=kind, device="meta") for shape, kind in params)]
+        with (recorder := _Recorder(y)):
             out = fn(*given)
     if tuple(out.shape) != (_PROBE, width):
         raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
@@ -79,16 +84,46 @@ def record_rows(fn: Callable[..., torch.Tensor], width: int, dtype: torch.dtype,
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every operator call, with the tensors themselves, so that identities stay valid."""
+    """Keeps every operator call, with the tensors themselves, so that identities stay valid.
 
-    def __init__(self) -> None:
+    A call that changes a tensor in place is kept as one that makes a new tensor, which the old one stands for after it.
+    """
+
+    def __init__(self, input: torch.Tensor) -> None:
         super().__init__()
+        self.input = input
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                raise UnsupportedActivation(f"it reads a tensor of shape {tuple(leaf.shape)} that it is not given")
+        if not func._schema.is_mutable:
+            result = func(*args, **kwargs)
+            self.calls.append((func, args, kwargs, result))
+            return result
+        name = func._schema.name.removeprefix("aten::")
+        pure = getattr(getattr(_aten, name.removesuffix("_"), None), func._overloadname, None)
+        changed = args[0] if args else None
+        if pure is None or not name.endswith("_") or not isinstance(changed, torch.Tensor) or self._is_seen(changed):
+            raise UnsupportedActivation(f"it changes a tensor in place ({func})")
+        result = pure(*args, **kwargs)
+        if (result.dtype, result.shape) != (changed.dtype, changed.shape):
+            raise UnsupportedActivation(f"it changes a tensor in place and rounds what it writes ({func})")
+        self.calls += [(pure, args, kwargs, result), (_aten.alias.default, (result,), {}, changed)]
+        return changed
+
+    def _is_seen(self, changed: torch.Tensor) -> bool:
+        """Whether another tensor that a call made looks at this one's memory, apart from the halves of the input."""
+        memory = changed.untyped_storage()._cdata
+        for func, args, _, result in self.calls:
+            if func in _HALVES and args[0] is self.input:
+                continue
+            seen = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+            if sum(leaf.untyped_storage()._cdata == memory for leaf in {id(leaf): leaf for leaf in seen}.values()) > 1:
+                return True
+        return False
 
 
 def _parts(calls: list[Any], projected: torch.Tensor, width: int) -> tuple[str, list[torch.Tensor]]:
@@ -141,7 +176,7 @@ def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> B
     def resolve(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
             if id(item) not in values:
-                raise UnsupportedActivation(f"it reads a tensor of shape {tuple(item.shape)} besides the up-projection")
+                raise UnsupportedActivation(f"it reads a tensor of shape {tuple(item.shape)} that it is not given")
             return values[id(item)]
         if isinstance(item, list | tuple):
             return [resolve(part) for part in item]
@@ -153,8 +188,6 @@ def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> B
         if func in (_aten.detach.default, _aten.alias.default):
             values[id(result)] = resolve(args[0])
             continue
-        if func._schema.is_mutable:
-            raise UnsupportedActivation(f"it changes a tensor in place ({func})")
         try:
             made = builder.call(func, resolve(args), {key: resolve(value) for key, value in kwargs.items()}, result)
         except (TypeError, KeyError) as error:

@@ -125,7 +125,8 @@ def _ratio(expr: Any) -> tuple[Any, Any] | None:
                 return None
             (above, below), (other_above, other_below) = (part for part in parts if part is not None)
             return above * other_above, below * other_below
-    return None
+        case _:
+            return None
 
 
 def _is_power_of_two(number: Any) -> bool:

@@ -29,12 +29,31 @@ def interleaved(x: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * 1.702)
 
 
+def in_place(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    gate.clamp_(max=1.0)
+    return F.silu(gate, inplace=True).mul_(up.add_(1))
+
+
+def seen_twice(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    part = gate[:, :3]
+    part.mul_(2)
+    return gate * up
+
+
 def in_f32(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return (F.silu(gate.float()) * up.float()).to(x.dtype)
 
 
-GATED = [(halves, "concat"), (sliced_halves, "concat"), (interleaved, "interleaved"), (in_f32, "concat")]
+GATED = [
+    (halves, "concat"),
+    (sliced_halves, "concat"),
+    (interleaved, "interleaved"),
+    (in_f32, "concat"),
+    (in_place, "concat"),
+]
 
 
 def run(text: str, *args: Tensor) -> Tensor:
@@ -51,7 +70,7 @@ def test_a_region_computes_what_its_code_does(fn: Callable[[Tensor], Tensor], la
     x = torch.randn(5, 2 * WIDTH, dtype=dtype)
     parts = x.chunk(2, dim=-1) if layout == "concat" else (x[..., ::2], x[..., 1::2])
     assert found == layout
-    assert torch.equal(run(text, *parts), fn(x))
+    assert torch.equal(run(text, *parts), fn(x.clone()))
 
 
 def test_an_ungated_activation_has_one_part() -> None:
@@ -82,10 +101,11 @@ def test_recording_works_while_something_else_is_traced() -> None:
     ("fn", "said"),
     [
         (lambda x: F.silu(x)[..., :WIDTH], "whole of the up-projection"),
-        (lambda x: x[..., :WIDTH] * x[..., WIDTH:] * SCALE, "besides the up-projection"),
+        (lambda x: x[..., :WIDTH] * x[..., WIDTH:] * SCALE, "that it is not given"),
         (lambda x: x[..., :WIDTH] + x[..., :WIDTH], "two halves"),
         (lambda x: x[..., :WIDTH].sum(-1, keepdim=True) * x[..., WIDTH:] * x.shape[0], "number of rows"),
-        (lambda x: x[..., :WIDTH].relu_() * x[..., WIDTH:], "in place"),
+        (lambda x: x[..., :WIDTH].unsqueeze(0).relu_().squeeze(0) * x[..., WIDTH:], "in place"),
+        (seen_twice, "in place"),
     ],
 )
 def test_what_is_no_activation_is_said(fn: Callable[[Tensor], Tensor], said: str) -> None:

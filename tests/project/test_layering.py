@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 COMPILER = {"ir", "dialects", "frontend", "passes", "codegen", "pipeline", "inspect"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "": COMPILER | {"runtime", "api", "cli", "backend", "hf", "ops"},  # sparsec/__init__.py, which names the API lazily
+    "": COMPILER | {"runtime", "api", "cli", "backend", "hf", "eager", "ops"},  # sparsec/__init__.py, which names the API lazily
     "__main__": {"cli"},
     "diagnostics": {"ir.loc"},
     "config": set(),
@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codegen": {"ir", "dialects", "runtime"},  # only the runtime's data modules: see below
     "pipeline": {"ir", "dialects", "frontend", "passes", "codegen"},
     "ops": {"frontend"},
-    "hf": {"frontend", "codegen", "runtime"},
+    "eager": {"frontend", "codegen", "runtime"},
+    "hf": {"frontend", "eager"},
     "inspect": COMPILER | {"runtime"},
     "launch": {"ir", "runtime"},
     "api": COMPILER | {"runtime"},

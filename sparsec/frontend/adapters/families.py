@@ -6,6 +6,7 @@ raised like any other.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from sparsec.frontend import experts_hook
 from sparsec.frontend.adapters.registry import Registered
-from sparsec.frontend.functional import capacity, experts, grouped_linear
+from sparsec.frontend.functional import capacity, experts, glu, grouped_linear
 
 ADAPTERS: dict[tuple[str, str], Registered] = {}
 
@@ -42,7 +43,7 @@ def dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights:
         up,
         down,
         gate=gate,
-        activation=lambda g, u: mlp.activation_fn(g) * u,
+        activation=glu(mlp.activation_fn),
         down_transposed=True,
     )
 
@@ -61,7 +62,7 @@ def longcat_flash(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         top_k_weights,
         module.gate_up_proj[:routed],
         module.down_proj,
-        activation=lambda gate, up: module.act_fn(gate) * up,
+        activation=glu(module.act_fn),
     )
     return y + identity
 
@@ -69,16 +70,15 @@ def longcat_flash(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 @_for("step3p7", "Step3p7Experts")
 def step3p7(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Clamps after the activation, in some layers."""
-
-    def activation(gate: Tensor, up: Tensor) -> Tensor:
-        gate = module.act_fn(gate)
-        if module.limit == float("inf"):
-            return gate * up
-        return gate.clamp(max=module.limit) * up.clamp(min=-module.limit, max=module.limit)
-
+    limited = partial(_limited, module.act_fn, module.limit)
+    activation = glu(module.act_fn) if module.limit == float("inf") else limited
     return experts(
         hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, activation=activation
     )
+
+
+def _limited(act: Any, limit: float, gate: Tensor, up: Tensor) -> Tensor:
+    return act(gate).clamp(max=limit) * up.clamp(min=-limit, max=limit)
 
 
 @_for("llama4", "Llama4Router")
@@ -101,7 +101,7 @@ def llama4(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         weights,
         bank.gate_up_proj,
         bank.down_proj,
-        activation=lambda gate, up: up * bank.act_fn(gate),
+        activation=glu(bank.act_fn),
         up_transposed=True,
         down_transposed=True,
         weight_on="input",
@@ -128,7 +128,7 @@ def jetmoe(module: Any, layer_input: Tensor) -> Tensor:
         weights,
         module.input_linear.weight,
         module.output_linear.weight,
-        activation=lambda gate, up: module.activation(gate) * up,
+        activation=glu(module.activation),
     )
     return y.view(layer_input.shape) + module.bias
 
@@ -197,6 +197,8 @@ def ernie_vl(module: Any, hidden_states: Tensor, moe_mm_token_type_ids: Tensor |
     if moe_mm_token_type_ids is None:
         y = text.experts(x, ids, weights)
     else:
+        if (given := moe_mm_token_type_ids.shape) != (tokens := hidden_states.shape[:-1]):
+            raise ValueError(f"moe_mm_token_type_ids are {[*given]}, the tokens {[*tokens]}")
         seen = moe_mm_token_type_ids.bool().reshape(-1, 1)
         vision_logits, vision_weights, vision_ids = vision.gate(x)
         # Not by the banks' own forward: some implementations of it take no id that is to be skipped.
