@@ -69,7 +69,7 @@ class GatheredTokens(_Modules):
 
 
 class BiasesOfAll(Layer):
-    """All experts with biases by matmul, the chosen ones taken along an axis."""
+    """All experts with biases by matmul, the chosen ones gathered."""
 
     def make_experts(self) -> None:
         self.w1 = nn.Parameter(torch.empty(self.count, self.width, self.inner))
@@ -81,7 +81,7 @@ class BiasesOfAll(Layer):
         weights, ids = self.choose(x)
         hidden = F.relu(torch.matmul(x.unsqueeze(0), self.w1) + self.b1)
         every = (torch.matmul(hidden, self.w2) + self.b2).transpose(0, 1)
-        chosen = torch.take_along_dim(every, ids.unsqueeze(-1), dim=1)
+        chosen = torch.gather(every, 1, ids.unsqueeze(-1).expand(-1, -1, self.width))
         return (chosen * weights[..., None]).sum(1)
 
 
