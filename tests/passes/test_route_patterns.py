@@ -132,20 +132,21 @@ def test_batches_stay_until_the_bank(name: str) -> None:
         check(layer, module, held, torch.randn(batch, length, HIDDEN))
 
 
-def test_ids_of_a_table() -> None:
+class Hash(Layer):
     """deepseek_v4: the number of the token says which experts."""
 
-    class Hash(Layer):
-        def __init__(self) -> None:
-            super().__init__(None, 8)
-            self.register_buffer("table", torch.randint(0, 8, (50, 2)))
+    def __init__(self) -> None:
+        super().__init__(None, 8)
+        self.register_buffer("table", torch.randint(0, 8, (50, 2)))
 
-        def forward(self, x: Tensor, *rows: Tensor) -> Any:
-            scores = F.softplus(self.logits(x)).sqrt()
-            ids = self.table[rows[0]].long()
-            weights = scores.gather(1, ids)
-            return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * 1.5
+    def forward(self, x: Tensor, *rows: Tensor) -> Any:
+        scores = F.softplus(self.logits(x)).sqrt()
+        ids = self.table[rows[0]].long()
+        weights = scores.gather(1, ids)
+        return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * 1.5
 
+
+def test_ids_of_a_table() -> None:
     layer = Hash()
     module, held, route = raised(layer, torch.randn(5, HIDDEN), torch.randint(0, 50, (5,)))
     assert left(module) == ["aten.linear", "aten.index.Tensor", "moe.route", "moe.experts"]

@@ -20,7 +20,9 @@ from sparsec.ir.printer import print_module
 from sparsec.runtime.dims import compile_dim
 from tests.codegen.layers import LAYERS
 from tests.codegen.triton import build
+from tests.codegen.triton.handwritten_routers import HANDWRITTEN
 from tests.codegen.triton.routers import ROUTERS, Router
+from tests.passes.route_layers import HIDDEN, Layer, kernel_of
 
 pytest.importorskip("triton")
 CHECKED = ["cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942"]
@@ -127,6 +129,16 @@ def test_hopper_uses_its_tensor_cores() -> None:
 def test_every_router_compiles(name: str) -> None:
     for target in CHECKED:
         assert all(not binary.spills for binary in emit_kernel(router(name), target).binaries.values())
+
+
+@pytest.mark.parametrize("name", sorted(HANDWRITTEN))
+@pytest.mark.slow
+def test_every_raised_router_compiles(name: str) -> None:
+    chosen = HANDWRITTEN[name]
+    layer = Layer(chosen, chosen.experts, chosen.params)
+    func, _ = kernel_of(layer, torch.randn(5, HIDDEN), bank=chosen.experts)
+    for target in CHECKED:
+        assert all(not binary.spills for binary in emit_kernel(func, target).binaries.values())
 
 
 def test_grids_cover_every_tile() -> None:
