@@ -6,7 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sparsec import pipeline
 from sparsec.codegen.emit import emit
 from sparsec.codegen.fx import to_fx
-from sparsec.diagnostics import CompileError, SparsecError
+from sparsec.diagnostics import CompileError, Diagnostic, SparsecError
 from sparsec.frontend.graph import import_graph
 from sparsec.ir.core import Func, Module
 from sparsec.ir.derived import derivations
@@ -50,9 +50,28 @@ def sparsec(
         raise SparsecError(
             f"backend 'sparsec' takes options={{'dense': 'inductor' or 'aten'}}, was given {dict(options or {})}"
         )
-    inference = _Compiler(_inductor if dense == "inductor" else _aten)
-    backend = aot_autograd(fw_compiler=_inductor, inference_compiler=inference, decompositions={})
+    if _is_differentiated(graph_module, example_inputs):
+        _logger.info("a graph that is differentiated is left to PyTorch")
+        return _differentiable(graph_module, list(example_inputs), dense)
+    forward, inference = (partial(_inductor, is_inference=False), _inductor) if dense == "inductor" else (_aten, _aten)
+    backend = aot_autograd(fw_compiler=forward, inference_compiler=_Compiler(inference), decompositions={})
     return backend(graph_module, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def _is_differentiated(graph_module: GraphModule, example_inputs: Sequence[Any]) -> bool:
+    """Whether gradients are asked for: outside of `torch.no_grad()`, for inputs that require them."""
+    if any(node.target is torch._C._set_grad_enabled for node in graph_module.graph.nodes):
+        return False  # it may be that none is: AOT autograd finds out
+    needed = (isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
+    return torch.is_grad_enabled() and any(needed)
+
+
+def _differentiable(graph_module: GraphModule, example_inputs: list[Any], dense: str) -> Callable[..., Any]:
+    if dense == "aten":
+        return graph_module.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, example_inputs)  # type: ignore[no-any-return]
 
 
 class _Compiler:
@@ -69,8 +88,7 @@ class _Compiler:
             fused = None
         if fused is None:
             return self.dense(graph_module, example_inputs)
-        mode = detect_fake_mode(list(example_inputs))
-        with mode if mode is not None else nullcontext():
+        with _mode_of(example_inputs):
             examples = [read.example(example_inputs) for read in fused.reads]
         run = self.dense(fused.graph, examples)
 
@@ -122,7 +140,9 @@ def fuse(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Fused | No
     imported = import_graph(graph_module, _static_inputs())
     result = pipeline.run(imported.module, to="raise")
     for remark in result.remarks:
-        _logger.info("%s", remark)
+        if remark.kind == "missed":
+            said = Diagnostic(remark.message, remark.loc, "warning", hint=remark.suggestion)
+            warnings.warn(f"sparsec leaves a part of this graph to PyTorch:\n{said}", stacklevel=2)
     if not any(op.dialect == "moe" for op in imported.module.main.body.ops):
         _logger.info("no bank of experts in this graph: it is left to PyTorch")
         return None
@@ -162,15 +182,27 @@ def _static_inputs() -> Collection[int]:
     return () if context is None or context.fw_metadata is None else context.fw_metadata.static_input_indices
 
 
-def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _inductor(
+    graph_module: GraphModule, example_inputs: Sequence[Any], is_inference: bool = True
+) -> Callable[..., Any]:
     """Dense ops by Inductor, from the graph decomposed as it wants it."""
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
-    mode = detect_fake_mode(list(example_inputs))
-    with mode if mode is not None else nullcontext():
+    with _mode_of(example_inputs):
         decomposed = make_fx(graph_module, decomposition_table=select_decomp_table())(*example_inputs)
-    return compile_fx_inner(decomposed, example_inputs)  # type: ignore[no-any-return]
+    joint_graph_passes(decomposed)
+    (output,) = decomposed.graph.find_nodes(op="output")
+    returned = enumerate(output.args[0])
+    output.meta["user_visible_output_idxs"] = [i for i, item in returned if isinstance(item, torch.fx.Node)]
+    return compile_fx_inner(decomposed, example_inputs, is_inference=is_inference)  # type: ignore[no-any-return]
+
+
+def _mode_of(example_inputs: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The mode in which the examples are tensors without values."""
+    mode = detect_fake_mode(list(example_inputs))
+    return nullcontext() if mode is None else mode
 
 
 def _aten(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

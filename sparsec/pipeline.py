@@ -35,7 +35,7 @@ PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
 PIPELINES: dict[str, str] = {
     "capture": "",
     "raise": (
-        "recompose,canonicalize,cse,raise-experts,dce,inline,"
+        "recompose,canonicalize,cse,raise-experts,dce,inline,canonicalize,cse,"
         "canonicalize-routers,dce,raise-route,canonicalize-routers,canonicalize,cse,dce,"
         "derive-weights"
     ),
