@@ -107,6 +107,11 @@ class Case:
         return cpu_kernels.gemm_combine(h, order, offsets, self.weights, down)
 
 
+def centred(rows: Tensor) -> Tensor:
+    """A tail that needs whole rows."""
+    return rows - rows.mean(-1, keepdim=True)
+
+
 def close(got: Tensor, wanted: Tensor, relative: float = 1e-5) -> bool:
     return bool((got - wanted).norm() <= relative * wanted.norm() + 1e-30) and got.shape == wanted.shape
 
@@ -151,6 +156,38 @@ def test_experts_agree_with_the_reference(
     )
     got = case.run(*ways)
     assert close(got, case.reference())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    tokens=st.sampled_from([0, 1, 7, 17, 150]),
+    ways=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    early=st.booleans(),
+    late=st.booleans(),
+    tail=st.sampled_from([None, centred]),
+)
+def test_rows_are_weighed_in_front_and_finished_behind(
+    seed: int, tokens: int, ways: tuple[bool, bool, bool], early: bool, late: bool, tail: Any
+) -> None:
+    case = Case(seed, tokens, 5, 3, torch.float32, bias=True, routing="skips")
+    skipped = (case.ids < 0) | (case.ids >= 5)
+    case.weights[skipped] = torch.nan  # what is skipped may hold anything
+    batched, pack, fused = ways
+    up, down = case.banks(pack)
+    order, offsets = cpu_kernels.group(case.ids, 5)
+    front = case.weights if early else None
+    if fused:
+        got = cpu_kernels.experts(case.x, order, offsets, case.weights, up, down, gated, 2, batched, front, late, tail)
+    else:
+        h = cpu_kernels.gather_gemm(case.x, order, offsets, up, 3, gated, 2, batched, front)
+        got = cpu_kernels.gemm_combine(h, order, offsets, case.weights, down, late, tail)
+    env: Any = Env()
+    h = gather_gemm_reference(env, Block(), "concat", case.x, order, offsets, case.up, case.up_bias, False, 3, front)
+    wanted = gemm_combine_reference(
+        h, order, offsets, case.weights, case.down, case.down_bias, False, case.x.dtype, late, tail
+    )
+    assert close(got, wanted)
 
 
 @settings(max_examples=30, deadline=None)
