@@ -13,8 +13,10 @@ from sparsec import backend
 from sparsec.diagnostics import SparsecError
 from sparsec.inspect.check import relative
 from tests.ways_in import tiny
+from tests.zoo import handwritten_others
+from tests.zoo.handwritten import FORMS
 
-assert sparsec.hf.NAME == "sparsec"
+assert sparsec.hf.NAME == "sparsec" and handwritten_others
 
 
 @pytest.fixture
@@ -96,6 +98,99 @@ def test_experts_implementation_without_compiling() -> None:
         expected = model(tiny.ids(2, 9)).logits
         model.set_experts_implementation("sparsec")
         assert relative(model(tiny.ids(2, 9)).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["MaskedSum", "StackThenGather", "WeightsOfEachToken", "BmmOfEachPair"])
+def test_a_layer_written_by_hand(form: str, graphs: list[int]) -> None:
+    layer = hand_written(form)
+    compiled = torch.compile(layer, backend="sparsec", fullgraph=True, dynamic=True, options={"dense": "aten"})
+    with torch.no_grad():
+        for rows in (12, 5, 1):
+            x = rows_of(layer, rows)
+            assert relative(compiled(x), layer(x)) < 1e-5
+    assert graphs == [3, 3]  # one token has a graph of its own
+
+
+def test_a_loop_over_places(graphs: list[int]) -> None:
+    """`torch.where(ids == e)`: one graph once Dynamo is told to go on behind shapes that depend on data."""
+    layer = hand_written("OldMixtral")
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(layer, backend="sparsec", fullgraph=True, dynamic=True, options={"dense": "aten"})
+        for rows in (12, 6):
+            x = rows_of(layer, rows)
+            assert relative(compiled(x), layer(x)) < 1e-5
+    assert graphs == [3]
+
+
+class _Broken(torch.nn.Module):
+    """Two layers with something between them that Dynamo cannot trace; the second graph takes and returns sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = hand_written("MaskedSum"), hand_written("MaskedSum")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        rows = 2 * x.shape[-2]
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(y), rows
+
+
+def test_graphs_on_both_sides_of_a_break(graphs: list[int]) -> None:
+    model = _Broken().eval()
+    compiled = torch.compile(model, backend="sparsec", dynamic=True, options={"dense": "aten"})
+    with torch.no_grad():
+        for rows in (12, 6):
+            x = rows_of(model.first, rows)
+            (y, doubled), (expected, _) = compiled(x), model(x)
+            assert relative(y, expected) < 1e-5 and doubled == 2 * rows
+    assert graphs == [3, 3]
+
+
+def test_gradients_are_those_of_pytorch(graphs: list[int]) -> None:
+    layer = hand_written("MaskedSum")
+    compiled = torch.compile(layer, backend="sparsec", options={"dense": "aten"})
+    x = rows_of(layer, 8)
+    layer(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    compiled(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert expected[name] is not None and torch.equal(parameter.grad, expected[name])
+    assert graphs == []
+    with torch.no_grad():
+        assert relative(compiled(x), layer(x)) < 1e-5
+        for parameter in layer.parameters():
+            parameter.sub_(0.1 * parameter.grad)
+        assert relative(compiled(x), layer(x)) < 1e-5
+    assert graphs == [3]
+
+
+def test_what_is_not_raised_is_said(graphs: list[int]) -> None:
+    layer = hand_written("ThreeLayers")
+    compiled = torch.compile(layer, backend="sparsec", dynamic=True, options={"dense": "aten"})
+    x = rows_of(layer, 8)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        with pytest.warns(UserWarning, match="leaves a part of this graph to PyTorch.*\n.*handwritten_others"):
+            y = compiled(x)
+        assert relative(y, layer(x)) < 1e-5
+    assert graphs == [0]
+
+
+def hand_written(form: str) -> Any:
+    """A random layer of `tests.zoo`."""
+    torch.manual_seed(0)
+    layer = FORMS[form]()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.2)
+    return layer.eval()
+
+
+def rows_of(layer: Any, rows: int) -> torch.Tensor:
+    """An input of so many tokens, always the same."""
+    shape = (rows, layer.width) if layer.rank == 2 else (1, rows, layer.width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(rows))
 
 
 def _first(output: Any) -> torch.Tensor:
