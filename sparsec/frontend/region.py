@@ -30,6 +30,10 @@ from sparsec.ir.types import DType, Sym, TensorType
 ROWS = Sym("r")
 _PROBE = 7919  # rows while recording: a prime that no model's sizes contain, read back as `r`
 _aten = torch.ops.aten
+_NORMS = {  # kernels that also return statistics: what they are called where only the first result counts
+    _aten._fused_rms_norm.default: _aten.rms_norm.default,
+    _aten.native_layer_norm.default: _aten.layer_norm.default,
+}
 _HALVES = (_aten.split.Tensor, _aten.slice.Tensor)  # only taken of the whole input, without overlap: see `_parts`
 
 
@@ -101,7 +105,8 @@ class _Recorder(TorchDispatchMode):
                 raise UnsupportedActivation(f"it reads a tensor of shape {tuple(leaf.shape)} that it is not given")
         if not func._schema.is_mutable:
             result = func(*args, **kwargs)
-            self.calls.append((func, args, kwargs, result))
+            norm = _NORMS.get(func)
+            self.calls.append((norm, args, kwargs, result[0]) if norm else (func, args, kwargs, result))
             return result
         name = func._schema.name.removeprefix("aten::")
         pure = getattr(getattr(_aten, name.removesuffix("_"), None), func._overloadname, None)

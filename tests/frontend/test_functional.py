@@ -82,12 +82,17 @@ def test_leading_dimensions_are_tokens() -> None:
     assert relative_error(y.view(T, H), by_hand()) < 1e-6
 
 
-def test_a_norm_is_a_tail_with_its_own_weight() -> None:
-    norm = nn.RMSNorm(H)
-    nn.init.uniform_(norm.weight)
-    scale = torch.linspace(1, 2, H)
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_a_norm_is_a_tail_with_its_own_weights(kind: Any) -> None:
+    norm = kind(H)
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter)
     y = ops.experts(X, IDS, WEIGHTS, UP, DOWN, gate=GATE, activation=swiglu, tail=norm)
     assert relative_error(y, by_hand(tail=norm)) < 1e-6
+
+
+def test_a_tail_is_given_what_else_it_reads() -> None:
+    scale = torch.linspace(1, 2, H)
     y = ops.experts(
         X, IDS, WEIGHTS, UP, DOWN, gate=GATE, activation=swiglu, tail=lambda y, s: y * s, tail_params=[scale]
     )

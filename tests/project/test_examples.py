@@ -36,6 +36,13 @@ def test_custom_moe() -> None:
     assert "100 tokens: equal to eager" in printed
 
 
+def test_register_experts() -> None:
+    printed = run("examples/register_experts.py")
+    assert "moe.capacity(%ids) {num_experts = 8, capacity = 24}" in printed
+    assert "200 tokens: equal to eager" in printed
+    assert "torch.compile: equal too" in printed
+
+
 def test_demo(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     printed = run(str(ROOT / "examples" / "demo.py"), cwd=tmp_path)
