@@ -6,19 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sparsec.passes.banks.capacity as _capacity
 import sparsec.passes.banks.pointwise as _pointwise
 import sparsec.passes.banks.views as _views
 from sparsec.ir.core import Func, Module, Op, Value
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import TensorType
 from sparsec.passes.banks.build import build
-from sparsec.passes.banks.match import NoBank, is_rolled_out, match
+from sparsec.passes.banks.match import NoBank, adds_rows, is_rolled_out, match
 from sparsec.passes.banks.read import Reader
-from sparsec.passes.banks.terms import Chosen, Sorted
+from sparsec.passes.banks.terms import Chosen, Sorted, Unreadable
 from sparsec.passes.banks.write import Writer
 from sparsec.passes.base import Pass, PassContext, register
 
-assert _views and _pointwise  # imported for their readers of ops
+assert _views and _pointwise and _capacity  # imported for their readers of ops
 
 
 @register
@@ -76,8 +77,7 @@ class _Search:
         self.func, self.reader = func, Reader()
         self.found: dict[Op, _Found] = {}
         self.failed: dict[Op, str] = {}
-        for op in func.body.ops:
-            self.reader.read(op)
+        self.reader.read_all(func.body.ops)
         needed, broken = set[Value](), set[Value]()
         for op in reversed(func.body.ops):
             if op.results and not any(result in needed for result in op.results):
@@ -85,7 +85,7 @@ class _Search:
             if self._may_be_bank(op) and op.results[0] not in broken:
                 try:
                     found = self.found[op] = self._bank(op)
-                except NoBank as error:
+                except (NoBank, Unreadable) as error:
                     self.failed[op] = str(error)
                     if is_rolled_out(self.reader[op.results[0]].term):
                         broken |= self._chain(op)
@@ -98,7 +98,7 @@ class _Search:
         if len(op.results) != 1 or not isinstance(op.results[0].type, TensorType):
             return False
         view = self.reader.views.get(op.results[0])
-        if view is None or not view.term.routed or view.term.gemms < 2:
+        if view is None or view.term.gemms < 2 or not (view.term.routed or adds_rows(view.term)):
             return False
         return not any(isinstance(atom, Chosen | Sorted) for axis in view.axes for atom in axis)
 

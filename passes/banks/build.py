@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from sparsec.dialects.moe import Experts
-from sparsec.ir.core import Attr, Value
-from sparsec.ir.types import DType, Sym, TensorType
+from sparsec.ir.core import Attr, Block, Value
+from sparsec.ir.opdef import OpDef
+from sparsec.ir.types import Dim, DType, Sym, TensorType
 from sparsec.passes.banks.match import Bank, Matrix, NoBank, columns_of, dtype_of
 from sparsec.passes.banks.terms import Affine, Atom, Flat, Leaf, Num, Point, Stacked, Term, Times, Var
 from sparsec.passes.banks.write import Writer, region
@@ -22,6 +24,12 @@ def build(bank: Bank, result: TensorType) -> tuple[Writer, Value]:
     writer = Writer()
     x = writer.tensor(bank.x, [bank.tokens, (bank.hidden,)])
     ids = writer.tensor(bank.ids, [bank.tokens, bank.slots])
+    if bank.capacity is not None:
+        kept = bank.capacity
+        limits: dict[str, Attr] = {"num_experts": bank.experts, "capacity": kept.limit, "order": kept.order}
+        if kept.groups != 1:
+            limits["groups"] = kept.groups
+        ids = writer.make("moe.capacity", [ids], ids.tensor, limits)
     weights = _weights(writer, bank, bank.weights or bank.scales)
     attrs: dict[str, Attr] = {}
     up, up_bias = _up(writer, bank, attrs)
@@ -32,6 +40,8 @@ def build(bank: Bank, result: TensorType) -> tuple[Writer, Value]:
     if any(dtype_of(term) is not x.tensor.dtype for term in bank.parts):
         raise NoBank("the experts compute in another dtype than that of their input")
     activation = region(bank.activation, bank.parts, types, bank.inner, ROWS)
+    if bank.needs_zero and (up_bias or down_bias or not _keeps_zero(activation)):
+        raise NoBank("every expert runs on every token, and gives more than zeros for a row of zeros")
     operands = [x, ids, weights, up, down, up_bias, down_bias]
     while operands[-1] is None:
         operands.pop()
@@ -42,6 +52,30 @@ def build(bank: Bank, result: TensorType) -> tuple[Writer, Value]:
     if y.tensor.dtype is not result.dtype:
         y = writer.make("aten._to_copy", [y], result, {"dtype": result.dtype})
     return writer, y
+
+
+def _keeps_zero(activation: Block) -> bool:
+    """Whether an activation of zeros is zero."""
+    import torch
+
+    values: dict[Value, Any] = {arg: torch.zeros(1, 1) for arg in activation.args}
+    for op in activation.ops[:-1]:
+        assert isinstance(op, OpDef)
+        values[op.results[0]] = op.reference(_OneRow(), *[values[operand] for operand in op.operands])
+    return bool((values[activation.terminator.operands[0]] == 0).all())
+
+
+class _OneRow:
+    """Evaluates pointwise ops, which ask for no sizes."""
+
+    def dim(self, dim: Dim) -> int:
+        return 1
+
+    def run(self, block: Block, args: Sequence[Any]) -> tuple[Any, ...]:
+        raise TypeError("an activation has no regions")
+
+    def call(self, name: str, args: Sequence[Any]) -> tuple[Any, ...]:
+        raise TypeError("an activation calls nothing")
 
 
 def _weights(writer: Writer, bank: Bank, factors: Sequence[Term]) -> Value:
@@ -147,7 +181,7 @@ def _of_expert(bank: Bank, term: Leaf | Stacked, columns: Atom) -> tuple[Atom, L
     expert = Atom(bank.experts, "expert")
 
     def index(old: Term) -> Term:
-        if old == bank.ids:
+        if old == bank.number:
             return Var(expert)
         if isinstance(old, Flat):
             return replace(old, items=tuple(index(item) for item in old.items))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
-from sparsec.passes.banks.read import MAX_GEMMS, Reader, matched, reads, unify
+from sparsec.passes.banks.read import MAX_GEMMS, Reader, matched, plainness, reads, unify
 from sparsec.passes.banks.sorting import ends_groups, sorted_key
-from sparsec.passes.banks.terms import Axis, Leaf, Num, Plus, Sorted, Sum, Term, Times, Var, View, substitute
+from sparsec.passes.banks.terms import Atom, Axis, Num, Plus, Sorted, Sum, Term, Times, Var, View, substitute
 from sparsec.passes.rules import attr, same_size
 
 
@@ -22,8 +22,8 @@ def contract(views: Sequence[View], letters: Sequence[str], out: str, dtype: DTy
         wanted = list[Axis]()
         for letter, axis in zip(own, view.axes, strict=True):
             known = names.get(letter, ())
-            if axis and (not known or len(axis) < len(known)):
-                # The shorter writing of an axis wins; the terms so far follow.
+            if axis and (not known or plainness(axis) < plainness(known)):
+                # The better writing of an axis wins; the terms so far follow.
                 if known:
                     terms = [matched(term, [known], [axis]) for term in terms]
                 names[letter] = known = axis
@@ -38,13 +38,26 @@ def contract(views: Sequence[View], letters: Sequence[str], out: str, dtype: DTy
     body = terms[0]
     for term in terms[1:]:
         body = times(body, term, dtype)
-    matrix = len(terms) == 2 and not any(map(is_gate, terms))
+    matrix = len(terms) == 2 and not any(is_gate(term, atom) or is_row(term, atom) for term in terms for atom in over)
     return View(tuple(names.get(letter, ()) for letter in out), add_up(over, body, dtype, matrix))
 
 
-def is_gate(term: Term) -> bool:
-    """Whether a factor says which experts a token takes, and how much of them."""
-    return term.routed and not term.gemms and not isinstance(term, Leaf)
+def is_row(term: Term, atom: Atom) -> bool:
+    """Whether what a matrix was multiplied with depends on an atom: that is an axis of rows, not of columns."""
+    if isinstance(term, Sum) and term.matrix:
+        factors = term.body.parts if isinstance(term.body, Times) else (term.body,)
+        deepest = max(factors, key=lambda factor: factor.gemms)
+        return deepest.gemms > 0 and atom in deepest.free
+    return term.gemms > 0 and any(is_row(part, atom) for part in term.parts)
+
+
+def is_gate(term: Term, atom: Atom) -> bool:
+    """Whether a factor chooses values of an atom: a sum over it picks, it does not multiply with a matrix."""
+    if isinstance(term, Times):
+        return is_gate(term.left, atom) or is_gate(term.right, atom)
+    if isinstance(term, Sum):
+        return is_gate(term.body, atom)
+    return term.chooses and not term.gemms and atom in term.free
 
 
 def times(left: Term, right: Term, dtype: DType) -> Term:
@@ -76,12 +89,12 @@ def plus(left: Term, right: Term, dtype: DType) -> Term:
     return terms[0] if len(terms) == 1 else Plus(tuple(terms), dtype)
 
 
-def _data(reader: Reader, values: Sequence[Value]) -> list[View]:
-    """The factors of a product; what two matrices went into is only looked through to weigh it."""
-    views = [reader.data(value) for value in values]
-    if any(is_gate(view.term) for view in views):
-        return views
-    return [reader.data(value, MAX_GEMMS - 1) for value in values]
+def _product(reader: Reader, values: Sequence[Value], multiply: Callable[[Sequence[View]], View | None]) -> View | None:
+    """A product of tensors; what two matrices went into is looked through to weigh it, not to multiply it again."""
+    view = multiply([reader.data(value) for value in values])
+    if view is None or view.term.gemms <= MAX_GEMMS:
+        return view
+    return multiply([reader.data(value, MAX_GEMMS - 1) for value in values])
 
 
 def _with_bias(reader: Reader, view: View | None, bias: Value | None, dtype: DType) -> View | None:
@@ -95,16 +108,15 @@ def _with_bias(reader: Reader, view: View | None, bias: Value | None, dtype: DTy
 
 @reads("aten.linear")
 def linear(reader: Reader, op: Op) -> View | None:
-    x, w = _data(reader, op.operands[:2])
-    lead = "abcdefg"[: len(x.axes) - 1]
+    lead = "abcdefg"[: op.operands[0].tensor.rank - 1]
     dtype = op.results[0].tensor.dtype
-    view = contract([x, w], [f"{lead}x", "yx"], f"{lead}y", dtype)
+    view = _product(reader, op.operands[:2], lambda views: contract(views, [f"{lead}x", "yx"], f"{lead}y", dtype))
     return _with_bias(reader, view, op.operands[2] if len(op.operands) > 2 else None, dtype)
 
 
 @reads("aten.mm", "aten.bmm", "aten.matmul")
 def matmul(reader: Reader, op: Op) -> View | None:
-    return product_of(_data(reader, op.operands), op.results[0].tensor.dtype)
+    return _product(reader, op.operands, lambda views: product_of(views, op.results[0].tensor.dtype))
 
 
 @reads("aten.addmm", "aten.baddbmm")
@@ -112,7 +124,8 @@ def addmm(reader: Reader, op: Op) -> View | None:
     if attr(op, "beta") != 1 or attr(op, "alpha") != 1:
         return None
     dtype = op.results[0].tensor.dtype
-    return _with_bias(reader, product_of(_data(reader, op.operands[1:]), dtype), op.operands[0], dtype)
+    view = _product(reader, op.operands[1:], lambda views: product_of(views, dtype))
+    return _with_bias(reader, view, op.operands[0], dtype)
 
 
 def product_of(views: Sequence[View], dtype: DType) -> View | None:
@@ -133,7 +146,8 @@ def einsum(reader: Reader, op: Op) -> View | None:
     given, arrow, out = equation.partition("->")
     if not arrow or "." in equation:
         return None
-    return contract(_data(reader, op.operands), given.split(","), out, op.results[0].tensor.dtype)
+    dtype = op.results[0].tensor.dtype
+    return _product(reader, op.operands, lambda views: contract(views, given.split(","), out, dtype))
 
 
 @reads("aten._grouped_mm", "torch.transformers.grouped_mm_fallback")
@@ -141,7 +155,7 @@ def grouped_mm(reader: Reader, op: Op) -> View | None:
     """Rows in groups, each multiplied with the matrix of its group: the rows of a list sorted by expert."""
     if len(op.operands) != 3:
         return None
-    x, w = _data(reader, op.operands[:2])
+    x, w = (reader.data(value, MAX_GEMMS - 1) for value in op.operands[:2])
     offsets = reader[op.operands[2]]
     if len(x.axes) != 2 or len(w.axes) != 3 or len(x.axes[0]) != 1 or len(w.axes[0]) != 1:
         return None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparsec.ir.types import DType
+from sparsec.passes.banks.capacity import Capacity, capacity_of, seated
 from sparsec.passes.banks.normal import Product, flatten, products, reduce, spread, without_casts
 from sparsec.passes.banks.rollup import roll_up
 from sparsec.passes.banks.terms import (
@@ -29,6 +30,7 @@ from sparsec.passes.banks.terms import (
     Times,
     Var,
     View,
+    Within,
     substitute,
 )
 
@@ -54,6 +56,7 @@ class Bank:
     tokens: Axis
     slots: Axis
     ids: Term  #: over tokens and slots
+    number: Term  #: what the matrices are chosen by: `ids`, or an atom that runs over all experts
     weights: list[Term]  #: factors over tokens and slots
     scales: list[Term]  #: the same, of the rows that go into the expert
     x: Term  #: over tokens and `hidden`
@@ -63,6 +66,8 @@ class Bank:
     inner: Atom
     down: Matrix
     out: Atom
+    capacity: Capacity | None = None  #: which pairs are kept
+    needs_zero: bool = False  #: whether an expert must give zeros for a row of zeros
     parts: dict[Term, int] = field(default_factory=dict[Term, int])  #: term of an up product -> its place in `ups`
 
     @property
@@ -72,7 +77,7 @@ class Bank:
         if isinstance(weight, Stacked):
             return len(weight.values)
         for index, size in zip(weight.at, weight.value.tensor.shape, strict=True):
-            count = size if index == self.ids else index.sizes[0] if isinstance(index, Flat) else None
+            count = size if index == self.number else index.sizes[0] if isinstance(index, Flat) else None
             if isinstance(count, int):
                 return count
         raise NoBank("the number of experts is not known")
@@ -160,7 +165,8 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
     downs = [factor for factor in factors if factor.gemms]
     if len(downs) != 1:
         raise NoBank(f"it has {len(downs)} factors that matrices went into, not one")
-    weights = [factor for factor in factors if factor is not downs[0]]
+    weights = [factor for factor in factors if factor is not downs[0] and not isinstance(factor, Within)]
+    limits = [factor for factor in factors if isinstance(factor, Within)]
     slots = tuple(product.over)
     allowed = frozenset((*tokens, *slots))
     for weight in weights:
@@ -170,8 +176,10 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
     if down is None:
         raise NoBank("its result is not the product of an activation and a matrix")
     inner = down.inner
+    activation, on_hidden = _unweighed(down, inner)
+    weights += on_hidden
     ups = list[tuple[Term, Matrix]]()
-    _find_ups(down.x, inner, ups)
+    _find_ups(activation, inner, ups)
     if not ups:
         raise NoBank("no product with a matrix lies inside of the activation")
     ids = expert_of(down.weight, {inner, out})
@@ -185,9 +193,41 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
     for _, up in ups[1:]:
         if substitute(up.x, {up.inner: Var(hidden)}) != ups[0][1].x:
             raise NoBank("the matrices of one expert multiply different inputs")
-    bank = Bank(tokens, slots, ids, weights, scales, x, hidden, [], down.x, inner, down, out)
+    bank = Bank(tokens, slots, ids, ids, weights, scales, x, hidden, [], activation, inner, down, out)
     _order_parts(bank, ups)
+    if len(limits) > 1:
+        raise NoBank("pairs are dropped by more than one limit")
+    for limit in limits:
+        bank.capacity = capacity_of(limit, ids, tokens, slots)
+        if bank.capacity is None:
+            raise NoBank("pairs are dropped by a count of something else than their expert's pairs")
+    if isinstance(ids, Var):
+        _choose(bank, ids.atom)
     return bank
+
+
+def _unweighed(down: Matrix, inner: Atom) -> tuple[Term, list[Term]]:
+    """The activation, and the weights that it is multiplied by in front of the second matrix."""
+    if down.bias is not None or not isinstance(down.x, Times):
+        return down.x, []
+    for side, other in ((down.x.left, down.x.right), (down.x.right, down.x.left)):
+        if inner not in other.free and not other.gemms and not isinstance(other, Num):
+            return side, [other]
+    return down.x, []
+
+
+def _choose(bank: Bank, expert: Atom) -> None:
+    """Where every expert runs on every row, but on zeros unless the row chose it: the slots that chose it."""
+    product = Product([], [])
+    for scale in bank.scales:
+        flatten(scale, product)
+    chosen = [factor for factor in product.factors if isinstance(factor, Same) and factor.right == Var(expert)]
+    rest = [factor for factor in product.factors if factor not in chosen]
+    if bank.weights or len(chosen) != 1 or any(expert in factor.free for factor in rest):
+        raise NoBank("every expert runs on every token")
+    (choice,) = chosen
+    bank.slots = tuple(atom for atom in bank.slots if atom is not expert) + tuple(product.over)
+    bank.ids, bank.scales, bank.needs_zero = choice.left, rest, True
 
 
 def _with_down(product: Product, out: Atom) -> list[Term]:
@@ -304,11 +344,17 @@ def matrix_of_columns(term: Term, inner: Atom) -> Matrix | None:
 
 def _input(x: Term, allowed: frozenset[Atom], hidden: Atom) -> tuple[Term, list[Term]]:
     """The rows that go into the experts, and the weights that they are scaled by."""
-    product = Product([], [])
-    flatten(x, product)
-    rows = [factor for factor in product.factors if hidden in factor.free]
-    scales = [factor for factor in product.factors if hidden not in factor.free]
-    if product.over or len(rows) != 1 or not isinstance(rows[0], Leaf):
+    factors, stack = list[Term](), [x]
+    while stack:
+        part = without_casts(stack.pop())
+        if isinstance(part, Times):
+            stack += [part.right, part.left]
+        else:
+            factors.append(part)
+    factors = [seated(factor) or factor for factor in factors]
+    rows = [factor for factor in factors if hidden in factor.free]
+    scales = [factor for factor in factors if hidden not in factor.free]
+    if len(rows) != 1 or not isinstance(rows[0], Leaf):
         raise NoBank("the input of the experts is not a row per token")
     if any(not scale.free <= allowed for scale in scales):
         raise NoBank("the input of the experts is scaled by more than a weight per token and slot")
@@ -373,3 +419,8 @@ def _has_number(term: Term) -> bool:
             seen.add(part)
             stack += part.parts
     return False
+
+
+def adds_rows(term: Term) -> bool:
+    """Whether a term adds up what several matrices give for one row: a mixture, be it a dense one."""
+    return isinstance(term, Sum) and not term.matrix

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsec.ir.types import DType
+from sparsec.passes.banks.capacity import seat_limit
 from sparsec.passes.banks.read import index_of, taken_apart
 from sparsec.passes.banks.sorting import placed
 from sparsec.passes.banks.terms import (
@@ -42,11 +43,24 @@ class Product:
 
 def products(term: Term) -> list[Product]:
     """A term as a sum of products. What is not linear, and products with matrices, are factors as a whole."""
-    if isinstance(term, Plus) and all(part.gemms for part in term.terms):
-        return [product for part in term.terms for product in products(part)]
-    product = Product([], [])
-    flatten(term, product)
-    return [product]
+    match term:
+        case Plus(terms, _) if all(part.gemms for part in terms):
+            return [product for part in terms for product in products(part)]
+        case Point() if is_cast(term):
+            return products(term.args[0])
+        case Times(left, right, _) if len(found := products(left)) > 1:
+            return [_times(product, right) for product in found]
+        case Times(left, right, _) if len(found := products(right)) > 1:
+            return [_times(product, left) for product in found]
+        case _:
+            product = Product([], [])
+            flatten(term, product)
+            return [product]
+
+
+def _times(product: Product, factor: Term) -> Product:
+    flatten(factor, product)
+    return product
 
 
 def flatten(term: Term, into: Product) -> None:
@@ -92,17 +106,17 @@ def _is_mask_twice(factor: Term, product: Product) -> bool:
     """Whether a mask is implied by another factor: some slot is the expert's where a given slot is."""
     if not isinstance(factor, Exists):
         return False
+    if len(factor.over) > 1:
+        return False
+    inside = Product([], [])
+    flatten(factor.body, inside)
+    if not inside.over and all(part in product.factors for part in inside.factors):
+        return True
     return any(
-        isinstance(other, Same) and _instance(factor, other, [Var(atom) for atom in product.over])
-        for other in product.factors
+        all(substitute(part, {factor.over[0]: Var(atom)}) in product.factors for part in inside.factors)
+        for atom in product.over
+        if factor.over and not inside.over and atom.size == factor.over[0].size
     )
-
-
-def _instance(general: Exists, other: Term, candidates: Sequence[Var]) -> bool:
-    if len(general.over) != 1:
-        return general.body == other
-    (atom,) = general.over
-    return any(substitute(general.body, {atom: var}) == other for var in candidates if var.atom.size == atom.size)
 
 
 def _reduce_once(product: Product) -> bool:
@@ -125,6 +139,9 @@ def _reduce_once(product: Product) -> bool:
             return True
         if isinstance(factor, Same) and (changes := _solved(factor, product.over)):
             product.factors.remove(factor)
+            for atom, number in changes.items():
+                if (limit := seat_limit(number, atom.size)) is not None:
+                    product.factors.append(limit)
             product.over = [atom for atom in product.over if atom not in changes]
             product.substitute(changes)
             return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sparsec.ir.core import Op
+from sparsec.dialects.aten import overload
+from sparsec.ir.core import Attr, Op
 from sparsec.ir.types import Sym
 from sparsec.passes.banks.contract import plus, times
-from sparsec.passes.banks.read import HANDLERS, Reader, reads, unify
+from sparsec.passes.banks.read import HANDLERS, Reader, index_of, reads, unify
 from sparsec.passes.banks.select import is_mask, negated
-from sparsec.passes.banks.terms import Num, Point, Running, Sum, Term, View
+from sparsec.passes.banks.terms import Along, Atom, Num, Placed, Point, Running, Same, Sum, Term, Var, View, substitute
 from sparsec.passes.rules import attr, is_pointwise
 
 
@@ -101,10 +102,42 @@ def pointwise(reader: Reader, op: Op) -> View | None:
     if not any(map(_kept, views)) or (found := unify(views)) is None:
         return None
     axes, terms = found
-    attrs = tuple(sorted(op.attrs.items(), key=lambda item: item[0]))
-    if any(isinstance(value, dict | list) for _, value in attrs):
+    attrs, dtype = attrs_of(op), op.results[0].tensor.dtype
+    (first, *rest) = terms
+    if isinstance(first, Placed) and not rest:
+        if _of_number(op, first.otherwise) != 0:
+            return None
+        value = Point(op.name, attrs, (first.value,), dtype)
+        return View(axes, Sum(first.over, times(first.when, value, dtype), dtype))
+    return View(axes, Point(op.name, attrs, tuple(terms), dtype))
+
+
+def attrs_of(op: Op) -> tuple[tuple[str, Attr], ...]:
+    return tuple(sorted(op.attrs.items(), key=lambda item: item[0]))
+
+
+def _of_number(op: Op, number: float) -> float:
+    """What a pointwise op makes of a number."""
+    import torch
+
+    operator = overload(op.name)
+    return float("nan") if operator is None or op.attrs else float(operator(torch.tensor(number)))
+
+
+@reads("aten.softmax.int")
+def softmax(reader: Reader, op: Op) -> View | None:
+    """A softmax over experts of which all but the chosen ones are masked is one over the slots."""
+    view, dtype = reader[op.operands[0]], op.results[0].tensor.dtype
+    term, dim = view.term, int(attr(op, "dim")) % len(view.axes)
+    if not isinstance(term, Placed) or term.otherwise != float("-inf") or len(term.over) != 1:
         return None
-    return View(axes, Point(op.name, attrs, tuple(terms), op.results[0].tensor.dtype))
+    if not isinstance(term.when, Same) or term.when.right != index_of(view.axes[dim]):
+        return None
+    slot = Atom(term.over[0].size, term.over[0].name)
+    attrs = tuple((name, -1 if name == "dim" else value) for name, value in attrs_of(op))
+    body = substitute(term.value, {term.over[0]: Var(slot)})
+    value = Along(op.name, attrs, (slot,), body, Var(term.over[0]), dtype)
+    return View(view.axes, Sum(term.over, times(term.when, value, dtype), dtype))
 
 
 HANDLERS[""] = pointwise  # of every op that has no handler of its own

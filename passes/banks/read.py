@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from sparsec.ir.core import Op, Value
@@ -18,6 +18,7 @@ from sparsec.passes.banks.terms import (
     Num,
     Sorted,
     Term,
+    Unreadable,
     Var,
     View,
     simplify,
@@ -49,6 +50,7 @@ class Reader:
     def __init__(self) -> None:
         self.views: dict[Value, View] = {}
         self.atoms: dict[Any, Any] = {}  #: atoms of selections and sorts, by what they number
+        self.logits: set[Value] = set()  #: results of products with matrices that are a router's, not an expert's
         self.counted: dict[Sym, tuple[View, int]] = {}  #: sizes known at run time: which element of which counts
 
     def __getitem__(self, value: Value) -> View:
@@ -57,12 +59,23 @@ class Reader:
             known = self.views[value] = self.leaf(value)
         return known
 
+    def read_all(self, ops: Sequence[Op]) -> None:
+        """Make the views of the results of all ops of a block."""
+        self.logits = {value for op in ops if op.name in _SELECTIONS for value in _logits_of(op)}
+        for op in ops:
+            self.read(op)
+
     def read(self, op: Op) -> None:
         """Make the views of an op's results; its operands have theirs."""
+        if op.results and op.results[0] in self.logits:
+            return
         handler = HANDLERS.get(op.name, HANDLERS[""])
         if op.dialect not in ("aten", "torch") or not all(isinstance(value.type, TensorType) for value in op.operands):
             return
-        made = handler(self, op)
+        try:
+            made = handler(self, op)
+        except Unreadable:
+            return
         found = [made] if made is None or isinstance(made, View) else made
         for result, view in zip(op.results, found, strict=False):
             if view is not None and _fits(view, result.tensor) and view.term.size <= MAX_SIZE:
@@ -70,7 +83,7 @@ class Reader:
 
     def leaf(self, value: Value) -> View:
         """A tensor that nothing is known of."""
-        number = splat(value)
+        number = 0 if value.op is not None and value.op.name in _UNDEFINED else splat(value)
         axes = tuple(() if dim == 1 else (Atom(dim, f"{value.name}.{i}"),) for i, dim in enumerate(value.tensor.shape))
         if number is not None:
             return View(axes, Num(number))
@@ -86,6 +99,29 @@ class Reader:
         if not plain and ((not view.term.routed and not view.term.gemms) or view.term.gemms > gemms):
             view = self.views[value] = self.leaf(value)
         return view
+
+
+_SELECTIONS = frozenset({"aten.topk", "aten.argmax", "aten.max.dim", "aten.sort", "aten.argsort", "aten.sort.stable"})
+_MATRICES = frozenset({"aten.linear", "aten.mm", "aten.addmm", "aten.matmul", "aten.einsum", "aten.bmm"})
+
+
+def _logits_of(selection: Op) -> Iterator[Value]:
+    """The products with matrices from which scores are made that something is selected by: where routers start."""
+    if not selection.operands[0].tensor.dtype.is_float:
+        return
+    stack, seen = [selection.operands[0]], set[Value]()
+    while stack and len(seen) < 64:
+        value = stack.pop()
+        if value in seen or value.op is None:
+            continue
+        seen.add(value)
+        if value.op.name in _MATRICES:
+            yield value
+        else:
+            stack += value.op.operands
+
+
+_UNDEFINED = ("aten.empty_like", "aten.empty.memory_format", "aten.new_empty")  #: may hold anything: so zeros
 
 
 def _fits(view: View, type: TensorType) -> bool:
@@ -129,10 +165,14 @@ def unify(views: Sequence[View]) -> tuple[tuple[Axis, ...], list[Term]] | None:
         sizes = [size_of(axis) for axis in candidates if axis != candidates[0]]
         if any(not same_size((size,), (size_of(candidates[0]),)) for size in sizes):
             return None
-        # An axis in one piece is the simplest to write the others in, unless pieces are all there is.
-        axes.append(min(candidates, key=len) if candidates else ())
+        axes.append(min(candidates, key=plainness) if candidates else ())
     terms = [matched(view.term, own, axes) for view, own in zip(views, padded, strict=True)]
     return tuple(axes), terms
+
+
+def plainness(axis: Axis) -> tuple[bool, int]:
+    """Which writing of an axis the others follow: that of chosen or sorted rows, else the one of fewest pieces."""
+    return not any(isinstance(atom, Chosen | Sorted) for atom in axis), len(axis)
 
 
 def matched(term: Term, own: Sequence[Axis], wanted: Sequence[Axis]) -> Term:

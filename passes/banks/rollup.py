@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from sparsec.passes.banks.terms import Axis, Leaf, Num, Stacked, Term, Var, View, rename_bound, simplify, substitute
+from sparsec.passes.banks.terms import (
+    Axis,
+    Chosen,
+    Leaf,
+    Num,
+    Stacked,
+    Term,
+    Var,
+    View,
+    rename_bound,
+    simplify,
+    substitute,
+)
 
 
 def roll_up(terms: Sequence[Term], number: Term) -> Term | None:
@@ -91,7 +103,7 @@ def over_axes_of(view: View, other: View, skip: int = -1) -> Term | None:
     for i, (mine, wanted) in enumerate(zip(view.axes, other.axes, strict=True)):
         if i == skip:
             continue
-        if len(mine) != len(wanted):
+        if len(mine) != len(wanted) or (mine != wanted and any(isinstance(atom, Chosen) for atom in mine)):
             return None
         changes |= {a: Var(b) for a, b in zip(mine, wanted, strict=True) if a is not b}
     return substitute(view.term, changes)

@@ -18,13 +18,18 @@ from sparsec.passes.banks.terms import (
     Not,
     Num,
     Pick,
+    Placed,
     Plus,
     Rank,
+    Running,
     Same,
     Sorted,
+    Sum,
     Term,
+    Times,
     Var,
     View,
+    Within,
     substitute,
 )
 from sparsec.passes.rules import attr
@@ -52,7 +57,7 @@ def equal(reader: Reader, op: Op) -> View | None:
 
 
 def is_mask(term: Term) -> bool:
-    return isinstance(term, Same | Exists | Not)
+    return isinstance(term, Same | Exists | Not | Within)
 
 
 def negated(mask: Term) -> Term:
@@ -65,18 +70,56 @@ def logical_not(reader: Reader, op: Op) -> View | None:
     return View(view.axes, negated(view.term)) if is_mask(view.term) else None
 
 
-@reads("aten.gt.Scalar")
 def positive(reader: Reader, op: Op) -> View | None:
     """count > 0."""
     view = reader[op.operands[0]]
-    if attr(op, "other") != 0 or not view.term.routed:
+    if attr(op, "other") != 0 or not view.term.routed or not is_nonnegative(view.term):
         return None
     return View(view.axes, exists((), view.term))
 
 
-def exists(over: Axis, body: Term) -> Term:
-    from sparsec.passes.banks.terms import Sum
+def is_nonnegative(term: Term) -> bool:
+    """Whether a term is certainly not below zero."""
+    match term:
+        case Same() | Not() | Exists() | Running() | Within():
+            return True
+        case Num(value):
+            return value >= 0
+        case Sum(body=body):
+            return is_nonnegative(body)
+        case Times(left, right, _):
+            return is_nonnegative(left) and is_nonnegative(right)
+        case Leaf(value, _):
+            return has_no_negatives(value)
+        case _:
+            return False
 
+
+_NEVER_BELOW_ZERO = frozenset(
+    f"aten.{name}"
+    for name in ["softmax.int", "sigmoid", "exp", "relu", "softplus", "abs", "sqrt", "one_hot", "clamp_min", "square"]
+)
+_NO_MORE_THAN_OPERANDS = frozenset(
+    f"aten.{name}"
+    for name in ["topk", "reshape", "_to_copy", "div.Tensor", "mul.Tensor", "add.Tensor", "sum.dim_IntList", "gather",
+                 "max.dim", "amax", "unsqueeze", "squeeze.dim", "expand", "permute", "t", "transpose.int", "clone",
+                 "slice.Tensor", "select.int", "sort"]
+)  # fmt: skip
+
+
+def has_no_negatives(value: Value) -> bool:
+    """Whether the ops behind a tensor make no negative number."""
+    op = value.op
+    if op is None:
+        return False
+    if op.name in _NEVER_BELOW_ZERO:
+        return op.name != "aten.clamp_min" or float(attr(op, "min")) >= 0
+    return op.name in _NO_MORE_THAN_OPERANDS and all(
+        has_no_negatives(operand) for operand in op.operands if operand.tensor.dtype.is_float
+    )
+
+
+def exists(over: Axis, body: Term) -> Term:
     if isinstance(body, Sum | Exists):
         return Exists((*over, *body.over), body.body)
     return Exists(over, body) if over or not is_mask(body) else body
@@ -140,7 +183,7 @@ def index(reader: Reader, op: Op) -> View | None:
     x, given = op.operands[0], op.arguments[1]
     indices = given if isinstance(given, tuple) else tuple(op.arguments[1:])
     view = reader.data(x) if x.tensor.dtype.is_float else reader[x]
-    if view.term.gemms >= 2:
+    if isinstance(view.term, Plus) or (isinstance(view.term, Sum) and not view.term.matrix and view.term.gemms):
         view = reader.leaf(x)  # rows of a sum that goes on: what they hold so far matters to nobody
     places = [i for i, item in enumerate(indices) if item is not None]
     used = [item for item in indices if isinstance(item, Value)]
@@ -151,10 +194,17 @@ def index(reader: Reader, op: Op) -> View | None:
     if (found := unify([reader[item] for item in used])) is None:
         return None
     axes, terms = found
+    if len(places) == len(view.axes) and any(_is_looked_up(view.term, term) for term in terms):
+        return None
     changes = dict[Atom, Term]()
     for place, term in zip(places, terms, strict=True):
         changes |= taken_apart(view.axes[place], term)
     return view.at(changes, (*view.axes[: places[0]], *axes, *view.axes[places[0] + len(places) :]))
+
+
+def _is_looked_up(table: Term, index: Term) -> bool:
+    """Whether numbers are looked up by ids as they are: weights that a router gathers, one number per slot."""
+    return isinstance(table, Leaf) and not table.routed and isinstance(index, Leaf) and not index.routed
 
 
 def _by_mask(reader: Reader, view: View, used: Sequence[Value], places: Sequence[int], op: Op) -> View | None:
@@ -172,31 +222,52 @@ def _by_mask(reader: Reader, view: View, used: Sequence[Value], places: Sequence
 def gather(reader: Reader, op: Op) -> View | None:
     x, ids = op.operands[:2]
     view, by = (reader.data(x) if x.tensor.dtype.is_float else reader[x]), reader[ids]
+    if op.name == "aten.gather" and _is_looked_up(view.term, by.term):
+        return None
     dim = 0 if op.name == "aten.embedding" else int(attr(op, "dim")) % len(view.axes)
     axis = view.axes[dim]
     if op.name in ("aten.embedding", "aten.index_select"):
         return view.at(taken_apart(axis, by.term), (*view.axes[:dim], *by.axes, *view.axes[dim + 1 :]))
     others = [i for i in range(len(view.axes)) if i != dim]
+    if op.name == "aten.take_along_dim":  # broadcasts
+        by = View(tuple(mine or view.axes[i] if i != dim else mine for i, mine in enumerate(by.axes)), by.term)
     if any(view.axes[i] and size_of(view.axes[i]) != size_of(by.axes[i]) for i in others):
         return None
     term = matched(view.term, [view.axes[i] for i in others], [by.axes[i] for i in others])
     return View(by.axes, substitute(term, taken_apart(axis, by.term)))
 
 
-@reads("aten.scatter.value", "aten.scatter.src", "aten.scatter_add", "aten.scatter.reduce")
+@reads("aten.scatter.value", "aten.scatter.src", "aten.scatter_add", "aten.scatter_reduce.two")
 def scatter(reader: Reader, op: Op) -> View | None:
-    """Values put on zeros at the ids of a token: for each place, the sum of those whose id it is."""
+    """Values put where an index says: on zeros, the sum of those that chose a place."""
     base, ids = reader[op.operands[0]], reader[op.operands[1]]
     dim = int(attr(op, "dim")) % len(base.axes)
-    source = reader[op.operands[2]] if len(op.operands) > 2 else View(((),) * len(base.axes), _number(op))
-    if not isinstance(base.term, Num) or base.term.value != 0 or (found := unify([ids, source])) is None:
+    source = reader.data(op.operands[2]) if len(op.operands) > 2 else View(tuple(() for _ in base.axes), _number(op))
+    adds = op.name == "aten.scatter_add" or (op.name == "aten.scatter_reduce.two" and attr(op, "reduce") == "sum")
+    if (found := unify([ids, source])) is None or (op.name == "aten.scatter_reduce.two" and not adds):
         return None
     axes, (number, value) = found
     if any(size_of(a) != size_of(b) for i, (a, b) in enumerate(zip(axes, base.axes, strict=True)) if i != dim):
         return None
-    out = (*axes[:dim], base.axes[dim], *axes[dim + 1 :])
-    dtype = op.results[0].tensor.dtype
-    return View(out, add_up(axes[dim], times(Same(number, index_of(base.axes[dim])), value, dtype), dtype))
+    own = base.axes[dim]
+    if not isinstance(base.term, Num):
+        own = _fresh(op.operands[0], dim)
+    out, dtype = (*axes[:dim], own, *axes[dim + 1 :]), op.results[0].tensor.dtype
+    choice = Same(number, index_of(own))
+    if isinstance(base.term, Num) and base.term.value != 0 and not adds:
+        return View(out, Placed(axes[dim], choice, value, float(base.term.value)))
+    if base.term != Num(0) and not adds:
+        return None
+    added = View(out, add_up(axes[dim], times(choice, value, dtype), dtype))
+    return added if base.term == Num(0) else _onto(base, added, dtype)
+
+
+def _onto(base: View, added: View, dtype: DType) -> View | None:
+    """What is added to a tensor, and the tensor."""
+    if (found := unify([base, added])) is None:
+        return None
+    axes, (before, more) = found
+    return View(axes, plus(before, more, dtype))
 
 
 def _number(op: Op) -> Term:
@@ -248,16 +319,13 @@ def _added(reader: Reader, op: Op, pairs: Sequence[tuple[int, Value]], rows: Vie
         condition = Same(mine, index_of(out[0]))
     value = rows.term
     if not accumulate and base.term != Num(0):
-        value = _beyond(rows, target)
-        if value is None:
+        beyond = _beyond(rows, target)
+        if beyond is None and not _is_elsewhere(base.term, place_axis):
             return None
+        value = beyond or value
     added = add_up(place_axis, times(condition, value, dtype), dtype)
     view = View((*rows.axes[:dim], *out, *rows.axes[dim + 1 :]), added)
-    if isinstance(base.term, Num) and base.term.value == 0:
-        return view
-    if (found := unify([base, view])) is None:
-        return None
-    return View(found[0], plus(found[1][0], found[1][1], dtype))
+    return view if base.term == Num(0) else _onto(base, view, dtype)
 
 
 def _fresh(target: Value, dim: int) -> Axis:
@@ -271,6 +339,31 @@ def _permuted(rows: View, mine: Pick, place: Atom, dim: int) -> View | None:
     element = Atom(place.size, f"{place.name}.back")
     term = substitute(rows.term, {place: Rank(Var(element), place)})
     return View((*rows.axes[:dim], (element,), *rows.axes[dim + 1 :]), term)
+
+
+def _is_elsewhere(term: Term, place: Axis) -> bool:
+    """Whether a sum of rows put at chosen tokens has none where `place` puts its own: other experts of one slot."""
+    if len(place) != 1 or not (mine := _choice(place[0])):
+        return False
+    terms = term.terms if isinstance(term, Plus) else (term,)
+    return all(
+        isinstance(part, Sum)
+        and len(part.over) == 1
+        and (other := _choice(part.over[0])) is not None
+        and other[0] is mine[0]
+        and other[1] != mine[1]
+        for part in terms
+    )
+
+
+def _choice(place: Atom) -> tuple[Value, Term] | None:
+    """The ids that a selection compares with a number, where a token has one slot only."""
+    if not isinstance(place, Chosen) or not isinstance(place.when, Same) or not isinstance(place.when.left, Leaf):
+        return None
+    ids = place.when.left
+    if any(not isinstance(index, Var) and index != Num(0) for index in ids.at) or ids.free != frozenset(place.base):
+        return None
+    return (ids.value, place.when.right) if len(place.base) < 2 or len(ids.at) == len(place.base) == 1 else None
 
 
 def _beyond(rows: View, target: Value) -> Term | None:

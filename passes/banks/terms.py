@@ -57,6 +57,10 @@ class Sorted(Atom):
         self.base, self.key = base, key
 
 
+class Unreadable(Exception):
+    """A combination of tensors that has no formula."""
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """Base of all terms. Terms are values: equal if they are written the same."""
@@ -92,6 +96,11 @@ class Term:
     def gemms(self) -> int:
         """How many products with a matrix lie inside each other."""
         return max((part.gemms for part in self.parts), default=0)
+
+    @cached_property
+    def chooses(self) -> bool:
+        """Whether a comparison in it says which elements count."""
+        return any(part.chooses for part in self.parts)
 
     @cached_property
     def size(self) -> int:
@@ -237,6 +246,10 @@ class Same(Term):
     def routed(self) -> bool:
         return any(not isinstance(side, Var | Num) for side in (self.left, self.right))
 
+    @cached_property
+    def chooses(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, eq=False)
 class Not(Term):
@@ -315,6 +328,40 @@ class Rank(Term):
 
 
 @dataclass(frozen=True, eq=False)
+class Placed(Term):
+    """Slots written to the places that they choose: `value` where `when` holds for a slot of `over`, else a number."""
+
+    over: Axis
+    when: Term
+    value: Term
+    otherwise: float
+
+    @property
+    def bound(self) -> Axis:
+        return self.over
+
+
+@dataclass(frozen=True, eq=False)
+class Along(Term):
+    """An operator along the axis that an atom numbers, such as a softmax, at a place of that axis."""
+
+    name: str
+    attrs: tuple[tuple[str, Attr], ...]
+    over: Axis
+    body: Term
+    at: Term
+    dtype: DType
+
+    @property
+    def bound(self) -> Axis:
+        return self.over
+
+    @cached_property
+    def free(self) -> frozenset[Atom]:
+        return (self.body.free - frozenset(self.over)) | self.at.free
+
+
+@dataclass(frozen=True, eq=False)
 class Running(Term):
     """The inclusive running sum along flattened atoms, at an index."""
 
@@ -329,6 +376,18 @@ class Running(Term):
     @cached_property
     def free(self) -> frozenset[Atom]:
         return (self.body.free - frozenset(self.over)) | self.at.free
+
+
+@dataclass(frozen=True, eq=False)
+class Within(Term):
+    """1 where a count is no more than a limit: what an expert's capacity keeps."""
+
+    count: Term
+    limit: Dim
+
+    @cached_property
+    def chooses(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -382,7 +441,7 @@ def simplify(term: Term) -> Term:
         case Not(Num(value)):
             return Num(int(not value))
         case Coord(Var(atom), _) if not isinstance(atom, Chosen):
-            raise AssertionError("a place that no selection numbers")
+            raise Unreadable("rows that were chosen are combined with others")
         case _:
             return term
 
@@ -430,7 +489,7 @@ class _Substitution:
             term = rename_bound(term, fresh)
         shadowed = {atom: new for atom, new in self.changes.items() if atom not in term.bound}
         inner = self if len(shadowed) == len(self.changes) else _Substitution(shadowed)
-        if isinstance(term, Running):  # its place is outside of what it runs over
+        if isinstance(term, Running | Along):  # the place is outside of what they run over
             return replace(term, body=inner.apply(term.body), at=self.apply(term.at))
         return term.map(inner.apply)
 
@@ -438,5 +497,7 @@ class _Substitution:
 def rename_bound(term: Term, fresh: Mapping[Atom, Term]) -> Term:
     """A term that runs over other atoms: those that `fresh` gives."""
     over = tuple(new.atom if isinstance(new := fresh.get(atom), Var) else atom for atom in term.bound)
-    assert isinstance(term, Sum | Exists | Running)
+    if isinstance(term, Placed):
+        return replace(term, over=over, when=substitute(term.when, fresh), value=substitute(term.value, fresh))
+    assert isinstance(term, Sum | Exists | Running | Along)
     return replace(term, over=over, body=substitute(term.body, fresh))

@@ -11,6 +11,7 @@ from sparsec.passes.banks.match import NoBank
 from sparsec.passes.banks.read import size_of
 from sparsec.passes.banks.terms import (
     Affine,
+    Along,
     Atom,
     Axis,
     Div,
@@ -27,6 +28,7 @@ from sparsec.passes.banks.terms import (
     Term,
     Times,
     Var,
+    substitute,
 )
 from sparsec.passes.rules import same_shape, same_size
 
@@ -73,6 +75,12 @@ class Writer:
                 return self._apply("aten.eq.Scalar", (left,), {"other": value}, axes, DType.i1)
             case Same(left, right):
                 return self._apply("aten.eq.Tensor", (left, right), {}, axes, DType.i1)
+            case Along(name, attrs, over, body, Var(atom), dtype) if len(over) == 1:
+                inside = [(atom,) if axis == over else axis for axis in axes]
+                if axes[-1] != (atom,):
+                    raise NoBank("a weight is normalised along another axis than that of its slots")
+                given = self.tensor(substitute(body, {over[0]: Var(atom)}), inside)
+                return self.make(name, [given], TensorType(shape, dtype), dict(attrs))
             case Not(mask):
                 return self._apply("aten.logical_not", (mask,), {}, axes, DType.i1)
             case Num(value):
