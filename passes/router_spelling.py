@@ -48,6 +48,28 @@ def merge_views(op: Op, rw: Rewriter) -> bool:
     return _as_reshape(op, rw, inner.operands[0])
 
 
+@rule("aten.transpose.int", "aten.t", "aten.numpy_T", "aten.permute")
+def stack_on_last(op: Op, rw: Rewriter) -> bool:
+    """transpose(stack(xs, 0)) -> stack(xs, 1)"""
+    stack = op.operands[0].op
+    if stack is None or stack.name != "aten.stack" or op.operands[0].tensor.rank != 2 or attr(stack, "dim") != 0:
+        return False
+    if same_shape(op.results[0].tensor.shape, op.operands[0].tensor.shape) or len(stack.results[0].users) != 1:
+        return False
+    rw.replace_op(op, "aten.stack", stack.arguments, {"dim": 1})
+    return True
+
+
+@rule("aten.slice_scatter")
+def drop_whole_assignment(op: Op, rw: Rewriter) -> bool:
+    """x[:] = y -> y"""
+    source = op.operands[1]
+    if source.type != op.results[0].type or attr(op, "start") not in (None, 0) or attr(op, "step") != 1:
+        return False
+    rw.replace(op, [source])
+    return True
+
+
 @rule("aten.repeat_interleave.self_int")
 def spread_repeats(op: Op, rw: Rewriter) -> bool:
     """repeat_interleave(x, n, d) -> reshape(expand(unsqueeze(x, d + 1)))"""
@@ -299,6 +321,8 @@ def _flattened(value: Value) -> Value | None:
 RULES = (
     name_views,
     merge_views,
+    stack_on_last,
+    drop_whole_assignment,
     spread_repeats,
     name_new,
     gather_of_index,

@@ -228,7 +228,17 @@ def _same(code: RegionCode, op: Op) -> Tile:
     return code.tile(op, 0)
 
 
+@rule("fill.Tensor", "copy")
+def _filled(code: RegionCode, op: Op) -> str:
+    result, value = code.result(op), code.tile(op, 1)
+    text = converted(value.text, value.dtype, result.dtype)
+    if value.rank not in (0, result.rank):
+        raise unsupported(op, f"{op.operands[1].type} in {op.results[0].type}")
+    return f"tl.broadcast_to({text}, {result.shape()})"
+
+
 @rule(
+    "fill.Scalar",
     "zeros_like",
     "ones_like",
     "full_like",
@@ -242,7 +252,13 @@ def _same(code: RegionCode, op: Op) -> Tile:
 )
 def _constant(code: RegionCode, op: Op) -> str:
     result, name = code.result(op), op.name.split(".")[1]
-    fill = 0 if "zeros" in name else 1 if "ones" in name else attr(op, "fill_value", attr(op, "s", None))
+    fill = (
+        0
+        if "zeros" in name
+        else 1
+        if "ones" in name
+        else attr(op, "fill_value", attr(op, "s", attr(op, "value", None)))
+    )
     if not result.rank:
         return literal(op, fill)
     if result.rows and any(size == 0 for size in result.sizes):

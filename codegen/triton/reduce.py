@@ -1,4 +1,4 @@
-"""Within a row: sums, extremes, norms, softmax: what runs along an axis and leaves one number, or as many as it found."""
+"""Within a row: sums, extremes, norms, softmax: along an axis, to one number or as many as there were."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ def _ordered(code: RegionCode, op: Op, tile: Tile, k: int, largest: bool) -> str
     if not 1 <= k <= tile.sizes[-1] or k > MOST_CHOSEN:
         raise unsupported(op, f"{k} of {tile.sizes[-1]} in order (at most {MOST_CHOSEN})")
     text = converted(tile.text, tile.dtype, DType.f32)
-    return code.call("top_k", text, tile.sizes[-1], k, padded(k), *([] if largest else [False]))
+    return code.call("top_k", text, tile.sizes[-1], k, padded(k), largest)
 
 
 @rule("sort", "sort.stable", "argsort", "argsort.stable")
 def _sort(code: RegionCode, op: Op) -> str:
     tile = code.tile(op, 0)
-    if tile.axis(integer(op, "dim", -1)) != tile.rank - 1 or tile.dtype not in FLOATS:
-        raise unsupported(op, "only floats, along the last axis")
+    if tile.axis(integer(op, "dim", -1)) != tile.rank - 1:
+        raise unsupported(op, "only along the last axis")
     text = _ordered(code, op, tile, tile.sizes[-1], bool(attr(op, "descending", False)))
     return text if "argsort" not in op.name else f"{text}[1]"
 
@@ -59,9 +59,20 @@ def _gather(code: RegionCode, op: Op) -> str:
     tile, index = code.tile(op, 0), code.tile(op, 1)
     if tile.rows != index.rows:
         raise unsupported(op, "rows looked up in what has none")
-    if tile.axis(integer(op, "dim", 0)) != tile.rank - 1 or tile.sizes[:-1] != index.sizes[:-1]:
-        raise unsupported(op, "only along the last axis, the others alike")
-    return _picked(code, tile, index.text)
+    axis, last = tile.axis(integer(op, "dim", 0)), tile.rank - 1
+    others = [[size for i, size in enumerate(each.sizes, each.rows) if i != axis] for each in (tile, index)]
+    if others[0] != others[1] or tile.rank != index.rank or (tile.rows and axis == 0):
+        raise unsupported(op, "only along axes after the tokens, the others alike")
+    if axis == last:
+        return _picked(code, tile, index.text)
+    order = list(range(tile.rank))
+    order[axis], order[last] = last, axis
+    turn = shape_text(*order)
+    sizes = tuple(tile.sizes[i - tile.rows] for i in order[tile.rows :])
+    dtype = DType.i32 if tile.dtype is DType.i1 else tile.dtype
+    turned = Tile(f"tl.permute({numeric(tile)}, {turn})", sizes, tile.rows, dtype)
+    text = f"tl.permute({_picked(code, turned, f'tl.permute({index.text}, {turn})')}, {turn})"
+    return f"{text} != 0" if tile.dtype is DType.i1 else text
 
 
 def _picked(code: RegionCode, tile: Tile, index: str) -> str:
@@ -206,6 +217,37 @@ def _select(code: RegionCode, op: Op) -> str:
     picked = f"tl.where({code.call('lanes', tile.text, axis)} == {index}, {numeric(tile)}, 0)"
     text = f"tl.sum({picked}, axis={axis})"
     return f"{text} != 0" if tile.dtype is DType.i1 else text
+
+
+@rule("unbind.int")
+def _unbind(code: RegionCode, op: Op) -> tuple[str, ...]:
+    tile = code.tile(op, 0)
+    axis = tile.axis(integer(op, "dim", 0))
+    if tile.rows and axis == 0:
+        raise unsupported(op, "it tells tokens apart")
+    lane = code.call("lanes", tile.text, axis)
+    texts = [f"tl.sum(tl.where({lane} == {i}, {numeric(tile)}, 0), axis={axis})" for i in range(len(op.results))]
+    return tuple(f"{text} != 0" if tile.dtype is DType.i1 else text for text in texts)
+
+
+@rule("select_scatter", "slice_scatter")
+def _assign(code: RegionCode, op: Op) -> str:
+    """x[:, i] = y, x[:, a:b] = y"""
+    tile, source = code.tile(op, 0), code.tile(op, 1)
+    axis = tile.axis(integer(op, "dim", 0))
+    if axis != tile.rank - 1 or tile.rows != source.rows or tile.dtype is DType.i1:
+        raise unsupported(op, "only numbers, along the last axis")
+    lane = code.call("lanes", tile.text, axis)
+    if op.name == "aten.select_scatter":
+        index = integer(op, "index", 0) % tile.sizes[-1]
+        return f"tl.where({lane} == {index}, tl.expand_dims({source.text}, {axis}), {tile.text})"
+    start = integer(op, "start", 0) if attr(op, "start", None) is not None else 0
+    start, size = start % tile.sizes[-1], source.sizes[-1]
+    if integer(op, "step", 1) != 1:
+        raise unsupported(op, "only one after the other")
+    index = f"tl.broadcast_to({lane} - {start}, {tile.shape()})"
+    inside = f"({lane} >= {start}) & ({lane} < {start + size})"
+    return f"tl.where({inside}, {code.call('pick', source.text, index, size)}, {tile.text})"
 
 
 @rule("split.Tensor", "chunk", "split_with_sizes")

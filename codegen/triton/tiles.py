@@ -45,7 +45,7 @@ def order_key(x):
 
 
 @triton.jit
-def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, LARGEST: tl.constexpr = True):
+def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, LARGEST: tl.constexpr):
     """The K greatest (or least) along the last axis, in order, of equals the lowest index first: values and indices."""
     LAST: tl.constexpr = len(x.shape) - 1
     lane = lanes(x, LAST)

@@ -266,6 +266,98 @@ def mean_centred(z: Tensor, k: int) -> Chosen:
     return ids, (weights / weights.sum(1).view(-1, 1)).half().float()
 
 
+def argmax_rounds(z: Tensor, k: int) -> Chosen:
+    """One expert after the other, each taken out for the next round."""
+    p = z.softmax(-1)
+    left, ids, weights = p.clone(), list[Tensor](), list[Tensor]()
+    for _ in range(k):
+        best = left.argmax(dim=-1, keepdim=True)
+        ids.append(best)
+        weights.append(p.gather(-1, best))
+        left.scatter_(-1, best, 0.0)
+    return torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
+
+
+def stacked_first(z: Tensor) -> Chosen:
+    """The choices on the first axis, then turned around."""
+    first = z.argmax(-1)
+    second = (z - 1e9 * F.one_hot(first, z.shape[1])).argmax(-1)
+    ids = torch.stack([first, second]).t()
+    return ids, z.gather(1, ids).softmax(-1)
+
+
+def always_one_more(z: Tensor, k: int) -> Chosen:
+    """The last expert takes part for every token."""
+    weights, ids = z[:, :-1].softmax(-1).topk(k)
+    last = torch.full((z.shape[0], 1), z.shape[1] - 1, dtype=ids.dtype)
+    return torch.cat([ids, last], 1), torch.cat([weights, torch.ones(z.shape[0], 1)], 1)
+
+
+def all_of_them(z: Tensor) -> Chosen:
+    ids = torch.arange(z.shape[1]).expand(z.shape[0], -1)
+    return ids, z.softmax(-1)
+
+
+def equal_weights(z: Tensor, k: int) -> Chosen:
+    ids = z.topk(k, dim=-1).indices
+    return ids, torch.ones_like(ids, dtype=z.dtype) / k
+
+
+def by_rank(z: Tensor, k: int) -> Chosen:
+    rank = torch.argsort(torch.argsort(z, dim=-1, descending=True), dim=-1)
+    weights, ids = (z.softmax(-1) * (rank < k)).topk(k)
+    return ids, weights
+
+
+def one_closed(z: Tensor, k: int) -> Chosen:
+    """An expert that is switched off by assignment."""
+    z = z.clone()
+    z[:, 3] = float("-inf")
+    z[:, 5:] -= 0.5
+    weights, ids = z.softmax(-1).topk(k)
+    return ids, weights
+
+
+def unbound(z: Tensor) -> Chosen:
+    weights, ids = z.sigmoid().topk(2)
+    (a, b), (i, j) = weights.unbind(-1), ids.unbind(-1)
+    total = torch.maximum(a + b, torch.tensor(1e-3))
+    return torch.stack([i, j], -1), torch.stack([a / total, b / total], -1)
+
+
+def affine_norm(z: Tensor, weight: Tensor, bias: Tensor, k: int) -> Chosen:
+    weights, ids = F.layer_norm(z, (z.shape[1],), weight, bias).softmax(-1).topk(k)
+    return ids, weights
+
+
+def root_mean_square(z: Tensor, weight: Tensor, k: int) -> Chosen:
+    weights, ids = F.rms_norm(z, (z.shape[1],), weight, 1e-6).sigmoid().topk(k)
+    return ids, weights
+
+
+def masked_renormalised(z: Tensor, k: int) -> Chosen:
+    p = z.softmax(-1)
+    ids = p.topk(k, dim=-1)[1]
+    mask = torch.zeros_like(p).scatter_(1, ids, 1.0)
+    kept = p * mask
+    return ids, (kept / (kept.sum(-1, keepdim=True) + 1e-6)).gather(1, ids)
+
+
+def two_levels(z: Tensor) -> Chosen:
+    """A group first, then an expert of it."""
+    groups = z.view(-1, 4, 3)
+    group = groups.logsumexp(-1).softmax(-1)
+    share, at = group.max(-1, keepdim=True)
+    inside = groups.gather(1, at[:, :, None].expand(-1, -1, 3)).squeeze(1).softmax(-1)
+    weight, expert = inside.topk(2)
+    return at * 3 + expert, weight * share
+
+
+def cubed(z: Tensor, k: int) -> Chosen:
+    weights, ids = (z.sigmoid() ** 1.5).topk(k)
+    return ids, weights / weights.pow(3).sum(-1, keepdim=True).pow(1 / 3)
+
+
 HANDWRITTEN: dict[str, Router] = {
     "argsort_slice": Router(argsort_slice, 8, options={"k": 2}),
     "sort_slice": Router(sort_slice, 12, options={"k": 3}),
@@ -306,4 +398,17 @@ HANDWRITTEN: dict[str, Router] = {
     "exponentials": Router(exponentials, 8, options={"k": 2}),
     "logs": Router(logs, 8, options={"k": 2}),
     "mean_centred": Router(mean_centred, 8, options={"k": 2}),
+    "argmax_rounds": Router(argmax_rounds, 8, options={"k": 3}),
+    "stacked_first": Router(stacked_first, 8),
+    "always_one_more": Router(always_one_more, 9, options={"k": 2}),
+    "all_of_them": Router(all_of_them, 6),
+    "equal_weights": Router(equal_weights, 8, options={"k": 2}),
+    "by_rank": Router(by_rank, 8, options={"k": 2}),
+    "one_closed": Router(one_closed, 8, options={"k": 2}),
+    "unbound": Router(unbound, 8),
+    "affine_norm": Router(affine_norm, 12, ((12,), (12,)), {"k": 2}),
+    "root_mean_square": Router(root_mean_square, 12, ((12,),), {"k": 2}),
+    "masked_renormalised": Router(masked_renormalised, 8, options={"k": 2}),
+    "two_levels": Router(two_levels, 12),
+    "cubed": Router(cubed, 8, options={"k": 2}),
 }
