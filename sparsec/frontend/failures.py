@@ -90,7 +90,10 @@ def _data_dependent(text: str, loc: Loc) -> CompileError:
         )
     else:
         what = "this line needs a value that is known only at run time"
-        hint = "compute with tensors instead of Python numbers here (torch.where, masks), or use sparsec's experts op"
+        hint = (
+            "compute with tensors instead of Python numbers here (torch.where, masks), or say what the module computes "
+            "in an adapter for its class: sparsec.register_experts, docs/experts.md"
+        )
     found = re.search(r"data-dependent expression (.+?)(?: \(unhinted|\.?\s*\n|$)", text)
     because = f" (torch could not decide {found[1]})" if found else ""
     return CompileError(what + because, loc, hint)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsec.diagnostics import CompileError
 from sparsec.frontend import experts_op, pair_ops, region
 
-Bank = Tensor | Sequence[Tensor]
+Bank = Tensor | Sequence[Tensor] | nn.ParameterList
 """The weights of all experts, [E, ...], or one tensor per expert, which the compiler stacks once."""
 
 assert experts_op.TARGET and pair_ops.CAPACITY  # registered by being imported

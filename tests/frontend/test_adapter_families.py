@@ -66,3 +66,12 @@ def test_adapted_modules_run_eagerly_too(family: str) -> None:
     expected = run(model, given)
     with registry.adapted(model):
         assert relative_error(run(model, given), expected) < 1e-5
+
+
+def test_an_encoder_without_a_mask() -> None:
+    model, given = build("switch_transformers")
+    given = {name: ids for name, ids in given.items() if "mask" not in name}
+    captured = capture(model, (), given)
+    expected = run(model, given)
+    found = next(value for value in outputs(captured, *given.values()) if value.shape == expected.shape)
+    assert relative_error(found, expected) < 1e-5

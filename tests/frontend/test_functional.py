@@ -72,7 +72,8 @@ FORMS: dict[str, tuple[dict[str, Any], Tensor]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bank_in_every_form(form: str) -> None:
     given, expected = FORMS[form]
-    y = ops.experts(X, IDS, WEIGHTS, **{"activation": swiglu, **given})
+    whole: dict[str, Any] = {"activation": swiglu, **given}
+    y = ops.experts(X, IDS, WEIGHTS, **whole)
     assert relative_error(y, expected) < 1e-6
 
 
@@ -156,7 +157,7 @@ def test_capacity_counts_by_slot_or_by_token_and_group_by_group() -> None:
     ],
 )
 def test_shapes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
-    given = {"up": UP, "down": DOWN, "gate": GATE, "activation": swiglu} | changes
+    given: dict[str, Any] = {"up": UP, "down": DOWN, "gate": GATE, "activation": swiglu} | changes
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.experts(X, IDS, WEIGHTS, **given)
 
