@@ -71,7 +71,7 @@ def _differentiable(graph_module: GraphModule, example_inputs: list[Any], dense:
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph_module, example_inputs)  # type: ignore[no-any-return]
+    return cast("Callable[..., Any]", compile_fx(graph_module, example_inputs))
 
 
 class _Compiler:
