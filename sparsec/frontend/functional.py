@@ -85,10 +85,10 @@ def experts(
             f"up gives {rows} columns and down takes {width}: expected {width}, or {2 * width} with a gate "
             "(up_transposed and down_transposed say how the weights lie)"
         )
-    held: tuple[Any, ...] = ()
-    if isinstance(activation, partial):  # which torch.compile keeps no constant of, but of its parts
-        activation, held = activation.func, activation.args
-    text, layout = _activation(width, rows == 2 * width, interleaved, x.dtype, activation, *held)
+    given: Any = activation
+    # Of a partial function torch.compile keeps no constant, but of its parts.
+    parts = (given.func, *given.args) if isinstance(given, partial) else (given,)
+    text, layout = _activation(width, rows == 2 * width, interleaved, x.dtype, *parts)
     more: dict[str, Any] = {"weight_on": weight_on} if weight_on != "output" else {}
     if tail is not None:
         params = (*tensors_of(tail), *tail_params)
