@@ -19,6 +19,7 @@ READERS = (
     *("aten.scatter.value", "aten.scatter.src", "aten.index_select", "aten.nonzero", "aten.bincount", "aten.histc"),
 )
 """What a model does with the numbers of experts, one of them at least."""
+COMPARISONS = tuple(f"aten.{name}.Tensor" for name in ("lt", "le", "gt", "ge"))
 
 
 def lone_routers(main: Func, banked: set[Value]) -> Iterator[tuple[Op, int]]:
@@ -85,8 +86,15 @@ def _logits(op: Op) -> Value | None:
 
 
 def _numbers_used(op: Op) -> bool:
-    """Whether something is looked up or told apart by the numbers of what is chosen."""
+    """Whether something is looked up or told apart by the numbers of what is chosen, or by its scores as a bound."""
     stack, seen = [op.results[-1]], set[Value]()
+    bounds = [op.results[0]] if len(op.results) > 1 else []
+    while bounds:
+        for user in bounds.pop().users:
+            if user.name in COMPARISONS:
+                return True
+            if user.name in ("aten.slice.Tensor", "aten.select.int", "aten.unsqueeze", "aten.reshape"):
+                bounds.append(user.results[0])
     while stack and len(seen) < LIMIT_OF_SEARCH:
         value = stack.pop()
         if value in seen:
