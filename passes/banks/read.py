@@ -95,7 +95,7 @@ class Reader:
         Looks through views of the same tensor, and through products with up to `gemms` matrices.
         """
         view = self[value]
-        plain = isinstance(view.term, Leaf | Num)
+        plain = isinstance(view.term, Leaf | Num | Var)  # Var: numbers of places, as of arange
         if not plain and ((not view.term.routed and not view.term.gemms) or view.term.gemms > gemms):
             view = self.views[value] = self.leaf(value)
         return view
