@@ -9,14 +9,16 @@ import re
 import sys
 import warnings
 from collections.abc import Generator
+from dataclasses import replace
 
 from torch import nn
 
-from sparsec.diagnostics import CompileError
-from sparsec.frontend import locations
+from sparsec.diagnostics import CompileError, Diagnostic
+from sparsec.frontend import locations, rewrites
 from sparsec.ir.loc import Loc
 
 _BRANCH = re.compile(r"[Dd]ata-dependent|Could not guard|u\d+\b")
+_NUMPY = re.compile(r"\.numpy\(\) is not supported|numpy.*tensor subclass|Can't call numpy")
 _SPECIALISED = re.compile(
     r"Constraints violated|marked as dynamic|inferred to be a constant|specialized", re.IGNORECASE
 )
@@ -53,8 +55,12 @@ def explain(error: BaseException, model: nn.Module) -> CompileError:
             return cause
     loc = next(filter(None, map(locations.of_exception, chain)), Loc())
     text = "\n".join(f"{type(cause).__name__}: {cause}" for cause in chain)
+    lines = next(filter(None, map(locations.lines_of_exception, chain)), list[str]())
+    if _NUMPY.search(text):
+        said = "numpy computes outside of the graph, which holds torch's operators only"
+        return _with_change(Diagnostic(said, loc, hint="compute this with torch"), rewrites.change(lines))
     if _BRANCH.search(text):
-        return _data_dependent(text, loc)
+        return _with_change(_data_dependent(text, loc), rewrites.change(lines))
     if _SPECIALISED.search(text):
         return CompileError(
             f"a dimension that should stay open is fixed by the model's code: {_sentence(error)}",
@@ -68,7 +74,14 @@ def explain(error: BaseException, model: nn.Module) -> CompileError:
     )
 
 
-def _data_dependent(text: str, loc: Loc) -> CompileError:
+def _with_change(diagnostic: Diagnostic, change: rewrites.Change | None) -> CompileError:
+    """The error, with the change to the user's line in the place of a general hint."""
+    if change is not None:
+        diagnostic = replace(diagnostic, excerpt=change.excerpt, hint=change.why)
+    return CompileError([diagnostic])
+
+
+def _data_dependent(text: str, loc: Loc) -> Diagnostic:
     source = loc.source
     if re.match(r"for\b", source):
         what = "this loop runs over values that are known only at run time, such as the experts that were hit"
@@ -76,18 +89,21 @@ def _data_dependent(text: str, loc: Loc) -> CompileError:
             "loop over all experts, `for expert in range(num_experts):`, and drop the emptiness test; "
             "an expert without tokens computes nothing"
         )
-    elif re.match(r"(if|elif|while|assert)\b", source):
+    elif re.match(r"while\b", source):
+        what = "how often this loop runs is known only at run time"
+        hint = "run it a fixed number of times, and keep what is finished by torch.where"
+    elif re.match(r"(if|elif|assert)\b", source):
         what = "this branch depends on values that are known only at run time"
-        hint = (
-            "remove an emptiness test: an expert without tokens gives an empty tensor, which adds nothing; "
-            "compute both sides of any other branch and choose by torch.where"
-        )
+        hint = "compute both sides and choose by torch.where"
     elif re.search(r"tolist\(\)|bincount|split\(", source):
         what = "the sizes here depend on values that are known only at run time"
         hint = (
             "replace `torch.bincount(ids, minlength=E)` by `F.one_hot(ids, E).sum(0)`, whose length is known, "
             "before `.tolist()`"
         )
+    elif "one_hot" in source:
+        what = "the width of this result is known only at run time"
+        hint = "give one_hot the number of classes"
     else:
         what = "this line needs a value that is known only at run time"
         hint = (
@@ -96,7 +112,7 @@ def _data_dependent(text: str, loc: Loc) -> CompileError:
         )
     found = re.search(r"data-dependent expression (.+?)(?: \(unhinted|\.?\s*\n|$)", text)
     because = f" (torch could not decide {found[1]})" if found else ""
-    return CompileError(what + because, loc, hint)
+    return Diagnostic(what + because, loc, hint=hint)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

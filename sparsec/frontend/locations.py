@@ -46,6 +46,16 @@ def of_exception(error: BaseException) -> Loc:
     return UNKNOWN
 
 
+def lines_of_exception(error: BaseException) -> list[str]:
+    """The user's source from the line of `of_exception(error)` to the end of its file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if (frame := _user_frame(list(_frames(seen.__traceback__)))) is not None:
+            return linecache.getlines(frame[0])[frame[1] - 1 :]
+        seen = seen.__cause__ or seen.__context__
+    return []
+
+
 def of_class(cls: type) -> Loc:
     """Where a class is defined."""
     import inspect
@@ -71,6 +81,13 @@ def relative(file: str) -> str:
 
 
 def _innermost(frames: list[tuple[str, int]], scope: str) -> Loc:
+    if (frame := _user_frame(frames)) is not None:
+        return place_of(*frame, scope)
+    return Loc(scope=scope) if scope else UNKNOWN
+
+
+def _user_frame(frames: list[tuple[str, int]]) -> tuple[str, int] | None:
+    """File and line of the innermost frame of a user's code, of a model's where there is one."""
     frames = [
         (path, line)
         for file, line in reversed(frames)
@@ -79,9 +96,7 @@ def _innermost(frames: list[tuple[str, int]], scope: str) -> Loc:
         and os.path.isfile(path)
     ]
     model_code = [frame for frame in frames if not _PLUMBING.search(frame[0])]
-    for path, line in model_code or frames:
-        return place_of(path, line, scope)
-    return Loc(scope=scope) if scope else UNKNOWN
+    return next(iter(model_code or frames), None)
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[str, int]]:
