@@ -137,6 +137,7 @@ class Hash(Layer):
 
     def __init__(self) -> None:
         super().__init__(None, 8)
+        self.table: Tensor
         self.register_buffer("table", torch.randint(0, 8, (50, 2)))
 
     def forward(self, x: Tensor, *rows: Tensor) -> Any:
