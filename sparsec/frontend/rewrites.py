@@ -133,6 +133,8 @@ class _Calls(ast.NodeTransformer):
             self.say("numpy computes outside of the graph: torch does the same inside of it")
             base.id = "torch"
             return self.visit_Call(node) if name == "bincount" else node
+        if name == "int" and node.args and ast.unparse(node.args[0]) == _EXPERTS:
+            return node.args[0]
         if name in ("item", "int") and re.search(r"\.(max|amax)\(", ast.unparse(node)):
             self.say("the largest number chosen is known at run time only; the number of experts bounds it")
             return ast.Name(_EXPERTS)
