@@ -13,7 +13,7 @@ from sparsec.ir.core import Func, Module, Op, Value
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import TensorType
 from sparsec.passes.banks.build import build
-from sparsec.passes.banks.match import NoBank, adds_rows, is_rolled_out, match
+from sparsec.passes.banks.match import Dense, NoBank, adds_rows, is_rolled_out, match
 from sparsec.passes.banks.read import Reader
 from sparsec.passes.banks.terms import Chosen, Sorted, Unreadable
 from sparsec.passes.banks.write import Writer
@@ -27,9 +27,9 @@ assert _views and _pointwise and _capacity  # imported for their readers of ops
 class RaiseExperts(Pass):
     """Make `moe.experts` of banks that a model spells out: loops, masks, gathers, sorted rows, dense products.
 
-    Every tensor is read as a formula over index variables (`passes/banks/terms.py`). Where the formula of a value comes
-    down to the sum over a token's slots of weight * down[e](act(up[e](x))) with e = ids[token, slot], the value is a
-    bank, whatever ops it came from.
+    Every tensor is read as a formula over index variables (`passes/banks/terms.py`). A value is a bank, whatever ops it
+    came from, where its formula comes down to this: over a token's slots, the sum of a weight times what the expert
+    that the slot names makes of the token's row, by an up-projection, an activation and a down-projection.
     """
 
     name: ClassVar[str] = "raise-experts"
@@ -86,7 +86,8 @@ class _Search:
                 try:
                     found = self.found[op] = self._bank(op)
                 except (NoBank, Unreadable) as error:
-                    self.failed[op] = str(error)
+                    if self.reader[op.results[0]].term.routed or isinstance(error, Dense):
+                        self.failed[op] = str(error)
                     if is_rolled_out(self.reader[op.results[0]].term):
                         broken |= self._chain(op)
                 else:

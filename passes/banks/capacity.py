@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sparsec.ir.core import Op
 from sparsec.ir.types import Dim, Sym, product
 from sparsec.passes.banks.read import Reader, reads
+from sparsec.passes.banks.select import positive
 from sparsec.passes.banks.terms import (
     Atom,
     Axis,
@@ -92,8 +93,6 @@ def _masked_count(term: Term) -> tuple[Running, int] | None:
        "aten.lt.Tensor", "aten.le.Tensor", "aten.gt.Tensor", "aten.ge.Tensor")  # fmt: skip
 def compare(reader: Reader, op: Op) -> View | None:
     """count < capacity, or more than nothing."""
-    from sparsec.passes.banks.select import positive
-
     view = reader[op.operands[0]]
     limit: object = attr(op, "other")
     if len(op.operands) == 2:

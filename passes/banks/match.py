@@ -39,6 +39,10 @@ class NoBank(Exception):
     """Why a term is no bank of experts, in words."""
 
 
+class Dense(NoBank):
+    """A mixture that has no choice in it."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A product with a weight: sum over `inner` of x * weight + bias; `outer` numbers the columns."""
@@ -224,7 +228,7 @@ def _choose(bank: Bank, expert: Atom) -> None:
     chosen = [factor for factor in product.factors if isinstance(factor, Same) and factor.right == Var(expert)]
     rest = [factor for factor in product.factors if factor not in chosen]
     if bank.weights or len(chosen) != 1 or any(expert in factor.free for factor in rest):
-        raise NoBank("every expert runs on every token")
+        raise Dense("every expert runs on every token")
     (choice,) = chosen
     bank.slots = tuple(atom for atom in bank.slots if atom is not expert) + tuple(product.over)
     bank.ids, bank.scales, bank.needs_zero = choice.left, rest, True

@@ -50,7 +50,7 @@ class Reader:
     def __init__(self) -> None:
         self.views: dict[Value, View] = {}
         self.atoms: dict[Any, Any] = {}  #: atoms of selections and sorts, by what they number
-        self.logits: set[Value] = set()  #: results of products with matrices that are a router's, not an expert's
+        self.leafs: set[Value] = set()  #: a router's logits, and the tokens that it takes: no expert begins before
         self.counted: dict[Sym, tuple[View, int]] = {}  #: sizes known at run time: which element of which counts
 
     def __getitem__(self, value: Value) -> View:
@@ -61,13 +61,15 @@ class Reader:
 
     def read_all(self, ops: Sequence[Op]) -> None:
         """Make the views of the results of all ops of a block."""
-        self.logits = {value for op in ops if op.name in _SELECTIONS for value in _logits_of(op)}
+        for op in ops:
+            for logits in _logits_of(op) if op.name in _SELECTIONS else ():
+                self.leafs |= {logits, *_tokens_of(logits)}
         for op in ops:
             self.read(op)
 
     def read(self, op: Op) -> None:
         """Make the views of an op's results; its operands have theirs."""
-        if op.results and op.results[0] in self.logits:
+        if op.results and op.results[0] in self.leafs:
             return
         handler = HANDLERS.get(op.name, HANDLERS[""])
         if op.dialect not in ("aten", "torch") or not all(isinstance(value.type, TensorType) for value in op.operands):
@@ -120,6 +122,19 @@ def _logits_of(selection: Op) -> Iterator[Value]:
         else:
             stack += value.op.operands
 
+
+def _tokens_of(logits: Value) -> Iterator[Value]:
+    """What a router's product with a matrix reads, and the tensors that this is a view or a cast of."""
+    assert logits.op is not None
+    value = logits.op.operands[1 if logits.op.name == "aten.addmm" else 0]
+    while True:
+        yield value
+        if value.op is None or value.op.name not in _SAME_ROWS:
+            return
+        value = value.op.operands[0]
+
+
+_SAME_ROWS = frozenset({"aten.reshape", "aten._to_copy", "aten.to.dtype", "aten.unsqueeze", "aten.squeeze.dim"})
 
 _UNDEFINED = ("aten.empty_like", "aten.empty.memory_format", "aten.new_empty")  #: may hold anything: so zeros
 

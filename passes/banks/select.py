@@ -240,18 +240,17 @@ def gather(reader: Reader, op: Op) -> View | None:
 @reads("aten.scatter.value", "aten.scatter.src", "aten.scatter_add", "aten.scatter_reduce.two")
 def scatter(reader: Reader, op: Op) -> View | None:
     """Values put where an index says: on zeros, the sum of those that chose a place."""
-    base, ids = reader[op.operands[0]], reader[op.operands[1]]
-    dim = int(attr(op, "dim")) % len(base.axes)
-    source = reader.data(op.operands[2]) if len(op.operands) > 2 else View(tuple(() for _ in base.axes), _number(op))
+    target, by, *given = op.operands
+    base, ids = reader[target], reader[by]
+    dim = int(attr(op, "dim")) % target.tensor.rank
+    source = reader.data(given[0]) if given else View(tuple(() for _ in base.axes), _number(op))
     adds = op.name == "aten.scatter_add" or (op.name == "aten.scatter_reduce.two" and attr(op, "reduce") == "sum")
     if (found := unify([ids, source])) is None or (op.name == "aten.scatter_reduce.two" and not adds):
         return None
     axes, (number, value) = found
     if any(size_of(a) != size_of(b) for i, (a, b) in enumerate(zip(axes, base.axes, strict=True)) if i != dim):
         return None
-    own = base.axes[dim]
-    if not isinstance(base.term, Num):
-        own = _fresh(op.operands[0], dim)
+    own = base.axes[dim] if isinstance(base.term, Num) else _fresh(target, dim)
     out, dtype = (*axes[:dim], own, *axes[dim + 1 :]), op.results[0].tensor.dtype
     choice = Same(number, index_of(own))
     if isinstance(base.term, Num) and base.term.value != 0 and not adds:
