@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +17,14 @@ from torch.export.graph_signature import ConstantArgument
 from torch.utils._pytree import TreeSpec, tree_map
 
 from sparsec.diagnostics import CompileError, Diagnostic
-from sparsec.frontend import repeated, structure
+from sparsec.frontend import repeated, sizes, structure
 from sparsec.frontend.adapters import registry as adapters
 from sparsec.frontend.failures import explain, quiet
 from sparsec.frontend.importer import import_program
 from sparsec.frontend.pt2 import load_program
 from sparsec.ir.core import Func, Module
-from sparsec.ir.types import Sym, TensorType, evaluate
 
 EXPERTS = "_experts_implementation_internal"
-_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-_SHAPE = re.compile(r"\w+\.shape\[\d+\]")
-_FIXED = re.compile(rf"{_SHAPE.pattern} == \d+")
-_EQUAL = re.compile(rf"{_SHAPE.pattern} == {_SHAPE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -91,12 +85,12 @@ def capture(
         if dynamic is True:
             call = tree_map(_not_one, call)
         try:
-            with quiet():
+            with quiet(), sizes.noting_places() as places:
                 program, blocks = _program(model, call[0], call[1], dynamic)
         except Exception as error:
             raise explain(error, model) from error
     captured = _import(program, blocks)
-    warnings = (list(_fixed(captured.module)) or list(_tied(program))) if dynamic is True else []
+    warnings = sizes.checked(program, captured.module, places, asked=dynamic) if dynamic is not False else []
     warnings += adapters.warnings(model)
     if model.training:
         warnings.append(Diagnostic("the model is in training mode", severity="warning", hint="call model.eval() first"))
@@ -152,7 +146,7 @@ def _export_block(
     """A block of a model on its own, with open sizes. Raises: repeated.Unrepeatable where its code ties them."""
     with quiet():
         program = _export(module, args, kwargs, True).run_decompositions({})
-    if not all(_EQUAL.fullmatch(equation) for equation in _equations(program)):  # equal sizes are in its types
+    if sizes.tied(program):
         raise repeated.Unrepeatable("the block's code takes sizes for granted")
     imported, tensors = import_program(program)
     return program, imported.main, tensors
@@ -174,55 +168,6 @@ def _not_one(leaf: Any) -> Any:
         if leaf.shape[dim] == 1:
             leaf = torch.cat([leaf, leaf], dim)
     return leaf
-
-
-def _fixed(module: Module) -> Iterator[Diagnostic]:
-    """The batch and sequence dimensions of integer inputs, and first of others, that the model's code has fixed."""
-    for arg in module.main.body.args:
-        if module.main.arg_attrs[arg]["kind"] != "input" or not isinstance(arg.type, TensorType):
-            continue
-        for dim, size in enumerate(arg.type.shape[: 1 if arg.type.dtype.is_float else 2]):
-            if isinstance(size, int):
-                yield Diagnostic(
-                    f"dimension {dim} of '{arg.name}' is fixed to {size}: the model's code depends on this size",
-                    severity="warning",
-                    hint="TORCH_LOGS=+dynamic shows where",
-                )
-
-
-def _equations(program: ExportedProgram) -> list[str]:
-    """Equations between sizes that tracing took for granted, less those that say a size or hold for all."""
-    guards: list[str] = getattr(program, "_guards_code", None) or []  # newer than the oldest torch that we run on
-    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard]
-    fixed = {name: int(size) for name, size in (e.split(" == ") for e in equations if _FIXED.fullmatch(e))}
-    return [text for text in equations if not _FIXED.fullmatch(text) and not _always(text, fixed)]
-
-
-def _tied(program: ExportedProgram) -> Iterator[Diagnostic]:
-    """The program is wrong or fails where its equations between sizes do not hold."""
-    equations = _equations(program)
-    if equations:
-        yield Diagnostic(
-            f"the model's code depends on sizes of its inputs: it was captured for {' and '.join(equations[:3])}",
-            severity="warning",
-            notes=(f"and {len(equations) - 3} more such equations",) if len(equations) > 3 else (),
-            hint="use it for sizes that satisfy this only",
-        )
-
-
-def _always(equation: str, fixed: Mapping[str, int]) -> bool:
-    """Whether an equation holds for any sizes beside the fixed ones (tried with a few): then it says nothing."""
-    names = sorted(set(_SHAPE.findall(equation)))
-    for i, name in enumerate(names):
-        equation = equation.replace(name, f"n{i}")
-    left, _, right = equation.lower().partition(" == ")
-    tries = [
-        {f"n{i}": fixed.get(name, 2 + (7 * i + 5 * step) % 11) for i, name in enumerate(names)} for step in range(6)
-    ]
-    try:
-        return all(evaluate(Sym(left.strip()), env) == evaluate(Sym(right.strip()), env) for env in tries)
-    except (ValueError, SyntaxError, KeyError, ZeroDivisionError):
-        return False
 
 
 @contextmanager

@@ -46,6 +46,15 @@ def of_exception(error: BaseException) -> Loc:
     return UNKNOWN
 
 
+def here() -> Loc:
+    """The innermost place in the user's program that is running."""
+    frames, frame = list[tuple[str, int]](), sys._getframe(1)
+    while frame is not None:
+        frames.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back  # type: ignore[assignment]
+    return _innermost(frames[::-1], "")
+
+
 def lines_of_exception(error: BaseException) -> list[str]:
     """The user's source from the line of `of_exception(error)` to the end of its file."""
     seen: BaseException | None = error
