@@ -113,4 +113,11 @@ def name_where(op: Op, rw: Rewriter) -> bool:
     return True
 
 
-RULES = (linear_of_product, linear_of_addmm, linear_of_rows, name_softmax, name_log_sigmoid, name_where)
+@rule("torch.prims.convert_element_type")
+def name_cast(op: Op, rw: Rewriter) -> bool:
+    """convert_element_type(x) -> _to_copy(x)"""
+    rw.replace_op(op, "aten._to_copy", op.operands, {"dtype": op.results[0].tensor.dtype})
+    return True
+
+
+RULES = (linear_of_product, linear_of_addmm, linear_of_rows, name_softmax, name_log_sigmoid, name_where, name_cast)

@@ -28,6 +28,7 @@ from sparsec.ir.derived import derivations
 from sparsec.ir.equal import func_key
 from sparsec.ir.interp import evaluate_func
 from sparsec.launch import register
+from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.live_weights import LiveWeight
 
 _logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class _Compiler:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
             fused = fuse(graph_module, example_inputs)
-        except CompileError as error:
+        except (CompileError, ArtifactError) as error:  # the latter where a kernel cannot be bound
             warnings.warn(f"sparsec leaves this graph to PyTorch:\n{error}", stacklevel=2)
             fused = None
         if fused is None:

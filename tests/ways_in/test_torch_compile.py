@@ -37,10 +37,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
-def test_one_graph_for_every_token_count(family: str, graphs: list[int]) -> None:
-    model = tiny.model(family)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "sparsec"])
+def test_one_graph_for_every_token_count(family: str, implementation: str, graphs: list[int]) -> None:
+    model = tiny.model(family)  # transformers' own default is grouped_mm
     expected = {shape: model(tiny.ids(*shape), use_cache=False).logits for shape in ((2, 12), (3, 5), (1, 9), (4, 33))}
-    model.set_experts_implementation("sparsec")
+    model.set_experts_implementation(implementation)
     compiled = torch.compile(model, backend="sparsec", fullgraph=True, dynamic=True, options={"dense": "aten"})
     with torch.no_grad():
         for shape, logits in expected.items():
@@ -171,9 +172,7 @@ def test_what_is_not_raised_is_said(graphs: list[int]) -> None:
     compiled = torch.compile(layer, backend="sparsec", dynamic=True, options={"dense": "aten"})
     x = rows_of(layer, 8)
     with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        with pytest.warns(
-            UserWarning, match=r"leaves a part .*\n.*handwritten.py:\d+: warning: a router"
-        ):
+        with pytest.warns(UserWarning, match=r"leaves a part .*\n.*handwritten.py:\d+: warning: a router"):
             y = compiled(x)
         assert relative(y, layer(x)) < 1e-5
     assert graphs == [0]
