@@ -13,7 +13,7 @@ from sparsec.ir.core import Func, Module, Op, Value
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import TensorType
 from sparsec.passes.banks.build import build
-from sparsec.passes.banks.match import Dense, NoBank, adds_rows, is_rolled_out, match
+from sparsec.passes.banks.match import Dense, NoBank, adds_rows, is_rolled_out, match, picks_experts
 from sparsec.passes.banks.read import Reader
 from sparsec.passes.banks.terms import Chosen, Sorted, Unreadable
 from sparsec.passes.banks.write import Writer
@@ -86,7 +86,7 @@ class _Search:
                 try:
                     found = self.found[op] = self._bank(op)
                 except (NoBank, Unreadable) as error:
-                    if self.reader[op.results[0]].term.routed or isinstance(error, Dense):
+                    if picks_experts(self.reader[op.results[0]].term) or isinstance(error, Dense):
                         self.failed[op] = str(error)
                     if is_rolled_out(self.reader[op.results[0]].term):
                         broken |= self._chain(op)

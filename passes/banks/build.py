@@ -11,7 +11,18 @@ from sparsec.ir.core import Attr, Block, Value
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import Dim, DType, Sym, TensorType
 from sparsec.passes.banks.match import Bank, Matrix, NoBank, columns_of, dtype_of
-from sparsec.passes.banks.terms import Affine, Atom, Flat, Leaf, Num, Point, Stacked, Term, Times, Var
+from sparsec.passes.banks.terms import (
+    Affine,
+    Atom,
+    Flat,
+    Leaf,
+    Num,
+    Point,
+    Stacked,
+    Term,
+    Times,
+    Var,
+)
 from sparsec.passes.banks.write import Writer, region
 
 ROWS = Sym("r")

@@ -12,6 +12,7 @@ from sparsec.ir.core import Op
 from sparsec.ir.types import Dim, Sym, product
 from sparsec.passes.banks.read import Reader, reads
 from sparsec.passes.banks.select import positive
+from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
     Atom,
     Axis,
@@ -30,7 +31,6 @@ from sparsec.passes.banks.terms import (
     Var,
     View,
     Within,
-    substitute,
 )
 from sparsec.passes.rules import attr
 

@@ -8,7 +8,19 @@ from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
 from sparsec.passes.banks.read import MAX_GEMMS, Reader, matched, plainness, reads, unify
 from sparsec.passes.banks.sorting import ends_groups, sorted_key
-from sparsec.passes.banks.terms import Atom, Axis, Num, Plus, Sorted, Sum, Term, Times, Var, View, substitute
+from sparsec.passes.banks.substitute import substitute
+from sparsec.passes.banks.terms import (
+    Atom,
+    Axis,
+    Num,
+    Plus,
+    Sorted,
+    Sum,
+    Term,
+    Times,
+    Var,
+    View,
+)
 from sparsec.passes.rules import attr, same_size
 
 

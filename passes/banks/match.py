@@ -12,6 +12,7 @@ from sparsec.ir.types import DType
 from sparsec.passes.banks.capacity import Capacity, capacity_of, seated
 from sparsec.passes.banks.normal import Product, flatten, products, reduce, spread, without_casts
 from sparsec.passes.banks.rollup import roll_up
+from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
     Affine,
     Atom,
@@ -31,7 +32,6 @@ from sparsec.passes.banks.terms import (
     Var,
     View,
     Within,
-    substitute,
 )
 
 
@@ -428,3 +428,16 @@ def _has_number(term: Term) -> bool:
 def adds_rows(term: Term) -> bool:
     """Whether a term adds up what several matrices give for one row: a mixture, be it a dense one."""
     return isinstance(term, Sum) and not term.matrix
+
+
+def picks_experts(term: Term) -> bool:
+    """Whether data says which matrices are multiplied with, or whose results count."""
+    stack, seen = [term], set[Term]()
+    while stack:
+        part = stack.pop()
+        if isinstance(part, Leaf) and part.routed and part.value.tensor.rank >= 3:
+            return True
+        if part not in seen:
+            seen.add(part)
+            stack += part.parts
+    return term.chooses

@@ -9,6 +9,7 @@ from sparsec.ir.types import DType
 from sparsec.passes.banks.capacity import seat_limit
 from sparsec.passes.banks.read import index_of, taken_apart
 from sparsec.passes.banks.sorting import placed
+from sparsec.passes.banks.substitute import rename_bound, substitute
 from sparsec.passes.banks.terms import (
     Atom,
     Chosen,
@@ -25,8 +26,6 @@ from sparsec.passes.banks.terms import (
     Term,
     Times,
     Var,
-    rename_bound,
-    substitute,
 )
 
 

@@ -8,7 +8,20 @@ from sparsec.ir.types import Sym
 from sparsec.passes.banks.contract import plus, times
 from sparsec.passes.banks.read import HANDLERS, Reader, index_of, reads, unify
 from sparsec.passes.banks.select import is_mask, negated
-from sparsec.passes.banks.terms import Along, Atom, Num, Placed, Point, Running, Same, Sum, Term, Var, View, substitute
+from sparsec.passes.banks.substitute import substitute
+from sparsec.passes.banks.terms import (
+    Along,
+    Atom,
+    Num,
+    Placed,
+    Point,
+    Running,
+    Same,
+    Sum,
+    Term,
+    Var,
+    View,
+)
 from sparsec.passes.rules import attr, is_pointwise
 
 

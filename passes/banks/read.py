@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from sparsec.ir.core import Op, Value
 from sparsec.ir.types import Dim, Sym, TensorType, product
+from sparsec.passes.banks.substitute import simplify, substitute
 from sparsec.passes.banks.terms import (
     Atom,
     Axis,
@@ -21,8 +22,6 @@ from sparsec.passes.banks.terms import (
     Unreadable,
     Var,
     View,
-    simplify,
-    substitute,
 )
 from sparsec.passes.rules import same_size
 from sparsec.passes.splat import splat

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from sparsec.passes.banks.substitute import rename_bound, simplify, substitute
 from sparsec.passes.banks.terms import (
     Axis,
     Chosen,
@@ -15,9 +16,6 @@ from sparsec.passes.banks.terms import (
     Term,
     Var,
     View,
-    rename_bound,
-    simplify,
-    substitute,
 )
 
 

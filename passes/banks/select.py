@@ -8,6 +8,7 @@ from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType, Sym
 from sparsec.passes.banks.contract import add_up, plus, times
 from sparsec.passes.banks.read import Reader, index_of, matched, reads, size_of, taken_apart, unify
+from sparsec.passes.banks.substitute import moved, substitute
 from sparsec.passes.banks.terms import (
     Atom,
     Axis,
@@ -30,7 +31,6 @@ from sparsec.passes.banks.terms import (
     Var,
     View,
     Within,
-    substitute,
 )
 from sparsec.passes.rules import attr
 
@@ -199,7 +199,7 @@ def index(reader: Reader, op: Op) -> View | None:
     changes = dict[Atom, Term]()
     for place, term in zip(places, terms, strict=True):
         changes |= taken_apart(view.axes[place], term)
-    return view.at(changes, (*view.axes[: places[0]], *axes, *view.axes[places[0] + len(places) :]))
+    return moved(view, changes, (*view.axes[: places[0]], *axes, *view.axes[places[0] + len(places) :]))
 
 
 def _is_looked_up(table: Term, index: Term) -> bool:
@@ -218,16 +218,16 @@ def _by_mask(reader: Reader, view: View, used: Sequence[Value], places: Sequence
     return View((*view.axes[:first], (place,), *view.axes[first + len(mask.axes) :]), term)
 
 
-@reads("aten.gather", "aten.index_select", "aten.take_along_dim", "aten.embedding")
+@reads("aten.gather", "aten.index_select", "aten.take_along_dim")
 def gather(reader: Reader, op: Op) -> View | None:
     x, ids = op.operands[:2]
     view, by = (reader.data(x) if x.tensor.dtype.is_float else reader[x]), reader[ids]
     if op.name == "aten.gather" and _is_looked_up(view.term, by.term):
         return None
-    dim = 0 if op.name == "aten.embedding" else int(attr(op, "dim")) % len(view.axes)
+    dim = int(attr(op, "dim")) % len(view.axes)
     axis = view.axes[dim]
-    if op.name in ("aten.embedding", "aten.index_select"):
-        return view.at(taken_apart(axis, by.term), (*view.axes[:dim], *by.axes, *view.axes[dim + 1 :]))
+    if op.name == "aten.index_select":
+        return moved(view, taken_apart(axis, by.term), (*view.axes[:dim], *by.axes, *view.axes[dim + 1 :]))
     others = [i for i in range(len(view.axes)) if i != dim]
     if op.name == "aten.take_along_dim":  # broadcasts
         by = View(tuple(mine or view.axes[i] if i != dim else mine for i, mine in enumerate(by.axes)), by.term)

@@ -8,6 +8,7 @@ from sparsec.ir.core import Op, Value
 from sparsec.ir.types import Dim, Sym, SymType
 from sparsec.passes.banks.read import Reader, index_of, reads, size_of, taken_apart
 from sparsec.passes.banks.rollup import rolled
+from sparsec.passes.banks.substitute import moved, rebuilt, simplify, substitute
 from sparsec.passes.banks.terms import (
     Affine,
     Atom,
@@ -25,8 +26,6 @@ from sparsec.passes.banks.terms import (
     Term,
     Var,
     View,
-    simplify,
-    substitute,
 )
 from sparsec.passes.rules import attr, same_size
 
@@ -171,7 +170,7 @@ def chunk_of(reader: Reader, view: View, dim: int, start: Sequence[Dim], size: D
         return None
     when = Same(sorted_key(rows, Var(rows)), Num(expert))
     chunk = reader.atoms.setdefault((rows, expert), Chosen(size, f"{rows.name}.{expert}", (rows,), when))
-    return view.at({rows: Coord(Var(chunk), rows)}, (*view.axes[:dim], (chunk,), *view.axes[dim + 1 :]))
+    return moved(view, {rows: Coord(Var(chunk), rows)}, (*view.axes[:dim], (chunk,), *view.axes[dim + 1 :]))
 
 
 def joined(views: Sequence[View], dim: int) -> View | None:
@@ -196,4 +195,4 @@ def placed(term: Term, chunk: Chosen, base: dict[Atom, Term]) -> Term:
         return term
     if isinstance(term, Coord) and term.place == Var(chunk):
         return base[term.base]
-    return term.map(lambda part: placed(part, chunk, base))
+    return rebuilt(term, lambda part: placed(part, chunk, base))

@@ -9,7 +9,17 @@ from sparsec.ir.types import Dim, Sym
 from sparsec.passes.banks.read import Reader, index_of, reads, size_of
 from sparsec.passes.banks.rollup import rolled
 from sparsec.passes.banks.sorting import chunk_of, joined
-from sparsec.passes.banks.terms import Affine, Atom, Axis, Leaf, Num, Term, Var, View, simplify, substitute
+from sparsec.passes.banks.substitute import moved, simplify, substitute
+from sparsec.passes.banks.terms import (
+    Affine,
+    Atom,
+    Axis,
+    Leaf,
+    Num,
+    Term,
+    Var,
+    View,
+)
 from sparsec.passes.rules import attr, same_size
 
 
@@ -126,10 +136,10 @@ def sliced(view: View, dim: int, start: int, size: Dim, step: int, name: str) ->
     axes = list(view.axes)
     if size == 1:
         axes[dim] = ()
-        return view.at({axis[0]: Num(start)}, tuple(axes))
+        return moved(view, {axis[0]: Num(start)}, tuple(axes))
     piece = Atom(size, name)
     axes[dim] = (piece,)
-    return view.at({axis[0]: simplify(Affine(Var(piece), step, start))}, tuple(axes))
+    return moved(view, {axis[0]: simplify(Affine(Var(piece), step, start))}, tuple(axes))
 
 
 @reads("aten.slice.Tensor", "aten.narrow")
@@ -165,7 +175,7 @@ def selected(view: View, dim: int, index: int) -> View | None:
     axis = view.axes[dim]
     if len(axis) > 1:
         return None
-    return view.at({axis[0]: Num(index)} if axis else {}, (*view.axes[:dim], *view.axes[dim + 1 :]))
+    return moved(view, {axis[0]: Num(index)} if axis else {}, (*view.axes[:dim], *view.axes[dim + 1 :]))
 
 
 @reads("aten.unbind.int")

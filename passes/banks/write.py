@@ -9,6 +9,7 @@ from sparsec.ir.opdef import make
 from sparsec.ir.types import Dim, DType, Sym, TensorType, product
 from sparsec.passes.banks.match import NoBank
 from sparsec.passes.banks.read import size_of
+from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
     Affine,
     Along,
@@ -28,7 +29,6 @@ from sparsec.passes.banks.terms import (
     Term,
     Times,
     Var,
-    substitute,
 )
 from sparsec.passes.rules import same_shape, same_size
 
