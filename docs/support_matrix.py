@@ -134,7 +134,7 @@ def _summary(families: dict[str, Any], forms: dict[str, Any]) -> str:
     plain = [result for name, result in families.items() if "+" not in name]
     kinds = [result["layers"].get("kinds", ["failed"]) for result in plain if "layers" in result]
     fused = [of for of in kinds if of and all(map(_fused, of))]
-    works = [result for result in plain if result.get("whole", {}).get("works")]
+    works = [result for result in plain if result.get("whole", {}).get("sizes") == "any"]
     became = [result.get("became") for result in forms.values()]
     return (
         f"Of {len([of for of in kinds if of])} families with expert layers {len(fused)} are fused completely; of "
@@ -167,10 +167,10 @@ def _whole_row(name: str, result: dict[str, Any]) -> list[str]:
     whole, generation = result.get("whole", {"failed": "not run"}), result.get("generation", "")
     generation = generation.get("failed", "") if isinstance(generation, dict) else generation
     if "found" not in whole:
-        return [name, "no", "", "", generation, whole.get("why", whole.get("failed", ""))]
+        return [name, "no", "", "", generation, whole.get("failed", "") or "; ".join(whole["why"])]
     count = whole["found"]["experts"] + whole["found"]["linears"] // 2
-    done, error = "yes" if whole["works"] else "no", f"{whole['error']:.0e}"
-    return [name, done, f"{count} of {whole['layers']}", error, generation, "; ".join(whole["why"])]
+    works = {"any": "yes", "captured": "at the captured sizes", "none": "no"}[whole["sizes"]]
+    return [name, works, f"{count} of {whole['layers']}", f"{whole['error']:.0e}", generation, "; ".join(whole["why"])]
 
 
 def _form_row(name: str, result: dict[str, Any]) -> list[str]:

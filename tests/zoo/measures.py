@@ -47,7 +47,7 @@ def _kinds(name: str, model: Any) -> list[dict[str, Any]]:
             }
         except Exception as problem:
             kind |= {"how": "refused", "why": [_sentence(problem)]}
-        same = [one for one in kinds if one | {"error": 0} == kind | {"error": 0}]
+        same = [one for one in kinds if one | {"error": 0, "why": []} == kind | {"error": 0, "why": []}]
         if same and "error" in kind:
             same[0]["error"] = max(same[0]["error"], kind["error"])
         elif not same:
@@ -88,27 +88,34 @@ def _bf16(name: str) -> dict[str, Any]:
 
 
 def whole(name: str) -> dict[str, Any]:
-    """A family's whole model, captured once and called with other sizes."""
+    """A family's whole model, captured once and called with other sizes.
+
+    `sizes` says for which it works: "any", "captured" (that which it was captured by only) or "none".
+    """
     model = eager(build(name)[0])
-    began = time.perf_counter()
-    banks = len(record(name, model))
+    banks, began = len(record(name, model)), time.perf_counter()
     try:
         compiled = sparsec.compile(model, (), inputs(name, model))
-        got = found(compiled)
-        seconds = time.perf_counter() - began
-        errors = list[float]()
-        for batch, length in WHOLE:
-            expected = tensors_of(run(name, model, batch, length))[:1]
-            errors.append(error(tensors_of(compiled(**inputs(name, model, batch, length)))[:1], expected))
     except Exception as problem:
-        return {"works": False, "why": _sentence(problem)}
+        return {"sizes": "none", "why": [_sentence(problem)]}
+    got, seconds = found(compiled), time.perf_counter() - began
+    why = [warning.message for warning in compiled.warnings]
+    errors, sizes = list[float](), "none"
+    try:
+        for sizes_now, size in (("captured", (2, 12)), *(("any", size) for size in WHOLE)):
+            expected = tensors_of(run(name, model, *size))[:1]
+            errors.append(error(tensors_of(compiled(**inputs(name, model, *size)))[:1], expected))
+            sizes = sizes_now
+    except Exception as problem:
+        sizes = "captured" if errors else "none"
+        why.append(_sentence(problem))
     return {
-        "works": max(errors) <= TOLERANCE,
+        "sizes": sizes if max(errors, default=0) <= TOLERANCE else "none",
         "layers": banks,
         "found": {"routes": got.routes, "experts": got.experts, "linears": got.linears},
-        "error": max(errors),
+        "error": max(errors, default=0.0),
         "seconds": round(seconds, 1),
-        "why": [warning.message for warning in compiled.warnings],
+        "why": why,
     }
 
 

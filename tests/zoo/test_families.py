@@ -16,6 +16,7 @@ import sparsec
 from tests.zoo.checks import Found, alone, compile_layer, distance, error, found, outputs
 from tests.zoo.families import FAMILIES, build, inputs
 from tests.zoo.layers import eager, halved, record, record_sizes, run, tensors_of
+from tests.zoo.measures import whole
 
 ALWAYS = (
     *("afmoe", "axk2", "bailing_hybrid", "cohere2_moe", "cohere2_moe+sigmoid", "dbrx", "deepseek_v4", "glm5_next"),
@@ -100,3 +101,22 @@ def test_what_is_no_routing_stays_dense_and_says_why(name: str) -> None:
     for calls in others:
         wanted = alone(model.get_submodule(path), calls[path])[1]
         assert error(outputs(compiled, wanted), wanted.tensors) <= 1e-5
+
+
+NOT_EVERY_SIZE = {
+    "diffusion_gemma": ("none", "DynamicCache"),  # its encoder returns its cache, whatever it is asked
+    "jamba": ("captured", "fixed to"),  # its Mamba layers loop over the sequence
+    "minimax": ("captured", "depends on sizes"),  # its lightning attention loops over blocks
+    "qwen4_exp": ("none", "known only at run time"),  # its indexer branches on a number of blocks
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_model_runs_at_other_sizes_or_says_why_not(name: str) -> None:
+    result = whole(name)
+    sizes, why = NOT_EVERY_SIZE.get(name, ("any", ""))
+    assert result["sizes"] == sizes, result
+    assert not why or any(why in text for text in result["why"])
+    if sizes != "none" and name not in {*LEFT, *NO_EXPERTS}:
+        assert result["found"]["routes"] >= result["layers"]
