@@ -44,7 +44,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for expert in ids.unique().tolist():
-            slot, token = torch.where(ids.T == expert)  # first choices first
+            slot, token = torch.where(expert == ids.T)  # first choices first
             slot, token = slot[:CAPACITY], token[:CAPACITY]
             y = self.norm(self.experts[expert](x[token]))
             out.index_add_(0, token, y * weights[token, slot, None])

@@ -140,8 +140,7 @@ def outline(found: Slice, at: Value, after: set[Op], rw: Rewriter) -> None:
             reshape = body.append(make("aten.reshape", [values[value]], [type], attrs, loc=loc))
             values[value] = reshape.results[0]
     for op in found.ops:
-        new = localise(op, _rows(op, found), tokens, values)
-        if new is not None:
+        for new in localise(op, _rows(op, found), tokens, values):
             body.append(new)
     outs = [values[found.ids], values[found.weights]]
     for value in found.extras:

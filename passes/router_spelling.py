@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from sparsec.ir.core import Attr, Op, Value
+from sparsec.ir.core import Argument, Attr, Op, Value
 from sparsec.ir.opdef import make
 from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import DType, TensorType, product
@@ -104,8 +104,8 @@ def gather_of_index(op: Op, rw: Rewriter) -> bool:
     x, result = op.operands[0], op.results[0].tensor
     index, shape = found, (*result.shape, 1) if found.tensor.rank < x.tensor.rank else result.shape
     if index.tensor.dtype is not DType.i64:
-        index = rw.make(op, "aten._to_copy", [index], [TensorType(index.tensor.shape, DType.i64)], {"dtype": DType.i64})
-        index = index.results[0]
+        wide = TensorType(index.tensor.shape, DType.i64)
+        index = rw.make(op, "aten._to_copy", [index], [wide], {"dtype": DType.i64}).results[0]
     index = _reshape(rw, op, index, shape)
     picked = rw.make(op, "aten.gather", [x, index], [TensorType(shape, result.dtype)], {"dim": -1}).results[0]
     if picked.type == op.results[0].type:
@@ -302,7 +302,7 @@ def sink_flattening(op: Op, rw: Rewriter) -> bool:
         return False
     of = dict(zip(reads, inner, strict=True))
     operands = [of.get(value) or value for value in op.operands]
-    arguments = [operands[0], (operands[1],)] if lookup else operands
+    arguments: list[Argument] = [operands[0], (operands[1],)] if lookup else [*operands]
     type = TensorType(shape, op.results[0].tensor.dtype)
     new = make(op.name, arguments, [type], op.attrs)
     rw.insert(new, op)

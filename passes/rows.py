@@ -12,6 +12,7 @@ from typing import TypeAlias, TypeVar
 
 from sparsec.ir.core import Attr, Op, Value
 from sparsec.ir.equal import ValueMap, clone_op
+from sparsec.ir.opdef import make
 from sparsec.ir.types import Dim, TensorType, Type
 from sparsec.passes.rules import attr, is_pointwise, negative, same_shape, same_size, with_attrs
 
@@ -209,21 +210,31 @@ def folded(type: TypeT, rows: int, tokens: Dim) -> TypeT | TensorType:
     return TensorType((tokens, *type.shape[rows:]), type.dtype)
 
 
-def localise(op: Op, rows: int, tokens: Dim, values: ValueMap) -> Op | None:
+def localise(op: Op, rows: int, tokens: Dim, values: ValueMap) -> list[Op]:
     """A copy of a row-local op whose results have `rows`, for rows folded into one axis of `tokens`.
 
-    Operands come from `values`, which learns the results. None where nothing is left to do.
+    Operands come from `values`, which learns the results. Nothing where nothing is left to do; a reshape in front where
+    an operand without rows has more axes than the folded result, all of size 1.
     """
     if not rows:
-        return clone_op(op, values)
+        return [clone_op(op, values)]
     result = folded(op.results[0].type, rows, tokens)
     assert isinstance(result, TensorType)
     if op.name in ("aten.reshape", "aten.view", "aten._unsafe_view") and values[op.operands[0]].type == result:
         values[op.results[0]] = values[op.operands[0]]
-        return None
+        return []
+    flat = list[Op]()
+    if op.name == "aten.expand" or is_pointwise(op.name):
+        for operand in dict.fromkeys(op.operands):
+            inside = values[operand]
+            extra = inside.tensor.rank - result.rank
+            if extra > 0:
+                type = TensorType(inside.tensor.shape[extra:], inside.tensor.dtype)
+                flat.append(make("aten.reshape", [inside], [type], {"shape": type.shape}, loc=op.loc))
+                values[operand] = flat[-1].results[0]
     new = clone_op(op, values, lambda type: folded(type, rows, tokens))
     new.attrs = _folded_attrs(op, rows, result)
-    return new
+    return [*flat, new]
 
 
 def _folded_attrs(op: Op, rows: int, result: TensorType) -> dict[str, Attr]:

@@ -58,8 +58,8 @@ def _part(results: list[Tensor], inputs: Sequence[Tensor | None]) -> None:
     taken = {given.untyped_storage().data_ptr() for given in inputs if given is not None}
     for i, result in enumerate(results):
         if result.numel() and result.untyped_storage().data_ptr() in taken:
-            results[i] = result = result.clone()
-        taken.add(result.untyped_storage().data_ptr())
+            results[i] = result.clone()
+        taken.add(results[i].untyped_storage().data_ptr())
 
 
 @launch.register_fake

@@ -245,9 +245,9 @@ def _assign(code: RegionCode, op: Op) -> str:
     start, size = start % tile.sizes[-1], source.sizes[-1]
     if integer(op, "step", 1) != 1:
         raise unsupported(op, "only one after the other")
-    index = f"tl.broadcast_to({lane} - {start}, {tile.shape()})"
+    offset = f"tl.broadcast_to({lane} - {start}, {tile.shape()})"
     inside = f"({lane} >= {start}) & ({lane} < {start + size})"
-    return f"tl.where({inside}, {code.call('pick', source.text, index, size)}, {tile.text})"
+    return f"tl.where({inside}, {code.call('pick', source.text, offset, size)}, {tile.text})"
 
 
 @rule("split.Tensor", "chunk", "split_with_sizes")

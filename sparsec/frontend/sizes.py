@@ -40,11 +40,11 @@ def noting_places() -> Generator[Places, None, None]:
         places[id(note)] = note, locations.here()
         return note
 
-    ShapeEnv._get_sloc = noted
+    ShapeEnv._get_sloc = noted  # type: ignore[method-assign]
     try:
         yield places
     finally:
-        ShapeEnv._get_sloc = original
+        ShapeEnv._get_sloc = original  # type: ignore[method-assign]
 
 
 def checked(program: ExportedProgram, module: Module, places: Places, asked: Any) -> list[Diagnostic]:

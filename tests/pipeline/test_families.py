@@ -49,9 +49,7 @@ def test_every_phase_gives_what_was_captured(zoo: Any, family: str) -> None:
     for ids, wanted in runs:
         # A router is raised to a form that is exact but for rounding.
         raised_to = evaluate_module(result.ir("raise"), [ids], captured.weights)
-        for new, old in zip(
-            raised_to, wanted, strict=True
-        ):
+        for new, old in zip(raised_to, wanted, strict=True):
             torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5 * float(old.abs().max()))
         for phase in pipeline.PHASES[2:]:
             for new, old in zip(evaluate_module(result.ir(phase), [ids], captured.weights), raised_to, strict=True):

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 COMPILER = {"ir", "dialects", "frontend", "passes", "codegen", "pipeline", "inspect"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "": COMPILER | {"runtime", "api", "cli", "backend", "hf", "eager", "ops"},  # sparsec/__init__.py, which names the API lazily
+    # sparsec/__init__.py names the API lazily
+    "": COMPILER | {"runtime", "api", "cli", "backend", "hf", "eager", "ops"},
     "__main__": {"cli"},
     "diagnostics": {"ir.loc"},
     "config": set(),
