@@ -17,8 +17,8 @@ from sparsec.ir.core import Module
 from sparsec.ir.loc import UNKNOWN, Loc
 from sparsec.ir.types import Sym, TensorType, evaluate
 
-_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
-_SHAPE = re.compile(r"\w+\.shape\[\d+\]")
+_SIZE = re.compile(r"L\['(\w+)'\]((?:\[[^][]+\])*)\.size\(\)\[(\d+)\]")
+_SHAPE = re.compile(r"\w+(?:\[[^][]+\])*\.shape\[\d+\]")
 _FIXED = re.compile(rf"{_SHAPE.pattern} == \d+")
 _EQUAL = re.compile(rf"{_SHAPE.pattern} == {_SHAPE.pattern}")
 
@@ -94,7 +94,7 @@ class _Lines:
         envs = (mode.shape_env for value in values if (mode := getattr(value, "fake_mode", None)) is not None)
         env: Any = next(envs, None)
         symbols: dict[str, Any] = getattr(env, "source_to_var", {})
-        self.symbols = {_SIZE.sub(r"\1.shape[\2]", str(source)): symbol for source, symbol in symbols.items()}
+        self.symbols = {_SIZE.sub(r"\1\2.shape[\3]", str(source)): symbol for source, symbol in symbols.items()}
         self.guards = [
             (guard.expr.free_symbols, places[id(guard.sloc)][1])
             for guard in getattr(env, "guards", [])
@@ -130,7 +130,7 @@ def _fixed(module: Module, lines: _Lines) -> list[Diagnostic]:
 def _equations(program: ExportedProgram) -> list[str]:
     """Equations between sizes that tracing took for granted, less those that say a size or hold for all."""
     guards: list[str] = getattr(program, "_guards_code", None) or []  # newer than the oldest torch that we run on
-    equations = [_SIZE.sub(r"\1.shape[\2]", guard) for guard in guards if " == " in guard]
+    equations = [_SIZE.sub(r"\1\2.shape[\3]", guard) for guard in guards if " == " in guard]
     fixed = {name: int(size) for name, size in (e.split(" == ") for e in equations if _FIXED.fullmatch(e))}
     return [text for text in equations if not _FIXED.fullmatch(text) and not _always(text, fixed)]
 

@@ -60,3 +60,13 @@ def test_an_equation_is_a_warning_where_auto_is_asked_for() -> None:
 def test_open_and_fixed_sizes_say_nothing() -> None:
     assert not capture(Open().eval(), (torch.randn(6, 8),)).warnings
     assert not capture(Seats().eval(), (torch.randn(6, 8),), dynamic=False).warnings
+
+
+def test_equal_sizes_of_tensors_within_an_argument_are_asked_for() -> None:
+    class Pair(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+            return pair[0] + pair[1]
+
+    shapes = {"pair": ({0: Dim("rows")}, {0: Dim("rows")})}
+    captured = capture(Pair().eval(), ((torch.randn(6, 8), torch.randn(6, 8)),), dynamic=shapes)
+    assert all("pair[" in warning.message for warning in captured.warnings)

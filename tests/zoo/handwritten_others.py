@@ -157,7 +157,7 @@ class DeepSeekInfer(_Gated):
     """Counts as numbers of Python, experts without tokens skipped."""
 
     expect = "refused"
-    hint = "bincount"
+    hint = "one_hot"
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.choose(x)
@@ -175,7 +175,7 @@ class OnlyTheHit(_Gated):
     """A loop over the experts that some token chose."""
 
     expect = "refused"
-    hint = "for expert in range"
+    hint = "a loop over all experts"
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.choose(x)
