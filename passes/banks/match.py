@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sparsec.ir.types import DType
+from sparsec.ir.types import Dim, DType
 from sparsec.passes.banks.capacity import Capacity, capacity_of, seated
 from sparsec.passes.banks.normal import Product, flatten, products, reduce, spread, without_casts
 from sparsec.passes.banks.rollup import roll_up
@@ -17,6 +17,7 @@ from sparsec.passes.banks.terms import (
     Affine,
     Atom,
     Axis,
+    Chosen,
     Exists,
     Flat,
     Leaf,
@@ -119,7 +120,9 @@ def merged(found: list[Product]) -> Product:
         numbers = [number for number, _ in members]
         if numbers != list(range(len(numbers))):
             raise NoBank(f"it adds up the experts {numbers}, not each from 0 on once")
-        rest.append(_rolled([product for _, product in members], ids))
+        whole = _rolled([product for _, product in members], ids)
+        whole.numbers.append((ids, len(members)))
+        rest.append(whole)
     if len(rest) == 1:
         return rest[0]
     return _rolled_slots(rest)
@@ -157,11 +160,19 @@ def _rolled(members: Sequence[Product], number: Term) -> Product:
 
 def _rolled_slots(rest: list[Product]) -> Product:
     """One product per slot, as one over all slots."""
-    if not rest or any(product.over for product in rest):
+    if not rest or any(product.over or len(product.numbers) != len(rest[0].numbers) for product in rest):
         raise NoBank("it adds up terms that are no experts of one bank")
     slot = Atom(len(rest), "slot")
     product = _rolled(rest, Var(slot))
-    return Product([slot], product.factors)
+    numbers = [_numbered([of.numbers[i] for of in rest], slot) for i in range(len(rest[0].numbers))]
+    return Product([slot], product.factors, numbers)
+
+
+def _numbered(found: Sequence[tuple[Term, Dim]], slot: Atom) -> tuple[Term, Dim]:
+    term = roll_up([number for number, _ in found], Var(slot))
+    if term is None or len({size for _, size in found}) != 1:
+        raise NoBank("its slots are not all computed in the same way")
+    return term, found[0][1]
 
 
 def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
@@ -199,6 +210,9 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
             raise NoBank("the matrices of one expert multiply different inputs")
     bank = Bank(tokens, slots, ids, ids, weights, scales, x, hidden, [], activation, inner, down, out)
     _order_parts(bank, ups)
+    counts = [size for number, size in product.numbers if number == ids]
+    if any(count != bank.experts for count in counts):
+        raise NoBank(f"{counts[0]} of {bank.experts} experts are added up")
     if len(limits) > 1:
         raise NoBank("pairs are dropped by more than one limit")
     for limit in limits:
@@ -227,6 +241,8 @@ def _choose(bank: Bank, expert: Atom) -> None:
         flatten(scale, product)
     chosen = [factor for factor in product.factors if isinstance(factor, Same) and factor.right == Var(expert)]
     rest = [factor for factor in product.factors if factor not in chosen]
+    if expert.size != bank.experts:
+        raise NoBank(f"{expert.size} of {bank.experts} experts are added up")
     if bank.weights or len(chosen) != 1 or any(expert in factor.free for factor in rest):
         raise Dense("every expert runs on every token")
     (choice,) = chosen
@@ -421,7 +437,7 @@ def _has_number(term: Term) -> bool:
             return True
         if part not in seen:
             seen.add(part)
-            stack += part.parts
+            stack += [*part.parts, *(atom.when for atom in part.bound if isinstance(atom, Chosen))]
     return False
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from sparsec.ir.types import DType
+from sparsec.ir.types import Dim, DType
 from sparsec.passes.banks.capacity import seat_limit
 from sparsec.passes.banks.read import index_of, taken_apart
 from sparsec.passes.banks.sorting import placed
@@ -35,9 +35,12 @@ class Product:
 
     over: list[Atom]
     factors: list[Term]
+    numbers: list[tuple[Term, Dim]] = field(default_factory=list[tuple[Term, Dim]])
+    """Terms that an atom was fixed to, with its size: beyond it the product is zero."""
 
     def substitute(self, changes: dict[Atom, Term]) -> None:
         self.factors = [substitute(factor, changes) for factor in self.factors]
+        self.numbers = [(substitute(number, changes), size) for number, size in self.numbers]
 
 
 def products(term: Term) -> list[Product]:
@@ -123,6 +126,7 @@ def _reduce_once(product: Product) -> bool:
         if isinstance(atom, Chosen):
             fresh: dict[Atom, Term] = {base: Var(copy_of(base)) for base in atom.base}
             product.factors = [placed(factor, atom, fresh) for factor in product.factors]
+            product.numbers = [(placed(number, atom, fresh), size) for number, size in product.numbers]
             _replace(product, atom, fresh, substitute(atom.when, fresh))
             return True
         if isinstance(atom, Sorted) and any(atom in factor.free for factor in product.factors):
@@ -141,6 +145,7 @@ def _reduce_once(product: Product) -> bool:
             for atom, number in changes.items():
                 if (limit := seat_limit(number, atom.size)) is not None:
                     product.factors.append(limit)
+                product.numbers.append((number, atom.size))
             product.over = [atom for atom in product.over if atom not in changes]
             product.substitute(changes)
             return True

@@ -103,6 +103,7 @@ class Term:
 
     @cached_property
     def size(self) -> int:
+        """How many terms are inside of each other or side by side: what it takes to write it."""
         return 1 + sum(part.size for part in self.parts)
 
     @cached_property
@@ -202,6 +203,10 @@ class Plus(Term):
 
     terms: tuple[Term, ...]
     dtype: DType
+
+    @cached_property
+    def size(self) -> int:
+        return max(part.size for part in self.terms)  # a sum over experts is as large as one of them
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,156 @@
+"""Banks of experts found by what they compute: any number of experts, and nothing that is not one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsec import pipeline
+from sparsec.diagnostics import Remark
+from sparsec.frontend.capture import capture
+from sparsec.ir.interp import evaluate_module
+
+H, INNER = 16, 12
+
+
+class Bank(nn.Module):
+    """A router and the matrices of experts; subclasses spell the layer."""
+
+    def __init__(self, experts: int = 6, k: int = 2) -> None:
+        super().__init__()
+        self.count, self.k = experts, k
+        self.gate = nn.Linear(H, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, INNER, H) * 0.3)
+        self.down = nn.Parameter(torch.randn(experts, H, INNER) * 0.3)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = F.softmax(self.gate(x), dim=-1).topk(self.k, dim=-1)
+        return weights, ids
+
+    def expert(self, x: Tensor, number: int) -> Tensor:
+        return F.linear(F.relu(F.linear(x, self.up[number])), self.down[number])
+
+
+class Loop(Bank):
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        out = torch.zeros_like(x)
+        for number in range(self.count):
+            row, slot = torch.where(ids == number)
+            out = out.index_add(0, row, self.expert(x[row], number) * weights[row, slot, None])
+        return out
+
+
+class FirstHalf(Bank):
+    """Only half of the experts that there are matrices for are ever used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        out = torch.zeros_like(x)
+        for number in range(self.count // 2):
+            row, slot = torch.where(ids == number)
+            out = out.index_add(0, row, self.expert(x[row], number) * weights[row, slot, None])
+        return out
+
+
+class FewerClasses(Bank):
+    """A gate over half of the experts, by a one-hot of half of the classes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        half = self.count // 2
+        share = (F.one_hot(ids % half, half) * weights[..., None]).sum(1)
+        hidden = F.relu(torch.einsum("th,eih->tei", x, self.up[:half]))
+        return torch.einsum("te,tei,ehi->th", share, hidden, self.down[:half])
+
+
+class Swapped(Bank):
+    """Expert i has the second matrix of its neighbour."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        up, down = self.up[ids], self.down[(ids + 1) % self.count]
+        hidden = F.relu(torch.einsum("th,tkih->tki", x, up))
+        return (torch.einsum("tki,tkhi->tkh", hidden, down) * weights[..., None]).sum(1)
+
+
+class NegativeWeights(Bank):
+    """`share > 0` drops the experts of negative weight, which multiplying by the share would not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, ids = self.gate(x).topk(self.k, dim=-1)
+        share = torch.zeros(x.shape[0], self.count, device=x.device).scatter(1, ids, top)
+        out = torch.zeros_like(x)
+        for number in range(self.count):
+            mine = share[:, number] > 0
+            out[mine] += self.expert(x[mine], number) * share[mine, number].unsqueeze(1)
+        return out
+
+
+class BiasOfUnchosen(Bank):
+    """Every expert runs on rows of zeros too, and its bias makes something of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, ids = self.gate(x).topk(1, dim=-1)
+        score = torch.full((x.shape[0], self.count), float("-inf")).scatter(1, ids, top).sigmoid().t()
+        every = x.expand(self.count, -1, -1) * score.unsqueeze(-1)
+        hidden = F.relu(every @ self.up.transpose(1, 2) + 1.0)
+        return (hidden @ self.down.transpose(1, 2)).sum(0)
+
+
+def raised(layer: nn.Module) -> tuple[int, list[Remark], Callable[[Tensor], Tensor]]:
+    """How many banks a layer has after `raise`, what was missed, and how it computes."""
+    captured = capture(layer.eval(), (torch.randn(5, H),))
+    result = pipeline.run(captured.module, to="raise")
+    banks = sum(op.name == "moe.experts" for op in result.module.main.body.ops)
+    missed = [remark for remark in result.remarks if remark.kind == "missed"]
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = evaluate_module(result.module, [x], captured.weights)[0]
+        return out
+
+    return banks, missed, run
+
+
+def check(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+    for tokens in (1, 7, 40):
+        x = torch.randn(tokens, H)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [2, 16, 48])
+def test_a_loop_over_any_number_of_experts_is_one_bank(experts: int) -> None:
+    torch.manual_seed(0)
+    layer = Loop(experts)
+    banks, missed, run = raised(layer)
+    assert (banks, missed) == (1, [])
+    check(layer, run)
+
+
+@pytest.mark.parametrize("kind", [FirstHalf, FewerClasses, Swapped, NegativeWeights, BiasOfUnchosen])
+def test_what_only_looks_like_a_bank_stays_right(kind: type[Bank]) -> None:
+    torch.manual_seed(1)
+    layer = kind()
+    _, _, run = raised(layer)
+    check(layer, run)
+
+
+def test_a_bank_that_is_not_found_is_said_with_the_line() -> None:
+    banks, missed, _ = raised(FirstHalf())
+    assert banks == 0
+    (remark,) = [remark for remark in missed if remark.pass_name == "raise-experts"]
+    assert "3 of 6 experts" in remark.message and remark.loc.file.endswith("test_raise_experts.py")
+    assert remark.suggestion
+
+
+def test_a_raised_bank_names_the_lines_that_it_stands_for() -> None:
+    captured = capture(Loop().eval(), (torch.randn(5, H),))
+    result = pipeline.run(captured.module, to="raise")
+    (bank,) = (op for op in result.module.main.body.ops if op.name == "moe.experts")
+    lines = {origin.source for origin in (bank.loc, *bank.loc.origins)}
+    assert any("torch.where(ids == number)" in line for line in lines)
