@@ -100,9 +100,9 @@ f32, and the ratio of it to that of eager. The router is the ops of the layer's 
 plain ops. Unfused are ops between the logits and the sum over experts that stayed outside."""
 SIZES = ", ".join(map(str, measures.WHOLE))
 WHOLE_TEXT = f"""Captured once at batch 2 and 12 tokens, then compared to eager at {SIZES}. A model works if
-the greatest difference is below {measures.TOLERANCE:.0e} of the greatest value. Generation: `static-cache` holds keys
-and values in buffers of the program; `recompute` runs the whole text for each token, for models whose state is not
-only keys and values."""
+the greatest difference is below {measures.TOLERANCE:.0e} of the greatest value. Generation, of four tokens by greedy
+search, equal to eager's: `static-cache` holds keys and values in buffers of the program; `recompute` runs the whole
+text for each token, for models whose state is not only keys and values."""
 FORMS_TEXT = """Layers of `tests/zoo/handwritten.py`, none of which calls sparsec. *fused*: one router and one bank of
 experts; *left*: runs as it is written; *refused*: torch.export cannot trace it, and the error names the line and the
 change that helps."""
@@ -112,7 +112,7 @@ def page(results: dict[str, Any]) -> str:
     """The text of docs/models.md."""
     families, forms = results["families"], results["forms"]
     first = ["family", "expert layer", "router", "captured", "error f32", "bf16 : eager", "unfused ops"]
-    second = ["family", "whole model", "layers fused", "error f32", "generation", "why, or what to know"]
+    second = ["family", "whole model", "banks of layers", "error f32", "generation", "why, or what to know"]
     third = ["layer", "what it is", "became", "router", "error", "why"]
     parts = [
         f"{NOTE}\n# Models",

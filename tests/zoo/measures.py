@@ -120,16 +120,24 @@ def whole(name: str) -> dict[str, Any]:
 
 
 def generation(name: str) -> str:
-    """How a family's model generates text: with a static cache, by running the whole text again, or not."""
-    model = build(name)[0]
+    """How a family's model generates the text that eager does, or why it does not; "" for what is no decoder."""
+    model = eager(build(name)[0])
     if not type(model).__name__.endswith("ForCausalLM"):
         return ""
+    prompt = inputs(name, model, 1, 6)["input_ids"]
     try:
         compiled = sparsec.compile_language_model(model, max_length=64)
+        assert compiled.generation is not None
+        tokens = compiled.generate(prompt[0].tolist(), 4)
     except Exception as problem:
         return _sentence(problem)
-    assert compiled.generation is not None
-    return str(compiled.generation["kind"])
+    text = prompt
+    for _ in tokens:
+        with torch.no_grad():
+            following = model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)
+        text = torch.cat([text, following], dim=1)
+    same = text[0, prompt.shape[1] :].tolist() == tokens
+    return str(compiled.generation["kind"]) if same else f"{compiled.generation['kind']}, but other tokens than eager"
 
 
 def _sentence(problem: Exception) -> str:
