@@ -26,7 +26,7 @@ def test_every_family_and_form_was_run(results: Any) -> None:
     assert results["forms"].keys() == FORMS.keys()
     for name, parts in results["families"].items():
         assert parts.keys() >= {"layers", "whole"}, name
-        assert all("failed" not in part for part in parts.values()), name
+        assert not [part for part in parts.values() if isinstance(part, dict) and "failed" in part], name
 
 
 def test_a_process_that_dies_is_a_row_that_says_so() -> None:
