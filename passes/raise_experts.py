@@ -99,7 +99,7 @@ class _Search:
         if len(op.results) != 1 or not isinstance(op.results[0].type, TensorType):
             return False
         view = self.reader.views.get(op.results[0])
-        if view is None or view.term.gemms < 2 or not (view.term.routed or adds_rows(view.term)):
+        if view is None or view.term.gemms < 1 or not (view.term.routed or adds_rows(view.term)):
             return False
         return not any(isinstance(atom, Chosen | Sorted) for axis in view.axes for atom in axis)
 

@@ -14,11 +14,8 @@ from sparsec.passes.banks.read import Reader, reads
 from sparsec.passes.banks.select import positive
 from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
-    Atom,
     Axis,
-    Exists,
     Flat,
-    Leaf,
     Not,
     Num,
     Plus,
@@ -56,6 +53,8 @@ def count_of(term: Term) -> tuple[Running, int] | None:
             if not isinstance(other, int) or dict(attrs).get("alpha", 1) != 1:
                 return None
             return found[0], found[1] + (other if name == "aten.add.Scalar" else -other)
+        case Point("aten.sub.Tensor", _, (Running(_, Same(_, counted), _) as run, Same(_, own)), _) if counted == own:
+            return run, -1  # a pair does not count itself
         case Plus((inner, Num(number)), _) if found := count_of(inner):
             return found[0], found[1] + int(number)
         case Times() | Sum(matrix=False):
@@ -116,62 +115,6 @@ def seat_limit(number: Term, seats: Dim) -> Within | None:
     """That a pair has one of the seats 0, 1 ... that it is put on by its count."""
     found = count_of(number)
     return None if found is None else Within(found[0], _plus(seats, -1 - found[1]))
-
-
-def seated(term: Term) -> Term | None:
-    """The row that sits at a pair's own seat: sum over t' of (t' has expert e and seat c) * x[t'] is x[t].
-
-    No two pairs of an expert have one count, so that a pair's seat holds its own token and no other. Rows that were not
-    seated are zeros there; but what an expert makes of them is weighed with zero by the mask that kept them out.
-    """
-    if not isinstance(term, Sum) or term.matrix or len(term.over) != 1:
-        return None
-    (other,) = term.over
-    factors, stack, over = list[Term](), [term.body], [other]
-    while stack:
-        match stack.pop():
-            case Times(left, right, _):
-                stack += [left, right]
-            case Exists(slots, body) | Sum(slots, body, _, False):
-                over += slots
-                stack.append(body)
-            case factor:
-                factors.append(factor)
-    rows = [factor for factor in factors if isinstance(factor, Leaf) and factor.value.tensor.dtype.is_float]
-    same = [factor for factor in factors if isinstance(factor, Same)]
-    rows = [row for row in rows if _is_row(row, other, over)]
-    if len(rows) != 1 or len(same) != 2:
-        return None
-    counts = [choice for choice in same if count_of(choice.left) and count_of(choice.right)]
-    experts = [choice for choice in same if choice not in counts]
-    if len(counts) != 1 or len(experts) != 1:
-        return None
-    place = _place(experts[0], over)
-    if place is None or substitute(counts[0].left, place) != counts[0].right or not _counts(counts[0], experts[0]):
-        return None
-    return substitute(rows[0], {other: place[other]})
-
-
-def _is_row(leaf: Leaf, token: Atom, over: list[Atom]) -> bool:
-    """Whether a leaf holds the rows of tokens: it has columns beside the atoms that are summed over."""
-    return token in leaf.free and bool(leaf.free - frozenset(over))
-
-
-def _place(choice: Same, over: list[Atom]) -> dict[Atom, Term] | None:
-    """What the atoms of one pair must be for its ids to be those of another: ids[t', j'] and ids[t, j]."""
-    match choice:
-        case Same(Leaf(a, mine), Leaf(b, wanted)) if a is b:
-            found = {i.atom: j for i, j in zip(mine, wanted, strict=True) if isinstance(i, Var) and i.atom in over}
-            rest = [(i, j) for i, j in zip(mine, wanted, strict=True) if not (isinstance(i, Var) and i.atom in over)]
-            return found if set(found) == set(over) and all(i == j for i, j in rest) else None
-        case _:
-            return None
-
-
-def _counts(count: Same, choice: Same) -> bool:
-    """Whether a running count is of the pairs that have the same expert."""
-    found = count_of(count.right)
-    return found is not None and isinstance(found[0].body, Same) and found[0].body.right == choice.right
 
 
 def capacity_of(mask: Within, ids: Term, tokens: Axis, slots: Axis) -> Capacity | None:

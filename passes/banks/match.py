@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparsec.ir.types import Dim, DType
-from sparsec.passes.banks.capacity import Capacity, capacity_of, seated
+from sparsec.passes.banks.capacity import Capacity, capacity_of
 from sparsec.passes.banks.normal import Product, flatten, products, reduce, spread, without_casts
 from sparsec.passes.banks.rollup import roll_up
+from sparsec.passes.banks.seats import seated
 from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
     Affine,
@@ -256,11 +257,14 @@ def _with_down(product: Product, out: Atom) -> list[Term]:
         if isinstance(weight, Leaf | Stacked) and out in weight.free:
             inner = [atom for atom in product.over if Var(atom) in weight.at]
             beside = [f for f in product.factors if f is not weight and f.gemms and any(a in f.free for a in inner)]
-            if len(beside) == 1 and len(inner) == 1:
+            if beside and len(inner) == 1:
                 product.over.remove(inner[0])
                 dtype = dtype_of(weight)
-                joint = Sum((inner[0],), Times(beside[0], weight, dtype), dtype, True)
-                return [f for f in product.factors if f is not weight and f is not beside[0]] + [joint]
+                rows = beside[0]
+                for factor in beside[1:]:  # an activation that is a product was taken apart with the rest
+                    rows = Times(rows, factor, dtype)
+                joint = Sum((inner[0],), Times(rows, weight, dtype), dtype, True)
+                return [f for f in product.factors if f is not weight and f not in beside] + [joint]
     return product.factors
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from sparsec.dialects.aten import overload
 from sparsec.ir.core import Attr, Op
-from sparsec.ir.types import Sym
+from sparsec.ir.types import DType, Sym
 from sparsec.passes.banks.contract import plus, times
 from sparsec.passes.banks.read import HANDLERS, Reader, index_of, reads, unify
-from sparsec.passes.banks.select import is_mask, negated
+from sparsec.passes.banks.select import exists, is_mask, negated
 from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
     Along,
     Atom,
     Num,
     Placed,
+    Plus,
     Point,
     Running,
     Same,
     Sum,
     Term,
+    Times,
     Var,
     View,
 )
+from sparsec.passes.banks.views import sliced
 from sparsec.passes.rules import attr, is_pointwise
 
 
@@ -32,15 +35,19 @@ def cast(reader: Reader, op: Op) -> View | None:
     if is_exact(view.term) or not op.operands[0].tensor.dtype.is_float:
         return view
     if not dtype.is_float:
-        return None
+        return View(view.axes, exists((), view.term)) if dtype is DType.i1 and view.term.chooses else None
     return View(view.axes, Point("aten._to_copy", (("dtype", dtype),), (view.term,), dtype)) if _kept(view) else None
 
 
 def is_exact(term: Term) -> bool:
     """Whether a term is a small integer, which every dtype holds."""
-    if isinstance(term, Sum):
-        return is_exact(term.body)
-    return is_mask(term) or isinstance(term, Running | Num)
+    match term:
+        case Sum(body=body):
+            return is_exact(body)
+        case Times() | Plus() | Point("aten.sub.Tensor" | "aten.sub.Scalar"):
+            return all(map(is_exact, term.parts))
+        case _:
+            return is_mask(term) or isinstance(term, Running | Num)
 
 
 def _kept(view: View) -> bool:
@@ -65,8 +72,10 @@ def multiply(reader: Reader, op: Op) -> View | None:
 def add(reader: Reader, op: Op) -> View | None:
     """A sum of data; of integers, what counts on."""
     views = [reader.data(value) for value in op.operands]
-    scale = attr(op, "alpha")
-    if op.name.endswith("Tensor") and scale == 1 and op.name.startswith("aten.add"):
+    other = attr(op, "other") if op.name == "aten.add.Scalar" else 0
+    if op.name.startswith("aten.add") and attr(op, "alpha") == 1 and isinstance(other, int | float):
+        if op.name == "aten.add.Scalar":
+            views.append(View((), Num(other)))
         if not any(map(_kept, views)) or (found := unify(views)) is None:
             return None
         return View(found[0], plus(found[1][0], found[1][1], op.results[0].tensor.dtype))
@@ -135,6 +144,21 @@ def _of_number(op: Op, number: float) -> float:
 
     operator = overload(op.name)
     return float("nan") if operator is None or op.attrs else float(operator(torch.tensor(number)))
+
+
+@reads("aten.glu")
+def glu(reader: Reader, op: Op) -> View | None:
+    """a * sigmoid(b) of the two halves of an axis."""
+    view, dtype = reader.data(op.operands[0]), op.results[0].tensor.dtype
+    dim = int(attr(op, "dim")) % len(view.axes)
+    size = op.results[0].tensor.shape[dim]
+    if not _kept(view) or not isinstance(size, int):
+        return None
+    halves = [sliced(view, dim, start, size, 1, f"{op.results[0].name}.{start}") for start in (0, size)]
+    if halves[0] is None or halves[1] is None or (found := unify([halves[0], halves[1]])) is None:
+        return None
+    axes, (value, gate) = found
+    return View(axes, times(value, Point("aten.sigmoid", (), (gate,), dtype), dtype))
 
 
 @reads("aten.softmax.int")

@@ -169,7 +169,7 @@ def nonzero(reader: Reader, op: Op) -> list[View | None] | View | None:
 def chosen(reader: Reader, mask: Value, view: View, size: object) -> Chosen:
     """The atom that numbers the ones of a mask; one for all who choose by it."""
     base = tuple(atom for axis in view.axes for atom in axis)
-    made: Chosen = reader.atoms.setdefault(("chosen", mask), Chosen(size, f"{mask.name}.place", base, view.term))  # type: ignore[arg-type]
+    made: Chosen = reader.atoms.setdefault((base, view.term), Chosen(size, f"{mask.name}.place", base, view.term))  # type: ignore[arg-type]
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from sparsec.ir.core import Op, Value
@@ -154,6 +155,15 @@ def ends_groups(view: View, rows: Sorted) -> bool:
         return False
     run = view.term
     return run.at == Var(view.axes[0][0]) and is_count(View((run.over,), run.body), rows)
+
+
+def sizes_of(start: object, end: object) -> tuple[Sequence[Dim], Dim]:
+    """Which sizes lie in front of a slice, and its own: `u0 + u1` to `u0 + u1 + u2`."""
+    before, until = ([Sym(name) for name in _SIZE.findall(str(place))] for place in (start, end))
+    return until[:-1], until[-1] if until and before == until[:-1] else 0
+
+
+_SIZE = re.compile(r"u\d+")
 
 
 def chunk_of(reader: Reader, view: View, dim: int, start: Sequence[Dim], size: Dim) -> View | None:

@@ -8,7 +8,7 @@ from sparsec.ir.core import Op
 from sparsec.ir.types import Dim, Sym
 from sparsec.passes.banks.read import Reader, index_of, reads, size_of
 from sparsec.passes.banks.rollup import rolled
-from sparsec.passes.banks.sorting import chunk_of, joined
+from sparsec.passes.banks.sorting import chunk_of, joined, sizes_of
 from sparsec.passes.banks.substitute import moved, simplify, substitute
 from sparsec.passes.banks.terms import (
     Affine,
@@ -105,7 +105,7 @@ def expand(reader: Reader, op: Op) -> View | None:
     view, shape = reader[op.operands[0]], op.results[0].tensor.shape
     axes = list(((),) * (len(shape) - len(view.axes)) + view.axes)
     for i, dim in enumerate(shape):
-        if dim == 1 or (axes[i] and same_size((size_of(axes[i]),), (dim,))):
+        if dim == 1 or (axes[i] and (op.name.startswith("aten.expand") or same_size((size_of(axes[i]),), (dim,)))):
             continue
         if not axes[i]:
             axes[i] = (Atom(dim, f"{op.results[0].name}.{i}"),)
@@ -151,7 +151,7 @@ def slice_(reader: Reader, op: Op) -> View | None:
     if same_size((before,), (after,)) and step == 1:
         return view
     if isinstance(after, Sym) or isinstance(start, Sym):
-        return None
+        return chunk_of(reader, view, dim, *sizes_of(start, attr(op, "end")))
     if not isinstance(start, int) or (start < 0 and not isinstance(before, int)):
         return None
     return sliced(view, dim, start % before if isinstance(before, int) else start, after, step, op.results[0].name)
