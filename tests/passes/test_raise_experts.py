@@ -14,7 +14,7 @@ from sparsec.diagnostics import Remark
 from sparsec.frontend.capture import capture
 from sparsec.ir.interp import evaluate_module
 
-H, INNER = 16, 12
+WIDTH, INNER = 16, 12
 
 
 class Bank(nn.Module):
@@ -23,9 +23,9 @@ class Bank(nn.Module):
     def __init__(self, experts: int = 6, k: int = 2) -> None:
         super().__init__()
         self.count, self.k = experts, k
-        self.gate = nn.Linear(H, experts, bias=False)
-        self.up = nn.Parameter(torch.randn(experts, INNER, H) * 0.3)
-        self.down = nn.Parameter(torch.randn(experts, H, INNER) * 0.3)
+        self.gate = nn.Linear(WIDTH, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, INNER, WIDTH) * 0.3)
+        self.down = nn.Parameter(torch.randn(experts, WIDTH, INNER) * 0.3)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights, ids = F.softmax(self.gate(x), dim=-1).topk(self.k, dim=-1)
@@ -43,6 +43,69 @@ class Loop(Bank):
             row, slot = torch.where(ids == number)
             out = out.index_add(0, row, self.expert(x[row], number) * weights[row, slot, None])
         return out
+
+
+class SlicedGate(Bank):
+    """A Python sum over experts, each weighed by a column of a sparse gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        share = torch.zeros(x.shape[0], self.count).scatter(1, ids, weights)
+        return sum((share[:, i : i + 1] * self.expert(x, i) for i in range(self.count)), torch.zeros_like(x))
+
+
+class FlattenedMask(Bank):
+    """A mask of the batch, flattened where it takes rows and whole where it puts them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        share = torch.zeros(*x.shape[:-1], self.count).scatter(-1, ids, weights)
+        out, flat, gate = torch.zeros_like(x), x.reshape(-1, WIDTH), share.reshape(-1, self.count)
+        for number in range(self.count):
+            mine = (ids == number).any(-1)
+            rows = mine.reshape(-1)
+            out[mine] += self.expert(flat[rows], number) * gate[rows, number].unsqueeze(1)
+        return out
+
+
+class ThreeFactors(Bank):
+    """Activation, second matrix and gate in one einsum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        share = (F.one_hot(ids, self.count) * weights[..., None]).sum(1)
+        hidden = F.relu(torch.einsum("th,eih->eti", x, self.up))
+        return torch.einsum("eti,ehi,te->th", hidden, self.down, share)
+
+
+class SlicedRows(Bank):
+    """Sorted rows cut by running sums of counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        flat = ids.view(-1)
+        order = flat.argsort()
+        rows, done, first = x[order // self.k], list[Tensor](), 0
+        for number, count in enumerate(F.one_hot(flat, self.count).sum(0).tolist()):
+            done.append(self.expert(rows[first : first + count], number))
+            first = first + count
+        y = torch.cat(done) * weights.view(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(x).scatter_add(0, (order // self.k).unsqueeze(-1).expand_as(y), y)
+
+
+class SeatsOfEachSequence(Bank):
+    """One expert for each token, eight seats of each expert for each sequence, an exclusive running count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, ids = self.gate(x).softmax(-1).max(-1)
+        chosen = F.one_hot(ids, self.count).float()
+        place = (chosen.cumsum(1) - chosen) * chosen
+        kept = (chosen * (place < 8)).sum(-1)
+        seat = (place.sum(-1)[..., None].long() == torch.arange(8)).float()
+        combine = (best * kept)[..., None, None] * chosen[..., None] * seat[..., None, :]
+        inside = torch.einsum("bnd,bnec->ebcd", x, combine.bool().to(x))
+        hidden = F.relu(torch.einsum("ebcd,eid->ebci", inside, self.up))
+        return torch.einsum("ebcd,bnec->bnd", torch.einsum("ebci,edi->ebcd", hidden, self.down), combine)
 
 
 class FirstHalf(Bank):
@@ -102,9 +165,13 @@ class BiasOfUnchosen(Bank):
         return (hidden @ self.down.transpose(1, 2)).sum(0)
 
 
+BATCHED = (FlattenedMask, SeatsOfEachSequence)
+
+
 def raised(layer: nn.Module) -> tuple[int, list[Remark], Callable[[Tensor], Tensor]]:
     """How many banks a layer has after `raise`, what was missed, and how it computes."""
-    captured = capture(layer.eval(), (torch.randn(5, H),))
+    rows = torch.randn(2, 5, WIDTH) if isinstance(layer, BATCHED) else torch.randn(5, WIDTH)
+    captured = capture(layer.eval(), (rows,))
     result = pipeline.run(captured.module, to="raise")
     banks = sum(op.name == "moe.experts" for op in result.module.main.body.ops)
     missed = [remark for remark in result.remarks if remark.kind == "missed"]
@@ -118,7 +185,7 @@ def raised(layer: nn.Module) -> tuple[int, list[Remark], Callable[[Tensor], Tens
 
 def check(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
     for tokens in (1, 7, 40):
-        x = torch.randn(tokens, H)
+        x = torch.randn(2, tokens, WIDTH) if isinstance(layer, BATCHED) else torch.randn(tokens, WIDTH)
         with torch.no_grad():
             torch.testing.assert_close(run(x), layer(x), rtol=1e-4, atol=1e-5)
 
@@ -127,6 +194,15 @@ def check(layer: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
 def test_a_loop_over_any_number_of_experts_is_one_bank(experts: int) -> None:
     torch.manual_seed(0)
     layer = Loop(experts)
+    banks, missed, run = raised(layer)
+    assert (banks, missed) == (1, [])
+    check(layer, run)
+
+
+@pytest.mark.parametrize("kind", [SlicedGate, FlattenedMask, ThreeFactors, SlicedRows, SeatsOfEachSequence])
+def test_a_spelling_of_a_bank_is_one(kind: type[Bank]) -> None:
+    torch.manual_seed(2)
+    layer = kind()
     banks, missed, run = raised(layer)
     assert (banks, missed) == (1, [])
     check(layer, run)
@@ -149,7 +225,7 @@ def test_a_bank_that_is_not_found_is_said_with_the_line() -> None:
 
 
 def test_a_raised_bank_names_the_lines_that_it_stands_for() -> None:
-    captured = capture(Loop().eval(), (torch.randn(5, H),))
+    captured = capture(Loop().eval(), (torch.randn(5, WIDTH),))
     result = pipeline.run(captured.module, to="raise")
     (bank,) = (op for op in result.module.main.body.ops if op.name == "moe.experts")
     lines = {origin.source for origin in (bank.loc, *bank.loc.origins)}
