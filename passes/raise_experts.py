@@ -50,7 +50,7 @@ class RaiseExperts(Pass):
                 rw.insert(new, op)
             rw.replace(op, [found.value])
             rw.absorb(found.ops)
-            ctx.passed(op, f"bank of {found.experts} experts raised to moe.experts from {len(found.ops)} ops")
+            ctx.passed(op, f"bank of {found.experts} experts raised to {found.kind} from {len(found.ops)} ops")
             return True
 
         if plans:
@@ -68,6 +68,10 @@ class _Found:
     value: Value
     experts: int
     ops: tuple[Op, ...]  #: what it stands for
+
+    @property
+    def kind(self) -> str:
+        return next(op.name for op in reversed(self.writer.ops) if op.dialect == "moe")
 
 
 class _Search:

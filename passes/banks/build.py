@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sparsec.dialects.moe import Experts
+from sparsec.dialects.moe import Experts, GroupedLinear
 from sparsec.ir.core import Attr, Block, Value
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import Dim, DType, Sym, TensorType
@@ -43,6 +43,8 @@ def build(bank: Bank, result: TensorType) -> tuple[Writer, Value]:
         ids = writer.make("moe.capacity", [ids], ids.tensor, limits)
     weights = _weights(writer, bank, bank.weights or bank.scales)
     attrs: dict[str, Attr] = {}
+    if not bank.ups:
+        return writer, _finished(writer, _linear(writer, bank, x, ids, weights), result)
     up, up_bias = _up(writer, bank, attrs)
     down, down_bias = _down(writer, bank, attrs)
     if bank.scales:
@@ -59,10 +61,26 @@ def build(bank: Bank, result: TensorType) -> tuple[Writer, Value]:
     experts = Experts(operands, None, attrs, [activation])
     writer.ops.append(experts)
     experts.y.name = "experts"
-    y = writer.reshape(experts.y, result.shape)
-    if y.tensor.dtype is not result.dtype:
-        y = writer.make("aten._to_copy", [y], result, {"dtype": result.dtype})
-    return writer, y
+    return writer, _finished(writer, experts.y, result)
+
+
+def _finished(writer: Writer, y: Value, result: TensorType) -> Value:
+    """A bank's result in the shape and dtype of the value that it stands for."""
+    y = writer.reshape(y, result.shape)
+    return y if y.tensor.dtype is result.dtype else writer.make("aten._to_copy", [y], result, {"dtype": result.dtype})
+
+
+def _linear(writer: Writer, bank: Bank, x: Value, ids: Value, weights: Value) -> Value:
+    """Experts of one matrix each, weighed and added."""
+    attrs: dict[str, Attr] = {}
+    matrix, transposed = _matrix(writer, bank, bank.down, bank.out)
+    bias = _bias(writer, bank, bank.down.bias, bank.out) if bank.down.bias is not None else None
+    if transposed:
+        attrs["transposed"] = True
+    linear = GroupedLinear([x, ids, matrix, bias, weights], None, attrs)
+    writer.ops.append(linear)
+    linear.y.name = "experts"
+    return linear.y
 
 
 def _keeps_zero(activation: Block) -> bool:

@@ -67,7 +67,7 @@ class Bank:
     scales: list[Term]  #: the same, of the rows that go into the expert
     x: Term  #: over tokens and `hidden`
     hidden: Atom
-    ups: list[Matrix]  #: the products inside the activation, in order of their columns
+    ups: list[Matrix]  #: the products inside the activation, in order of their columns; none for linear experts
     activation: Term  #: over the columns `inner`, with `ups` as leafs
     inner: Atom
     down: Matrix
@@ -195,6 +195,8 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
     activation, on_hidden = _unweighed(down, inner)
     weights += on_hidden
     ups = list[tuple[Term, Matrix]]()
+    if not activation.gemms:
+        return _linear(Product(product.over, weights + limits, product.numbers), tokens, activation, down, out)
     _find_ups(activation, inner, ups)
     if not ups:
         raise NoBank("no product with a matrix lies inside of the activation")
@@ -222,6 +224,23 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
             raise NoBank("pairs are dropped by a count of something else than their expert's pairs")
     if isinstance(ids, Var):
         _choose(bank, ids.atom)
+    return bank
+
+
+def _linear(product: Product, tokens: Axis, rows: Term, down: Matrix, out: Atom) -> Bank:
+    """Experts of one matrix each."""
+    allowed = frozenset((*tokens, *product.over))
+    ids = expert_of(down.weight, {down.inner, out})
+    if isinstance(ids, Var) or not ids.free <= allowed or not ids.free or any(f.chooses for f in product.factors):
+        raise NoBank("the expert's number does not depend on the token")
+    x, scales = _input(rows, allowed, down.inner)
+    if scales and down.bias is not None:
+        raise NoBank("rows are scaled in front of a linear layer with a bias")
+    weights = [*product.factors, *scales]
+    bank = Bank(tokens, tuple(product.over), ids, ids, weights, [], x, down.inner, [], rows, down.inner, down, out)
+    counts = [size for number, size in product.numbers if number == ids]
+    if any(count != bank.experts for count in counts):
+        raise NoBank(f"{counts[0]} of {bank.experts} experts are added up")
     return bank
 
 

@@ -108,6 +108,22 @@ class SeatsOfEachSequence(Bank):
         return torch.einsum("ebcd,bnec->bnd", torch.einsum("ebci,edi->ebcd", hidden, self.down), combine)
 
 
+class Linears(Bank):
+    """Experts of one linear layer each."""
+
+    def __init__(self, experts: int = 6, k: int = 2) -> None:
+        super().__init__(experts, k)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, INNER) for _ in range(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        out = torch.zeros(x.shape[0], INNER)
+        for number, expert in enumerate(self.experts):
+            row, slot = torch.where(ids == number)
+            out.index_add_(0, row, expert(x[row]) * weights[row, slot, None])
+        return out
+
+
 class FirstHalf(Bank):
     """Only half of the experts that there are matrices for are ever used."""
 
@@ -206,6 +222,14 @@ def test_a_spelling_of_a_bank_is_one(kind: type[Bank]) -> None:
     banks, missed, run = raised(layer)
     assert (banks, missed) == (1, [])
     check(layer, run)
+
+
+def test_linear_experts_are_a_grouped_linear() -> None:
+    layer = Linears()
+    captured = capture(layer.eval(), (torch.randn(5, WIDTH),))
+    result = pipeline.run(captured.module, to="raise")
+    assert [op.name for op in result.module.main.body.ops if op.dialect == "moe"] == ["moe.route", "moe.grouped_linear"]
+    check(layer, lambda x: evaluate_module(result.module, [x], captured.weights)[0])
 
 
 @pytest.mark.parametrize("kind", [FirstHalf, FewerClasses, Swapped, NegativeWeights, BiasOfUnchosen])
