@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from sparsec.ir.core import Op
 from sparsec.ir.types import Dim, Sym, product
+from sparsec.passes.banks.pointwise import pointwise
 from sparsec.passes.banks.read import Reader, reads
 from sparsec.passes.banks.select import positive
 from sparsec.passes.banks.substitute import substitute
 from sparsec.passes.banks.terms import (
     Axis,
     Flat,
+    Leaf,
     Not,
     Num,
     Plus,
@@ -97,12 +99,36 @@ def compare(reader: Reader, op: Op) -> View | None:
     if len(op.operands) == 2:
         other = reader[op.operands[1]].term
         limit = other.value if isinstance(other, Num) else None
-    if (found := count_of(view.term)) is None or not isinstance(limit, int | Sym):
+    if not isinstance(limit, int | Sym):
+        return None
+    run: Term = view.term
+    offset = 0
+    if (found := count_of(view.term)) is not None:
+        run, offset = found
+    elif not _is_number(view.term):
         return positive(reader, op) if op.name == "aten.gt.Scalar" else None
-    run, offset = found
     strict = op.name.startswith(("aten.lt", "aten.ge"))
     within = Within(run, _plus(limit, -offset - strict))
     return View(view.axes, within if op.name.startswith(("aten.lt", "aten.le")) else Not(within))
+
+
+def _is_number(term: Term) -> bool:
+    """Whether a term is the number of a chosen expert."""
+    if not isinstance(term, Leaf) or term.value.tensor.dtype.is_float:
+        return False
+    op = term.value.op
+    return term.routed or (op is not None and op.name in ("aten.topk", "aten.argmax", "aten.sort"))
+
+
+@reads("aten.clamp", "aten.clamp_max")
+def clamp(reader: Reader, op: Op) -> View | None:
+    """An expert's number kept in range, for rows that are skipped."""
+    view, dtype = reader[op.operands[0]], op.results[0].tensor.dtype
+    if not _is_number(view.term):
+        return pointwise(reader, op)
+    if op.name == "aten.clamp" and attr(op, "min") not in (None, 0):
+        return None
+    return View(view.axes, Point("aten.clamp", (), (view.term,), dtype))
 
 
 def _plus(dim: Dim, number: int) -> Dim:

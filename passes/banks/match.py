@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sparsec.ir.types import Dim, DType
 from sparsec.passes.banks.capacity import Capacity, capacity_of
-from sparsec.passes.banks.normal import Product, flatten, products, reduce, spread, without_casts
+from sparsec.passes.banks.normal import Product, drop_skipped, flatten, products, reduce, spread, without_casts
 from sparsec.passes.banks.rollup import roll_up
 from sparsec.passes.banks.seats import seated
 from sparsec.passes.banks.substitute import substitute
@@ -98,6 +98,7 @@ def match(view: View) -> Bank:
     for product in found:
         reduce(product)
         spread(product)
+        drop_skipped(product)
     product = merged(found)
     return _bank(product, tokens, out)
 
@@ -196,7 +197,7 @@ def _bank(product: Product, tokens: Axis, out: Atom) -> Bank:
     weights += on_hidden
     ups = list[tuple[Term, Matrix]]()
     if not activation.gemms:
-        return _linear(Product(product.over, weights + limits, product.numbers), tokens, activation, down, out)
+        return _linear(Product(product.over, [*weights, *limits], product.numbers), tokens, activation, down, out)
     _find_ups(activation, inner, ups)
     if not ups:
         raise NoBank("no product with a matrix lies inside of the activation")

@@ -9,7 +9,7 @@ from sparsec.ir.types import Dim, DType
 from sparsec.passes.banks.capacity import seat_limit
 from sparsec.passes.banks.read import index_of, taken_apart
 from sparsec.passes.banks.sorting import placed
-from sparsec.passes.banks.substitute import rename_bound, substitute
+from sparsec.passes.banks.substitute import rebuilt, rename_bound, substitute
 from sparsec.passes.banks.terms import (
     Atom,
     Chosen,
@@ -26,6 +26,7 @@ from sparsec.passes.banks.terms import (
     Term,
     Times,
     Var,
+    Within,
 )
 
 
@@ -166,6 +167,27 @@ def _solved(same: Same, over: Sequence[Atom]) -> dict[Atom, Term]:
         if mine and len(mine) == len(atoms) and all(atom in over and atom not in other.free for atom in mine):
             return taken_apart(tuple(mine), other)
     return {}
+
+
+def drop_skipped(product: Product) -> None:
+    """Take out that rows of experts out of range are masked: a bank skips them, whatever they hold."""
+    masks = [f for f in product.factors if isinstance(f, Within) and isinstance(f.count, Leaf)]
+    for mask in dict.fromkeys(masks):
+        number = mask.count
+
+        def in_range(term: Term, mask: Term = mask, number: Term = number) -> Term:
+            match term:
+                case Times(left, right, _) if right == mask:
+                    return in_range(left)
+                case Times(left, right, _) if left == mask:
+                    return in_range(right)
+                case Point("aten.clamp", (), (inner,), _) if inner == number:
+                    return inner
+                case _:
+                    return rebuilt(term, in_range)
+
+        product.factors = [in_range(factor) for factor in product.factors if factor != mask]
+        product.numbers.append((number, mask.limit + 1 if isinstance(mask.limit, int) else mask.limit))
 
 
 def spread(product: Product) -> None:

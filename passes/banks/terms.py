@@ -97,6 +97,11 @@ class Term:
         return max((part.gemms for part in self.parts), default=0)
 
     @cached_property
+    def reads(self) -> bool:
+        """Whether it depends on data, not on index variables alone."""
+        return self.routed or any(part.reads for part in self.parts)
+
+    @cached_property
     def chooses(self) -> bool:
         """Whether a comparison in it says which elements count."""
         return any(part.chooses for part in self.parts)
@@ -163,7 +168,11 @@ class Leaf(Term):
 
     @cached_property
     def routed(self) -> bool:
-        return any(isinstance(index, Leaf | Rank | Coord | Pick) or index.routed for index in self.at)
+        return any(index.reads for index in self.at)
+
+    @cached_property
+    def reads(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +184,11 @@ class Stacked(Term):
 
     @cached_property
     def routed(self) -> bool:
-        return any(isinstance(index, Leaf) or index.routed for index in self.at)
+        return any(index.reads for index in self.at)
+
+    @cached_property
+    def reads(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)

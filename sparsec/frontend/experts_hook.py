@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from sparsec.diagnostics import CompileError
 from sparsec.frontend import locations, region
-from sparsec.frontend.functional import kinds_of, tail_region, tensors_of
+from sparsec.frontend.functional import kinds_of, module_of, tail_region, tensors_of
 
 NAME = "sparsec"
 
 Regions = tuple[str, str, str]
 """Layout of the up-projection, activation, and what follows each expert ("" for nothing)."""
 
-_by_id: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _traced: WeakKeyDictionary[nn.Module, dict[torch.dtype, Regions]] = WeakKeyDictionary()
 
 
@@ -54,9 +52,7 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 @torch._dynamo.assume_constant_result
 def _regions_by_id(bank: int, dtype: torch.dtype) -> Regions:
     """`regions_of` the module with this id: on older versions of torch a module is no constant of a traced graph."""
-    if (known := _by_id.get(bank)) is None:
-        known = _by_id[bank] = next(o for o in gc.get_objects() if id(o) == bank and isinstance(o, nn.Module))
-    return regions_of(known, dtype)
+    return regions_of(module_of(bank), dtype)
 
 
 def regions_of(bank: nn.Module, dtype: torch.dtype) -> Regions:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,7 @@ def experts(
     given: Any = activation
     # Of a partial function torch.compile keeps no constant, but of its parts.
     parts = (given.func, *given.args) if isinstance(given, partial) else (given,)
+    parts = tuple(id(part) if isinstance(part, nn.Module) else part for part in parts)  # no constant of every dynamo
     text, layout = _activation(width, rows == 2 * width, interleaved, x.dtype, *parts)
     more: dict[str, Any] = {"weight_on": weight_on} if weight_on != "output" else {}
     if tail is not None:
@@ -162,10 +165,20 @@ def _stacked(bank: Any) -> Any:
     return torch.stack(list(bank)) if isinstance(bank, list | tuple | nn.ParameterList) else bank
 
 
+_by_id: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
+def module_of(number: int) -> nn.Module:
+    """The module with this id: on older versions of torch a module is no constant of a traced graph, its id is."""
+    if (known := _by_id.get(number)) is None:
+        known = _by_id[number] = next(o for o in gc.get_objects() if id(o) == number and isinstance(o, nn.Module))
+    return known
+
+
 @torch._dynamo.assume_constant_result
-def _activation(
-    width: int, gated: bool, interleaved: bool, dtype: torch.dtype, fn: Callable[..., Tensor], *held: Any
-) -> tuple[str, str]:
+def _activation(width: int, gated: bool, interleaved: bool, dtype: torch.dtype, *parts: Any) -> tuple[str, str]:
+    fn, *held = (module_of(part) if isinstance(part, int) else part for part in parts)
+
     def whole(projected: Tensor) -> Tensor:
         if not gated:
             return fn(*held, projected)

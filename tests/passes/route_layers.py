@@ -63,8 +63,8 @@ def captured(layer: nn.Module, *args: Tensor, bank: int) -> tuple[Module, dict[s
     row = TensorType((Sym("r"), WIDTH), dtype)
     activation = Block([row, row], ["a", "b"])
     activation.append(Yield([activation.args[0]]))
-    shape = (ids.tensor.shape[0], HIDDEN)
-    flat = main.body.insert_before(end, make("aten.reshape", [x], [TensorType(shape, dtype)], {"shape": shape}))
+    rows = (ids.tensor.shape[0], HIDDEN)
+    flat = main.body.insert_before(end, make("aten.reshape", [x], [TensorType(rows, dtype)], {"shape": rows}))
     experts = main.body.insert_before(end, Experts([*flat.results, ids, weights, *banks], None, {}, [activation]))
     end.operands = (ids, weights, *experts.results, *others)
     main.result_attrs = {i: {"kind": "output"} for i in range(len(end.operands))}

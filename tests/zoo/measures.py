@@ -14,7 +14,8 @@ from sparsec.frontend.adapters import registry
 from tests.zoo.checks import alone, compile_layer, distance, error, found, outputs
 from tests.zoo.families import build, inputs
 from tests.zoo.layers import eager, halved, record, record_sizes, run, tensors_of
-from tests.zoo.test_handwritten import FORMS, TOKENS, layer_of, tokens_for
+from tests.zoo.handwritten import FORMS
+from tests.zoo.test_handwritten import TOKENS, layer_of, tokens_for
 from tests.zoo.test_handwritten import compiled as compile_form
 
 TOLERANCE = 1e-4  # of a whole model's outputs

@@ -6,7 +6,8 @@ raised like any other.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,10 +21,22 @@ from sparsec.frontend.functional import capacity, experts, glu, grouped_linear
 ADAPTERS: dict[tuple[str, str], Registered] = {}
 
 
-def _for(family: str, target: str, warning: str = "") -> Any:
+@cache
+def _installed() -> tuple[int, ...]:
+    """The version of transformers; () for none."""
+    try:
+        return tuple(int(part) for part in version("transformers").split(".")[:2])
+    except PackageNotFoundError:
+        return ()
+
+
+def _for(family: str, target: str, warning: str = "", since: tuple[int, ...] = ()) -> Any:
+    """Make a function the adapter of a method of a family, from a version of transformers on that computes the same."""
     cls, _, method = target.partition(".")
 
     def register(adapter: Any) -> Any:
+        if _installed() < since:
+            return adapter
         path = f"transformers.models.{family}.modeling_{family}:{cls}"
         ADAPTERS[path, method or "forward"] = Registered(adapter, warning)
         return adapter
@@ -152,7 +165,7 @@ def jetmoe_outputs(module: Any, layer_input: Tensor, topo_info: tuple[Tensor, Te
     return y.view(batch, length, -1) + module.bias
 
 
-@_for("switch_transformers", "SwitchTransformersTop1Router")
+@_for("switch_transformers", "SwitchTransformersTop1Router", since=(5, 23))
 def switch_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and weights [T, 1] and logits. Each sequence counts its own tokens; those beyond the capacity are skipped."""
     bias = module.classifier.bias
@@ -164,7 +177,7 @@ def switch_router(module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, T
     return ids, weights, logits.view(*hidden_states.shape[:-1], -1)
 
 
-@_for("switch_transformers", "SwitchTransformersSparseMLP")
+@_for("switch_transformers", "SwitchTransformersSparseMLP", since=(5, 23))
 def switch(module: Any, hidden_states: Tensor) -> Tensor:
     """Experts are modules of their own."""
     ids, weights, _ = module.router(hidden_states)
@@ -179,7 +192,7 @@ def switch(module: Any, hidden_states: Tensor) -> Tensor:
     )
 
 
-@_for("switch_transformers", "SwitchTransformersStack")
+@_for("switch_transformers", "SwitchTransformersStack", since=(5, 23))
 def switch_stack(module: Any, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
     """The encoder makes its mask of ones when it is not traced, and fails without one when it is."""
     if attention_mask is None and not module.is_decoder:
