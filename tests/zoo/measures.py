@@ -13,8 +13,8 @@ from sparsec.diagnostics import SparsecError
 from sparsec.frontend.adapters import registry
 from tests.zoo.checks import alone, compile_layer, distance, error, found, outputs
 from tests.zoo.families import build, inputs
-from tests.zoo.layers import eager, halved, record, record_sizes, run, tensors_of
 from tests.zoo.handwritten import FORMS
+from tests.zoo.layers import eager, halved, record, record_sizes, run, tensors_of
 from tests.zoo.test_handwritten import TOKENS, layer_of, tokens_for
 from tests.zoo.test_handwritten import compiled as compile_form
 
