@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sparsec.ir.core import Op
 from sparsec.ir.types import Dim, Sym, product
-from sparsec.passes.banks.pointwise import pointwise
+from sparsec.passes.banks.pointwise import attrs_of, pointwise
 from sparsec.passes.banks.read import Reader, reads
 from sparsec.passes.banks.select import positive
 from sparsec.passes.banks.substitute import substitute
@@ -126,9 +126,7 @@ def clamp(reader: Reader, op: Op) -> View | None:
     view, dtype = reader[op.operands[0]], op.results[0].tensor.dtype
     if not _is_number(view.term):
         return pointwise(reader, op)
-    if op.name == "aten.clamp" and attr(op, "min") not in (None, 0):
-        return None
-    return View(view.axes, Point("aten.clamp", (), (view.term,), dtype))
+    return View(view.axes, Point(op.name, attrs_of(op), (view.term,), dtype))
 
 
 def _plus(dim: Dim, number: int) -> Dim:

@@ -175,14 +175,15 @@ def drop_skipped(product: Product) -> None:
     for mask in dict.fromkeys(masks):
         number = mask.count
 
-        def in_range(term: Term, mask: Term = mask, number: Term = number) -> Term:
+        def in_range(term: Term, mask: Within = mask, number: Term = number) -> Term:
             match term:
                 case Times(left, right, _) if right == mask:
                     return in_range(left)
                 case Times(left, right, _) if left == mask:
                     return in_range(right)
-                case Point("aten.clamp", (), (inner,), _) if inner == number:
-                    return inner
+                case Point("aten.clamp" | "aten.clamp_max", attrs, (inner,), _) if inner == number:
+                    kept = dict(attrs).get("max") == mask.limit and dict(attrs).get("min") in (None, 0)
+                    return inner if kept else term
                 case _:
                     return rebuilt(term, in_range)
 

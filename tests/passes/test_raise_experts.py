@@ -147,6 +147,25 @@ class FewerClasses(Bank):
         return torch.einsum("te,tei,ehi->th", share, hidden, self.down[:half])
 
 
+class Clamped(Bank):
+    """Every expert from 2 on computes with the matrices of expert 2."""
+
+    highest = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(x)
+        weights = weights.masked_fill(ids >= self.count, 0.0)
+        kept = ids.clamp(0, self.highest)
+        hidden = F.relu(torch.einsum("th,tkih->tki", x, self.up[kept]))
+        return (torch.einsum("tki,tkhi->tkh", hidden, self.down[kept]) * weights[..., None]).sum(1)
+
+
+class ClampedInRange(Clamped):
+    """The clamp keeps every id that counts."""
+
+    highest = 5
+
+
 class Swapped(Bank):
     """Expert i has the second matrix of its neighbour."""
 
@@ -215,7 +234,9 @@ def test_a_loop_over_any_number_of_experts_is_one_bank(experts: int) -> None:
     check(layer, run)
 
 
-@pytest.mark.parametrize("kind", [SlicedGate, FlattenedMask, ThreeFactors, SlicedRows, SeatsOfEachSequence])
+@pytest.mark.parametrize(
+    "kind", [ClampedInRange, SlicedGate, FlattenedMask, ThreeFactors, SlicedRows, SeatsOfEachSequence]
+)
 def test_a_spelling_of_a_bank_is_one(kind: type[Bank]) -> None:
     torch.manual_seed(2)
     layer = kind()
@@ -232,7 +253,7 @@ def test_linear_experts_are_a_grouped_linear() -> None:
     check(layer, lambda x: evaluate_module(result.module, [x], captured.weights)[0])
 
 
-@pytest.mark.parametrize("kind", [FirstHalf, FewerClasses, Swapped, NegativeWeights, BiasOfUnchosen])
+@pytest.mark.parametrize("kind", [FirstHalf, FewerClasses, Clamped, Swapped, NegativeWeights, BiasOfUnchosen])
 def test_what_only_looks_like_a_bank_stays_right(kind: type[Bank]) -> None:
     torch.manual_seed(1)
     layer = kind()
