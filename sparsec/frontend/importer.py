@@ -150,7 +150,9 @@ class GraphImporter:
 
     def _experts(self, given: dict[str, Any], loc: Loc) -> Value:
         names = ("x", "ids", "weights", "up", "down", "up_bias", "down_bias")
-        operands = [self._resolve(given.get(name)) for name in names] + self._resolve(given.get("tail_params", []))
+        operands = [self._resolve(given.get(name)) for name in names]
+        if given.get("tail_params"):
+            operands += [None, None, *self._resolve(given["tail_params"])]  # no scales: these banks are as the model's
         defaults = {"layout": "concat", "up_transposed": False, "down_transposed": False, "weight_on": "output"}
         bodies = [region.decode(given[name], loc) for name in ("activation", "tail") if given.get(name)]
         return self._append("moe.experts", operands, given, defaults, bodies, loc)

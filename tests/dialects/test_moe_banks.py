@@ -111,7 +111,7 @@ TAIL = """tail(%z: tensor<rx6xf32>, %g: tensor<6xf32>):
       %p = aten.softmax.int(%z) {dim = -1} : tensor<rx6xf32>
       %q = aten.mul.Tensor(%p, %g) : tensor<rx6xf32>
       yield %q"""
-PLAIN, WITH_TAIL = "%x, %ids, %w, %up, %down", "%x, %ids, %w, %up, %down, none, none, %n"
+PLAIN, WITH_TAIL = "%x, %ids, %w, %up, %down", "%x, %ids, %w, %up, %down, none, none, none, none, %n"
 
 
 def draw(seed: int) -> list[Tensor]:

@@ -88,7 +88,7 @@ def test_transposed_banks() -> None:
 TAIL = f"""
 func @main(%x: tensor<s0x{H}xf32>, %ids: tensor<s0x2xi64>, %w: tensor<s0x2xf32>, %up: tensor<4x12x{H}xf32>,
     %down: tensor<4x{H}x12xf32>, %g: tensor<{H}xf32>) -> (tensor<s0x{H}xf32>) {{
-  %y = moe.experts(%x, %ids, %w, %up, %down, none, none, %g) {{layout = "single"}} : tensor<s0x{H}xf32> {{
+  %y = moe.experts(%x, %ids, %w, %up, %down, none, none, none, none, %g) {{layout = "single"}} : tensor<s0x{H}xf32> {{
     activation(%a: tensor<rx12xf32>):
       yield %a
     tail(%z: tensor<rx{H}xf32>, %g_1: tensor<{H}xf32>):

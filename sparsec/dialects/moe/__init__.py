@@ -9,8 +9,17 @@ and rounded once.
 
 from __future__ import annotations
 
-from sparsec.dialects.moe.banks import Experts, GroupedLinear
-from sparsec.dialects.moe.common import Layout, bytes_of, experts_hit
+from sparsec.dialects.moe.banks import ExpertBank, Experts, GroupedLinear, Layer
+from sparsec.dialects.moe.common import (
+    TILE_DTYPES,
+    Layout,
+    Packing,
+    bytes_of,
+    experts_hit,
+    packed_bias_type,
+    packed_type,
+    scale_type,
+)
 from sparsec.dialects.moe.gemms import GatherGemm, GemmCombine
 from sparsec.dialects.moe.references import (
     capacity_reference,
@@ -22,13 +31,17 @@ from sparsec.dialects.moe.references import (
 from sparsec.dialects.moe.routing import Capacity, Group, Route, RouteGroup, group_types
 
 __all__ = [
+    "TILE_DTYPES",
     "Capacity",
+    "ExpertBank",
     "Experts",
     "GatherGemm",
     "GemmCombine",
     "Group",
     "GroupedLinear",
+    "Layer",
     "Layout",
+    "Packing",
     "Route",
     "RouteGroup",
     "bytes_of",
@@ -38,5 +51,8 @@ __all__ = [
     "gemm_combine_reference",
     "group_reference",
     "group_types",
+    "packed_bias_type",
+    "packed_type",
+    "scale_type",
     "split_parts",
 ]

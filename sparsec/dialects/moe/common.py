@@ -7,10 +7,43 @@ from typing import Any, Literal
 
 from sparsec.ir.core import Value
 from sparsec.ir.opdef import Body, Cost, OpDef, Operand
-from sparsec.ir.types import Dim, TensorType, Type, evaluate, product
+from sparsec.ir.types import Dim, DType, TensorType, Type, evaluate, product
 
 Layout = Literal["concat", "interleaved", "single"]
 """How the up-projection's columns feed the activation: gate half then up half, alternating, or one undivided part."""
+
+Packing = Literal["plain", "tiles", "int8", "int4"]
+"""How a bank lies in memory: as the model has it, or in tiles (`sparsec.runtime.tiles`), which may be quantised."""
+
+TILE_DTYPES = (DType.bf16, DType.f32)
+"""Dtypes of banks that there are tiles for."""
+
+
+def packed_type(packing: str, parts: int, experts: int, n: int, k: int, dtype: DType) -> TensorType:
+    """The type of a packed bank [experts, n, k] whose n columns are those of `parts` parts (1 or 2)."""
+    blocks = _blocks(parts, n)
+    if packing == "int4":
+        return TensorType((experts, blocks, -(-k // 128), 2, 16, 16, 4), DType.ui8)
+    dtype = DType.i8 if packing == "int8" else dtype
+    lanes = 4 // dtype.itemsize
+    return TensorType((experts, blocks, -(-k // (16 * lanes)), 2, 16, 16, lanes), dtype)
+
+
+def scale_type(packing: str, parts: int, experts: int, n: int, k: int) -> TensorType | None:
+    """The type of the scales of such a bank; None where it is not quantised."""
+    if packing not in ("int8", "int4"):
+        return None
+    groups = 1 if packing == "int8" else -(-k // 128)
+    return TensorType((experts, _blocks(parts, n), groups, 2, 16), DType.f32)
+
+
+def packed_bias_type(parts: int, experts: int, n: int) -> TensorType:
+    """The type of the bias of a packed bank, in the order of its columns."""
+    return TensorType((experts, _blocks(parts, n), 2, 16), DType.f32)
+
+
+def _blocks(parts: int, n: int) -> int:
+    return -(-n // 32) if parts == 1 else -(-(n // 2) // 16)
 
 
 def bytes_of(type: Type, env: Mapping[str, int]) -> int:
@@ -99,12 +132,22 @@ def tail_problems(tail: Body | None, params: Sequence[Value], row: TensorType) -
 
 
 def bank_cost(
-    banks: Sequence[Value | None], rest: Sequence[Value], tokens: int, k: int, env: Mapping[str, int]
+    banks: Sequence[Value | None],
+    rest: Sequence[Value],
+    tokens: int,
+    k: int,
+    env: Mapping[str, int],
+    matmul: int | None = None,
 ) -> Cost:
-    """Cost of multiplying by banks [E, ...] (biases among them) for `tokens` tokens that go to k experts each."""
+    """Cost of multiplying by banks [E, ...] (biases among them) for `tokens` tokens that go to k experts each.
+
+    Args:
+        matmul: elements of one expert's matrices, where the banks' shapes do not tell.
+    """
     given = [bank for bank in banks if bank is not None]
     experts = known(given[0].tensor.shape[0])
     share = experts_hit(experts, k, tokens) / experts
     moved = sum(bytes_of(bank.type, env) for bank in given) * share + sum(bytes_of(value.type, env) for value in rest)
-    matmul = sum(evaluate(product(bank.tensor.shape), env) for bank in given if bank.tensor.rank == 3) // experts
+    if matmul is None:
+        matmul = sum(evaluate(product(bank.tensor.shape), env) for bank in given if bank.tensor.rank == 3) // experts
     return Cost(int(moved), 2 * tokens * k * matmul)

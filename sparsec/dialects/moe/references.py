@@ -113,6 +113,18 @@ def capacity_reference(ids: Tensor, num_experts: int, capacity: int, slots_first
     return kept.reshape(ids.shape)
 
 
+def unpack_reference(
+    packed: Tensor, bias: Tensor | None, scales: Tensor | None, packing: str, parts: int, n: int, k: int
+) -> tuple[Tensor, Tensor | None]:
+    """A packed bank and its bias as [E, n, k] and [E, n]; the columns of two parts one after the other."""
+    from sparsec.runtime.tiles import unpack
+
+    if bias is not None:
+        columns = bias.transpose(1, 2) if parts == 2 else bias.flatten(1).unsqueeze(1)
+        bias = columns.reshape(bias.shape[0], parts, -1)[..., : n // parts].flatten(1)
+    return unpack(packed, scales, packing, parts, n, k), bias
+
+
 def split_parts(projected: Tensor, layout: str) -> list[Tensor]:
     """The columns of an up-projection as the activation's arguments."""
     if layout == "single":

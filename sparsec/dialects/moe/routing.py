@@ -49,11 +49,7 @@ class Route(OpDef, name="moe.route"):
     def verify(self) -> Iterator[str]:
         yield from region_takes(self.body, [value.type for value in self.operands])
         yield from region_yields(self.body, [result.type for result in self.results])
-        if self.ids.tensor.shape != self.weights.tensor.shape:
-            yield f"ids are {self.ids.type}, weights {self.weights.type}: shapes differ"
-        if self.ids.tensor.dtype.is_float:
-            yield f"ids are {self.ids.tensor.dtype}, not integers"
-        yield from _rows_problems(self.logits, self.extras)
+        yield from route_problems(self.logits, self.ids, self.weights, self.extras)
 
     def cost(self, env: Mapping[str, int]) -> Cost:
         tokens = evaluate(self.logits.tensor.shape[0], env)
@@ -123,7 +119,7 @@ class RouteGroup(OpDef, name="moe.route_group"):
     def verify(self) -> Iterator[str]:
         yield from region_takes(self.body, [value.type for value in self.operands])
         yield from region_yields(self.body, [value.type for value in (self.ids, self.weights, *self.extras)])
-        yield from _rows_problems(self.logits, self.extras)
+        yield from route_problems(self.logits, self.ids, self.weights, self.extras)
         yield from results_are(self, self.infer())
 
     def cost(self, env: Mapping[str, int]) -> Cost:
@@ -174,7 +170,12 @@ def group_types(ids: TensorType, num_experts: int) -> tuple[TensorType, TensorTy
     return TensorType((product(ids.shape),), DType.i32), TensorType((num_experts + 1,), DType.i32)
 
 
-def _rows_problems(logits: Operand, extras: Results) -> Iterator[str]:
+def route_problems(logits: Operand, ids: Result, weights: Result, extras: Results) -> Iterator[str]:
+    """Problems of what a router yields."""
+    if ids.tensor.shape != weights.tensor.shape:
+        yield f"ids are {ids.type}, weights {weights.type}: shapes differ"
+    if ids.tensor.dtype.is_float:
+        yield f"ids are {ids.tensor.dtype}, not integers"
     for extra in extras:
         if extra.tensor.rank != 2 or extra.tensor.shape[0] != logits.tensor.shape[0]:
             yield f"extra result %{extra.name} is {extra.type}: the logits {logits.type} have other rows"
