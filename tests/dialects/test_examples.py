@@ -29,6 +29,7 @@ GIVEN = {
     "h": "tensor<(2*s0)x48xf32>",
     "up": "tensor<8x96x64xf32>",
     "down": "tensor<8x64x48xf32>",
+    "bias": "tensor<8x96xf32>",
 }
 KERNEL = """
 func @gather_gemm_0(%x: tensor<tx64xf32>, %order: tensor<(2*t)xi32>, %offsets: tensor<9xi32>, %up: tensor<8x96x64xf32>)

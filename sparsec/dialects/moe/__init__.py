@@ -21,6 +21,7 @@ from sparsec.dialects.moe.common import (
     scale_type,
 )
 from sparsec.dialects.moe.gemms import GatherGemm, GemmCombine
+from sparsec.dialects.moe.packing import Pack, PackBias, Scales
 from sparsec.dialects.moe.references import (
     capacity_reference,
     gather_gemm_reference,
@@ -41,9 +42,12 @@ __all__ = [
     "GroupedLinear",
     "Layer",
     "Layout",
+    "Pack",
+    "PackBias",
     "Packing",
     "Route",
     "RouteGroup",
+    "Scales",
     "bytes_of",
     "capacity_reference",
     "experts_hit",
