@@ -15,7 +15,7 @@ Operand: TypeAlias = Tensor | None
 KernelCall: TypeAlias = Callable[[Sequence[Operand]], Sequence[Tensor]]
 """A kernel ready to run: its operands, in order, to its results."""
 
-Region: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
+RegionCall: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 """The region of a kernel: what it yields for its arguments."""
 
 
@@ -29,6 +29,8 @@ class Context:
         constant: gives the tensor behind a slot that never changes (None for other slots); loads it where it must.
         live: whether banks that are no constants are the caller's and are packed as of `live_banks`.
         banks: packed banks, by the slots they were made of, for every launch that reads the same.
+        trust_code: whether native code that was not compiled by this user may run.
+        paths: who runs the kernels that come as native code, and why, by the kernels' names.
     """
 
     device: torch.device
@@ -36,3 +38,5 @@ class Context:
     constant: Callable[[int], Operand]
     live: bool = False
     banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
+    trust_code: bool = False
+    paths: dict[str, str] = field(default_factory=dict)

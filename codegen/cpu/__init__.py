@@ -1,0 +1,1 @@
+"""Generates C++ for the CPU, and compiles it."""
