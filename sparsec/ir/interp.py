@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Block, Func, Module, Op, Value
@@ -85,17 +85,25 @@ def evaluate_module(
 class DerivedWeights(Mapping[str, "Tensor"]):
     """The weights that a module reads, by source: those given, and those derived from them.
 
-    A derived weight is computed each time it is asked for and not kept, unless `given` has it, as an artifact does.
+    A derived weight is computed each time it is asked for and not kept, unless `given` has it, as an artifact does, or
+    another one is computed of it, as packed banks are of their scales.
     """
 
     def __init__(self, module: Module, given: Mapping[str, Tensor]) -> None:
         self.module, self.given, self.made = module, given, derivations(module)
+        self._read = {name for made in self.made.values() for name in made.of}
+        self._kept: dict[str, Tensor] = {}
 
     def __getitem__(self, source: str) -> Tensor:
         made = self.made.get(source)
         if made is None or source in self.given:
             return self.given[source]
-        return evaluate_func(self.module, made.func, [self.given[name] for name in made.of])[0]
+        if source in self._kept:
+            return self._kept[source]
+        (value,) = evaluate_func(self.module, made.func, [self[name] for name in made.of])
+        if source in self._read:
+            self._kept[source] = value
+        return cast("Tensor", value)
 
     def __iter__(self) -> Iterator[str]:
         return iter({**dict.fromkeys(self.given), **dict.fromkeys(self.made)})

@@ -200,7 +200,9 @@ def _head_problems(func: Func) -> Iterator[str]:
 
 def _derived_problems(func: Func, module: Module) -> Iterator[str]:
     """How derived weights differ from what the functions that they name compute."""
-    for value, attrs in func.arg_attrs.items():
+    to_come = {str(attrs.get("source")) for attrs in func.arg_attrs.values() if attrs.get("kind") == "derived"}
+    for value in func.body.args:
+        attrs = func.arg_attrs.get(value, {})
         if attrs.get("kind") != "derived":
             continue
         name, of = attrs.get("function"), attrs.get("of")
@@ -211,8 +213,11 @@ def _derived_problems(func: Func, module: Module) -> Iterator[str]:
             yield f"{_name(value)} is derived and does not say what it is computed `of`"
         elif len(of) != len(made.body.args):
             yield f"{_name(value)} is computed of {len(of)} weights, @{name} takes {len(made.body.args)}"
+        elif late := to_come.intersection(map(str, of)):
+            yield f"{_name(value)} is computed of {_list(late)}, which is not derived before it"
         elif made.body.ops and made.result_types != (value.type,):
             yield f"{_name(value)} is {value.type}, @{name} returns ({', '.join(map(str, made.result_types))})"
+        to_come.discard(str(attrs.get("source")))
 
 
 def _kind_problems(

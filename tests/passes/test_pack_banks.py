@@ -1,0 +1,122 @@
+"""Packed banks of modules: stacks of experts, quantised values, and what the pass refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparsec import pipeline
+from sparsec.diagnostics import CompileError
+from sparsec.ir.core import Module
+from sparsec.ir.interp import DerivedWeights, evaluate_module
+from sparsec.ir.parser import parse_module
+from sparsec.ir.verify import verify_module
+
+TEXT = """
+module {phase = "raise"}
+
+func @main(%x: tensor<s0x64xf32> {kind = "input"}, %ids: tensor<s0x1xi64> {kind = "input"},
+  %w: tensor<s0x1xf32> {kind = "input"},
+  %u0: tensor<96x64xf32> {kind = "param", source = "e.0.up"},
+  %u1: tensor<96x64xf32> {kind = "param", source = "e.1.up"},
+  %d0: tensor<64x48xf32> {kind = "param", source = "e.0.down"},
+  %d1: tensor<64x48xf32> {kind = "param", source = "e.1.down"}
+) -> (tensor<s0x64xf32> {kind = "output"}) {
+  %up = aten.stack([%u0, %u1]) : tensor<2x96x64xf32>
+  %down = aten.stack([%d0, %d1]) : tensor<2x64x48xf32>
+  %y = moe.experts(%x, %ids, %w, %up, %down) : tensor<s0x64xf32> {
+    activation(%a: tensor<rx48xf32>, %b: tensor<rx48xf32>):
+      %g = aten.silu(%a) : tensor<rx48xf32>
+      %h = aten.mul.Tensor(%g, %b) : tensor<rx48xf32>
+      yield %h
+  }
+  return %y
+}
+"""
+
+
+def weights() -> dict[str, torch.Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    shapes = {"up": (96, 64), "down": (64, 48)}
+    return {f"e.{e}.{name}": torch.randn(shape, generator=gen) for e in range(2) for name, shape in shapes.items()}
+
+
+def packed(kind: str) -> Module:
+    module = parse_module(TEXT)
+    pipeline.run_passes(module, f"derive-weights,pack-banks{{weights={kind}}}")
+    return module
+
+
+def run(module: Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    gen = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(40, 64, generator=gen), torch.arange(40).reshape(40, 1) % 2, torch.ones(40, 1)]
+    result: torch.Tensor = evaluate_module(module, inputs, given)[0]
+    return result
+
+
+@pytest.mark.parametrize(("kind", "most"), [("model", 1e-6), ("int8", 0.015), ("int4", 0.2)])
+def test_stacking_and_packing_are_one_step(kind: str, most: float) -> None:
+    module = packed(kind)
+    verify_module(module)
+    sources = {attrs["source"]: attrs["of"] for attrs in module.main.arg_attrs.values() if attrs["kind"] == "derived"}
+    if kind == "model":
+        assert sources == {
+            "derived/e.*.up.tiles": ("e.0.up", "e.1.up"),
+            "derived/e.*.down.tiles": ("e.0.down", "e.1.down"),
+        }
+    else:
+        assert sources[f"derived/e.*.up.{kind}"] == ("e.0.up", "e.1.up", "derived/e.*.up.scales")
+    assert {op.name for name in module.funcs if name != "main" for op in module.funcs[name].body.ops} <= {
+        "aten.stack", "moe.pack", "moe.scales", "func.return",
+    }  # fmt: skip
+    assert len(module.main.body.args) == 3 + len(sources)
+    wanted, found = run(parse_module(TEXT), weights()), run(module, weights())
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    assert error < most
+    assert kind == "model" or error > 0.001
+
+
+def test_scales_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec.runtime import tiles
+
+    calls, find = list[Any](), tiles.find_scales
+    monkeypatch.setattr(tiles, "find_scales", lambda *args: calls.append(args) or find(*args))
+    held = DerivedWeights(packed("int4"), weights())
+    assert held["derived/e.*.up.int4"].dtype == torch.uint8
+    assert held["derived/e.*.up.scales"] is held["derived/e.*.up.scales"]
+    assert len(calls) == 1
+
+
+def test_a_second_run_changes_nothing() -> None:
+    module = packed("model")
+    again = pipeline.run_passes(module, "derive-weights,pack-banks")
+    assert not any(record.changed for record in again.records)
+
+
+def test_the_modules_own_attribute_comes_first() -> None:
+    module = parse_module(TEXT.replace('"raise"', '"raise", weights = "int8"'))
+    pipeline.run_passes(module, "derive-weights,pack-banks")
+    assert any(op.attrs.get("packing") == "int8" for op in module.main.body.ops)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "said"),
+    [("int3", "cpu", "model, int8, int4, not as 'int3'"), ("int4", "cuda:sm_90", "int4 weights are for target cpu")],
+)
+def test_what_is_refused(kind: str, target: str, said: str) -> None:
+    with pytest.raises(CompileError, match=said):
+        pipeline.run_passes(parse_module(TEXT), f"pack-banks{{weights={kind}}}", target=target)
+
+
+def test_other_targets_keep_their_banks() -> None:
+    module = parse_module(TEXT)
+    assert not pipeline.run_passes(module, "pack-banks", target="cuda:sm_90").records[0].changed
+
+
+def test_a_weight_is_derived_after_those_it_is_computed_of() -> None:
+    module = packed("int8")
+    module.main.body.args.reverse()
+    with pytest.raises(CompileError, match=r"computed of 'derived/e.\*.\w+.scales', which is not derived before it"):
+        verify_module(module)
