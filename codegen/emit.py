@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
 from sparsec.diagnostics import CompileError, Remark
-from sparsec.dialects.moe import GatherGemm
+from sparsec.dialects.moe import ExpertBank, GatherGemm
 from sparsec.ir.core import Block, Func, Module, Op, Value
 from sparsec.ir.derived import is_derivation
 from sparsec.ir.types import SymType
 from sparsec.runtime.operators import IN_PLACE
-from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Variant
+from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Region, Variant
 
 if TYPE_CHECKING:
     from sparsec.codegen.triton.emit import TritonKernel
@@ -82,9 +82,13 @@ class _Emitter:
         op = _fused_op(func)
         backend = str(func.attrs.get("backend", "onednn" if self.target == "cpu" else "triton"))
         made: TritonKernel | None = None
+        source, binaries = None, dict[str, str]()
         if backend == "triton":
             made = self._triton(func, op)
             backend = "triton" if made is not None else "torch"
+        elif backend == "cpp":
+            source, binaries = self._cpp(func, op)
+            backend = "cpp" if source is not None else "onednn"
         return Kernel(
             name=func.name,
             op=op.name,
@@ -93,8 +97,10 @@ class _Emitter:
             results=tuple(tensor(value.tensor) for value in op.results),
             tokens=_tokens(func),
             attrs=_attrs(op),
-            **(region(op.regions[0]) if op.regions else {"body": [], "body_outs": [], "body_params": ()}),
+            regions=dict(zip(op.fields().regions, map(region, op.regions), strict=False)),
             variants=_variants(op) if made is None else list(made.variants),
+            binaries=binaries,
+            source=source,
         )
 
     def _triton(self, func: Func, op: Op) -> TritonKernel | None:
@@ -104,12 +110,44 @@ class _Emitter:
         try:
             made = emit_kernel(func, self.target)
         except CompileError as error:
-            why = error.diagnostics[0].message
-            rule = "emit_kernel (codegen/emit.py)"
-            self.remarks.append(Remark("missed", "emit", rule, op.loc, f"{op.name} is run by PyTorch operators: {why}"))
+            self._missed(op, "PyTorch operators", error)
             return None
         self.files |= made.files
         return made
+
+    def _cpp(self, func: Func, op: Op) -> tuple[str | None, dict[str, str]]:
+        """The files of a kernel's C++ and of its libraries by instruction set.
+
+        No source, with a remark, where there is no C++ for it; no libraries, with a remark, where nothing compiles it.
+        """
+        from sparsec.codegen.cpu.emit import emit_kernel
+
+        try:
+            source = emit_kernel(func)
+        except CompileError as error:
+            self._missed(op, "prepacked oneDNN linears", error)
+            return None, {}
+        name = f"kernels/{func.name}.cpp"
+        self.files[name] = source.encode()
+        return name, self._libraries(func.name, source, op)
+
+    def _libraries(self, name: str, source: str, op: Op) -> dict[str, str]:
+        from sparsec.codegen.cpu.compiler import build_all
+
+        try:
+            made = build_all(source)
+        except CompileError as error:
+            self._missed(op, "prepacked oneDNN linears", error)
+            return {}
+        files = {isa: f"kernels/{name}.{isa}.so" for isa in made}
+        self.files |= {files[isa]: content for isa, content in made.items()}
+        return files
+
+    def _missed(self, op: Op, instead: str, error: CompileError) -> None:
+        """Say that a kernel could not be made, and who runs the op instead."""
+        why, rule = error.diagnostics[0], "emit_kernel (codegen/emit.py)"
+        message = f"{op.name} is run by {instead}: {why.message}"
+        self.remarks.append(Remark("missed", "emit", rule, op.loc, message, why.hint))
 
 
 def _require_lowered(main: Func) -> None:
@@ -143,21 +181,18 @@ def _tokens(func: Func) -> int | str:
 
 
 def _attrs(op: Op) -> dict[str, Json]:
-    defaults = {"layout": "concat"} if isinstance(op, GatherGemm) else {}
+    defaults = {"layout": "concat"} if isinstance(op, ExpertBank | GatherGemm) else {}
     return {**defaults, **constants(op.attrs, but=("variants",))}
 
 
-def region(block: Block) -> dict[str, Any]:
-    """A region as steps over slots of its own: the fields `body`, `body_outs` and `body_params` of a kernel."""
+def region(block: Block) -> Region:
+    """A region as steps over slots of its own."""
     slots = Slots(block.terminator.operands)
     for value in block.args:
         slots.define(value)
     slots.emit(block)
-    return {
-        "body": slots.steps,
-        "body_outs": [slots.of[value] for value in block.terminator.operands],
-        "body_params": tuple(tensor(value.tensor) for value in block.args),
-    }
+    outs = [slots.of[value] for value in block.terminator.operands]
+    return Region(tuple(tensor(value.tensor) for value in block.args), slots.steps, outs)
 
 
 def _variants(op: Op) -> list[Variant]:

@@ -1,4 +1,4 @@
-"""Turn routes and expert banks into the three ops that become kernels."""
+"""Turn routes and expert banks into the ops that become kernels: on a GPU three for a layer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from sparsec.dialects.moe import (
 )
 from sparsec.ir.core import Attr, Module, Op, Value
 from sparsec.ir.equal import clone_block
-from sparsec.ir.rewrite import Rewriter, rule
+from sparsec.ir.rewrite import Rewriter, Rule, rule
 from sparsec.ir.types import TensorType
 from sparsec.passes.base import Pass, PassContext, register
 
 BANKS = (Experts, GroupedLinear)
 """Ops whose kernels go through the pairs expert by expert."""
+
+
+def sorting(target: str) -> tuple[type[Experts | GroupedLinear], ...]:
+    """Those whose pairs are sorted by another kernel; on a CPU the kernel of `moe.experts` sorts them itself."""
+    return (GroupedLinear,) if target == "cpu" else BANKS
 
 
 @register
@@ -39,7 +44,10 @@ class FuseRouteGroup(Pass):
         @rule("moe.route")
         def fuse_route_group(op: Op, rw: Rewriter) -> bool:
             assert isinstance(op, Route)
-            banks = [user for user in op.ids.users if isinstance(user, BANKS) and user.ids is op.ids]
+            readers = [user for user in op.ids.users if isinstance(user, BANKS) and user.ids is op.ids]
+            banks = [user for user in readers if isinstance(user, sorting(ctx.target))]
+            if not banks and readers:
+                return False
             if not banks:
                 # Where a capacity comes between, the sort is of other ids than the router's.
                 if not any(isinstance(user, Capacity) for user in op.ids.users):
@@ -61,12 +69,17 @@ class FuseRouteGroup(Pass):
 @dataclass(frozen=True)
 class FuseExperts(Pass):
     """Split `moe.experts` into its two GEMMs, and make `moe.grouped_linear` one, on the sort of a `moe.route_group` or
-    one of its own."""
+    one of its own. On a CPU `moe.experts` stays whole."""
 
     name: ClassVar[str] = "fuse-experts"
 
     def run(self, module: Module, ctx: PassContext) -> None:
-        ctx.rewrite(module, [split_experts, linear_as_combine])
+        ctx.rewrite(module, bank_rules(ctx.target))
+
+
+def bank_rules(target: str) -> list[Rule]:
+    """The rules of `fuse-experts` for a target."""
+    return [linear_as_combine] if target == "cpu" else [split_experts, linear_as_combine]
 
 
 @rule("moe.experts")

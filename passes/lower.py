@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.kernel import Alloc, Launch
-from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
+from sparsec.dialects.moe import ExpertBank, GatherGemm, GemmCombine, Group, Layer, Route, RouteGroup
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.opdef import OpDef
@@ -17,7 +17,7 @@ from sparsec.ir.rewrite import Rewriter, rule
 from sparsec.ir.types import Dim, Sym, SymType, TensorType, Type
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.capacity import spell_capacity
-from sparsec.passes.fuse import linear_as_combine, split_experts
+from sparsec.passes.fuse import bank_rules
 from sparsec.passes.rules import substitute
 
 TOKENS = Sym("t")  #: the number of tokens inside kernel functions
@@ -28,7 +28,7 @@ TOKENS = Sym("t")  #: the number of tokens inside kernel functions
 class LowerKernels(Pass):
     """Outline each fused op into a kernel function, shared where equal, and replace it by buffers and a launch.
 
-    Banks that were not split yet are split here; `moe.capacity` becomes operators of PyTorch.
+    For a GPU, banks that were not split yet are split here; `moe.capacity` becomes operators of PyTorch.
     """
 
     name: ClassVar[str] = "lower-kernels"
@@ -37,7 +37,9 @@ class LowerKernels(Pass):
         kernels: dict[Key, str] = {func_key(f): f.name for f in module.funcs.values() if f.name != "main"}
         numbers = Counter(name.rpartition("_")[0] for name in kernels.values())
 
-        @rule("moe.route", "moe.route_group", "moe.group", "moe.gather_gemm", "moe.gemm_combine")
+        roots = ["moe.route", "moe.route_group", "moe.group", "moe.gather_gemm", "moe.gemm_combine"]
+
+        @rule(*roots, *(("moe.experts", "moe.layer") if ctx.target == "cpu" else ()))
         def launch(op: Op, rw: Rewriter) -> bool:
             assert isinstance(op, OpDef)
             if op.block is None or not isinstance(op.block.parent, Func) or op.block.parent.name != "main":
@@ -57,7 +59,7 @@ class LowerKernels(Pass):
             rw.replace(op, new.results)
             return True
 
-        ctx.rewrite(module, [split_experts, linear_as_combine, spell_capacity, launch])
+        ctx.rewrite(module, [*bank_rules(ctx.target), spell_capacity, launch])
 
 
 def _lone(op: OpDef) -> tuple[Value | None, ...]:
@@ -66,19 +68,22 @@ def _lone(op: OpDef) -> tuple[Value | None, ...]:
 
 
 def backend(op: OpDef, target: str) -> str:
-    """Who runs a fused op: Triton on GPUs; on the CPU oneDNN for the GEMMs and PyTorch operators for the rest."""
+    """Who runs a fused op: Triton on GPUs; on the CPU a kernel of our own where the banks are packed for it, else
+    oneDNN for the GEMMs and PyTorch operators for the rest."""
     if target != "cpu":
         return "triton"
-    return "onednn" if isinstance(op, GatherGemm | GemmCombine) else "torch"
+    if isinstance(op, ExpertBank) and op.packing != "plain":
+        return "cpp"
+    return "onednn" if isinstance(op, ExpertBank | GatherGemm | GemmCombine) else "torch"
 
 
 def token_dim(op: OpDef) -> Dim:
     """The dimension of a fused op that counts tokens."""
-    if isinstance(op, Route | RouteGroup):
+    if isinstance(op, Layer | Route | RouteGroup):
         return op.logits.tensor.shape[0]
     if isinstance(op, Group):
         return op.ids.tensor.shape[0]
-    if isinstance(op, GatherGemm):
+    if isinstance(op, ExpertBank | GatherGemm):
         return op.x.tensor.shape[0]
     assert isinstance(op, GemmCombine)
     return op.weights.tensor.shape[0]

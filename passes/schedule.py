@@ -13,22 +13,23 @@ from sparsec.passes.cost import Chip, Gemm, best, chip
 
 BUCKETS = (1, 16, 64, 256, 1024, 4096)
 MANY = 16384  # tokens that stand for all larger numbers
-CPU_CACHE = 8 << 20  # bytes of intermediate rows up to which all experts at once beat one after another
 
 
 @register
 @dataclass(frozen=True)
 class ScheduleVariants(Pass):
-    """Write the variants of every fused op: for GPUs the tiles that the cost model finds fastest for each range of
-    token counts, for the CPU whether experts run all at once or one after another."""
+    """Write the variants of every fused op for GPUs: the tiles that the cost model finds fastest for each range of
+    token counts. Kernels for CPUs choose by themselves."""
 
     name: ClassVar[str] = "schedule"
 
     def run(self, module: Module, ctx: PassContext) -> None:
-        on = None if ctx.target == "cpu" else chip(ctx.target)
+        if ctx.target == "cpu":
+            return
+        on = chip(ctx.target)
         count = 0
         for op in module.walk():
-            variants = cpu_variants(op) if on is None else gpu_variants(op, on)
+            variants = gpu_variants(op, on)
             if variants and op.attrs.get("variants") != variants:
                 op.attrs["variants"] = variants
                 count += 1
@@ -88,15 +89,3 @@ def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
 
 def _power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
-
-
-def cpu_variants(op: Op) -> tuple[dict[str, Any], ...]:
-    """Variants of a fused op for the CPU: `batched` while the rows of all pairs stay in the cache, then `streamed`."""
-    if not isinstance(op, GatherGemm | GemmCombine):
-        return ()
-    gemm = _gemm(op)
-    row = (gemm.inner + (gemm.parts + 1) * gemm.columns) * gemm.dtype.itemsize
-    tokens = CPU_CACHE // (row * gemm.k)
-    if tokens < 1:
-        return ({"path": "streamed"},)
-    return ({"up_to": tokens, "path": "batched"}, {"path": "streamed"})

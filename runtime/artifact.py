@@ -34,8 +34,8 @@ from sparsec.runtime.plan import Plan
 from sparsec.runtime.plan_json import from_json
 
 FORMAT = "sparsec-artifact"
-VERSION = 1
-"""Version of the format: raised when an older reader could no longer run what is written."""
+VERSION = 2
+"""Version of the format, raised with every change that older or newer readers cannot read."""
 
 MAX_JSON = 1 << 28
 """Most bytes that a JSON file of an artifact may have."""
@@ -232,6 +232,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         made = manifest.get("sparsec", "a newer sparsec")
         raise ArtifactError(
             f"{path} has format version {version} (sparsec {made}), this sparsec reads up to {VERSION}: update sparsec"
+        )
+    if version < VERSION:
+        raise ArtifactError(
+            f"{path} has format version {version}, this sparsec reads version {VERSION}: compile the model again"
         )
     if not isinstance(manifest.get("target"), str):
         raise ArtifactError(f"{path}: the manifest names no target")

@@ -13,23 +13,20 @@ import torch
 from torch import Tensor
 
 from sparsec.runtime import cpu_kernels
-from sparsec.runtime.context import Context, KernelCall, Operand, Region
+from sparsec.runtime.context import Context, KernelCall, Operand, RegionCall
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
-from sparsec.runtime.live_banks import live_bank
-from sparsec.runtime.packing import Bank
-from sparsec.runtime.plan import Free, Kernel, Step
+from sparsec.runtime.live_banks import live_bank, remembered
+from sparsec.runtime.packing import Bank, Tiled
+from sparsec.runtime.plan import Free, Kernel, Region
 from sparsec.runtime.plan import Tensor as Spec
 from sparsec.runtime.steps import Runner
+from sparsec.runtime.tiles import unpack_bias
 
 
-def region(kernel: Kernel, device: torch.device) -> Region:
-    """A kernel's region as a function."""
-    return region_of(kernel.body, kernel.body_params, kernel.body_outs, device)
-
-
-def region_of(steps: Sequence[Step], params: Sequence[Spec], outs: Sequence[int], device: torch.device) -> Region:
-    """Steps over slots of their own as a function of what slots 0, 1, ... hold; `params` are the types of those."""
+def region_call(region: Region, device: torch.device) -> RegionCall:
+    """A region as a function of its arguments."""
+    steps, params, outs = region.steps, region.params, region.outs
     symbols = {
         dim: (i, axis)
         for i, param in enumerate(params)
@@ -57,42 +54,24 @@ def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> Kerne
         from sparsec.runtime import triton_kernels
 
         return triton_kernels.bind(kernel, slots, context)
-    if kernel.backend not in ("torch", "onednn") or kernel.op not in _MAKERS:
+    if kernel.backend == "cpp":
+        from sparsec.runtime import native
+
+        call = native.bind(kernel, slots, context)
+        if call is not None:
+            return call
+    if kernel.backend not in ("torch", "onednn", "cpp") or kernel.op not in _MAKERS:
         raise ArtifactError(f"kernel '{kernel.name}': there is no {kernel.op} for backend '{kernel.backend}'")
     return _MAKERS[kernel.op](kernel, slots, context)
 
 
-def bind_pair(
-    gather: Kernel, first: Sequence[int | None], combine: Kernel, second: Sequence[int | None], context: Context
-) -> KernelCall:
-    """`moe.gather_gemm` and the `moe.gemm_combine` that follows it as one call.
-
-    Its operands are those of the first, then those of the second.
-    """
-    up_of = _bank(gather, first, context, 3, 4, "up")
-    down_of = _bank(combine, second, context, 4, 5, "down")
-    activation, parts = _activation(gather, context)
-    weighted, tail_of = _weighted(combine), _tail(combine, context)
-    batched, split = _batched(gather), len(gather.params)
-
-    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
-        x, order, offsets, weights = _tensors(ins[0], ins[1], ins[2], ins[split + 3])
-        up, down, early, tail = up_of(ins), down_of(ins[split:]), _row_weights(ins[:split]), tail_of(ins[split:])
-        few = batched(weights.shape[0], order.shape[0])
-        return (
-            cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few, early, weighted, tail),
-        )
-
-    return run
-
-
 def _route(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
-    body = region(kernel, context.device)
+    body = _region(kernel, "body", context)
     return lambda ins: body(_tensors(*ins))
 
 
 def _route_group(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
-    body, experts = region(kernel, context.device), _attr(kernel, "num_experts", int)
+    body, experts = _region(kernel, "body", context), _attr(kernel, "num_experts", int)
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         ids, weights, *extras = body(_tensors(*ins))
@@ -107,32 +86,77 @@ def _group(kernel: Kernel, slots: Sequence[int | None], context: Context) -> Ker
 
 
 def _gather_gemm(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
-    bank_of, k = _bank(kernel, slots, context, 3, 4, "up"), _attr(kernel, "k", int)
+    bank_of, k = _bank(kernel, slots, context, "up", 3, 4), _attr(kernel, "k", int)
     activation, parts = _activation(kernel, context)
-    batched = _batched(kernel)
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         x, order, offsets = _tensors(*ins[:3])
-        few = batched(x.shape[0], order.shape[0])
-        early = _row_weights(ins)
-        return (cpu_kernels.gather_gemm(x, order, offsets, bank_of(ins), k, activation, parts, few, early),)
+        up, early = bank_of(ins), ins[5] if len(ins) > 5 else None
+        few = cpu_kernels.is_few(order.shape[0], x, up, parts)
+        return (cpu_kernels.gather_gemm(x, order, offsets, up, k, activation, parts, few, early),)
 
     return run
 
 
 def _gemm_combine(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
-    bank_of = _bank(kernel, slots, context, 4, 5, "down")
-    weighted, tail_of = _weighted(kernel), _tail(kernel, context)
+    bank_of, tail_of = _bank(kernel, slots, context, "down", 4, 5), _tail(kernel, context)
+    weighted = bool(kernel.attrs.get("weighted", True))
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         h, order, offsets, weights = _tensors(*ins[:4])
-        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins), weighted, tail_of(ins)),)
+        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins), weighted, tail_of(ins[6:])),)
+
+    return run
+
+
+def _experts(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    run_bank = _expert_bank(kernel, slots, context, 3)
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        x, ids, weights = _tensors(*ins[:3])
+        return (run_bank(ins, x, ids, weights, ins[9:]),)
+
+    return run
+
+
+def _layer(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    router, count = _region(kernel, "router", context), len(kernel.regions["router"].params) - 1
+    run_bank = _expert_bank(kernel, slots, context, 2)
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        x, logits = _tensors(*ins[:2])
+        ids, weights, *extras = router([logits, *_tensors(*ins[8 : 8 + count])])
+        return (run_bank(ins, x, ids, weights, ins[8 + count :]), ids, weights, *extras)
+
+    return run
+
+
+def _expert_bank(
+    kernel: Kernel, slots: Sequence[int | None], context: Context, first: int
+) -> Callable[[Sequence[Operand], Tensor, Tensor, Tensor, Sequence[Operand]], Tensor]:
+    """Sort, GEMMs and combine of an expert layer: operands, x, ids, weights, the tail's parameters -> y.
+
+    Operands from number `first` on are up, down, their biases, their scales.
+    """
+    up_of = _bank(kernel, slots, context, "up", first, first + 2, first + 4)
+    down_of = _bank(kernel, slots, context, "down", first + 1, first + 3, first + 5)
+    (activation, parts), tail_of = _activation(kernel, context), _tail(kernel, context)
+    early = kernel.attrs.get("weight_on", "output") == "input"
+
+    def run(ins: Sequence[Operand], x: Tensor, ids: Tensor, weights: Tensor, tail_params: Sequence[Operand]) -> Tensor:
+        up, down = up_of(ins), down_of(ins)
+        order, offsets = cpu_kernels.group(ids, up.experts)
+        few = cpu_kernels.is_few(order.shape[0], x, up, parts)
+        rows, tail = weights if early else None, tail_of(tail_params)
+        return cpu_kernels.experts(x, order, offsets, weights, up, down, activation, parts, few, rows, not early, tail)
 
     return run
 
 
 _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]] = {
+    "moe.experts": _experts,
     "moe.group": _group,
+    "moe.layer": _layer,
     "moe.route": _route,
     "moe.route_group": _route_group,
     "moe.gather_gemm": _gather_gemm,
@@ -140,79 +164,112 @@ _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]
 }
 
 
+def _region(kernel: Kernel, name: str, context: Context) -> RegionCall:
+    if name not in kernel.regions:
+        raise ArtifactError(f"kernel '{kernel.name}' lacks its region '{name}'")
+    return region_call(kernel.regions[name], context.device)
+
+
 def _activation(kernel: Kernel, context: Context) -> tuple[cpu_kernels.Activation, int]:
-    body = region(kernel, context.device)
-    return lambda parts: body(parts)[0], len(kernel.body_params)
-
-
-def _row_weights(ins: Sequence[Operand]) -> Operand:
-    """The weights that a gathered GEMM's rows are multiplied by, among its operands."""
-    return ins[5] if len(ins) > 5 else None
-
-
-def _weighted(kernel: Kernel) -> bool:
-    return bool(kernel.attrs.get("weighted", True))
+    body = _region(kernel, "activation", context)
+    return lambda parts: body(parts)[0], len(kernel.regions["activation"].params)
 
 
 def _tail(kernel: Kernel, context: Context) -> Callable[[Sequence[Operand]], cpu_kernels.Tail | None]:
-    """The tail of a combining GEMM, given the operands of a launch."""
-    if not kernel.body_outs:
-        return lambda ins: None
-    body = region(kernel, context.device)
+    """A kernel's tail, given its parameters."""
+    if "tail" not in kernel.regions:
+        return lambda params: None
+    body = _region(kernel, "tail", context)
 
-    def tail_of(ins: Sequence[Operand]) -> cpu_kernels.Tail:
-        params = _tensors(*ins[6:])
-        return lambda rows: body([rows, *params])[0]
+    def tail_of(params: Sequence[Operand]) -> cpu_kernels.Tail:
+        given = _tensors(*params)
+        return lambda rows: body([rows, *given])[0]
 
     return tail_of
 
 
-def _batched(kernel: Kernel) -> Callable[[int, int], bool]:
-    """Whether a launch over so many tokens and pairs is `batched`, by the variants or by the number of pairs."""
-    choices = [(variant.up_to, variant.config.get("path")) for variant in kernel.variants]
-    if any(path not in (None, "batched", "streamed") for _, path in choices):
-        raise ArtifactError(f"kernel '{kernel.name}' has a variant whose path is neither 'batched' nor 'streamed'")
-
-    def choose(tokens: int, pairs: int) -> bool:
-        path = next((path for up_to, path in choices if up_to is None or tokens <= up_to), None)
-        return pairs <= cpu_kernels.BATCHED_ROWS if path is None else path == "batched"
-
-    return choose
-
-
 def _bank(
-    kernel: Kernel, slots: Sequence[int | None], context: Context, weight: int, bias: int, prefix: str
+    kernel: Kernel,
+    slots: Sequence[int | None],
+    context: Context,
+    prefix: str,
+    weight: int,
+    bias: int,
+    scale: int | None = None,
 ) -> Callable[[Sequence[Operand]], Bank]:
-    """How to get a launch's bank: packed once if its weights never change, else made anew at every launch."""
-    param = kernel.params[weight]
-    place = slots[weight]
-    if param is None or place is None or len(param.shape) != 3:
+    """How to get a launch's bank: packed once if its weights never change, else made anew at every launch.
+
+    Args:
+        weight, bias, scale: which operands they are.
+    """
+    numbers = (weight, bias, scale)
+    places = [slots[i] if i is not None and i < len(slots) else None for i in numbers]
+    param, rows = kernel.params[weight], kernel.params[0]
+    if param is None or rows is None or places[0] is None:
         raise ArtifactError(f"kernel '{kernel.name}' lacks its bank '{prefix}'")
-    bias_slot = slots[bias] if bias < len(slots) else None
+    dtype = DTYPES[rows.dtype]
     transposed = bool(kernel.attrs.get(f"{prefix}_transposed", False))
     interleaved = prefix == "up" and kernel.attrs.get("layout", "concat") == "interleaved"
-    rows = kernel.params[0]
-    assert rows is not None
-    dtype = DTYPES[rows.dtype]
-    pack = kernel.backend == "onednn"
-    key = (place, bias_slot, dtype, transposed, interleaved, pack)
+    packing = str(kernel.attrs.get("packing", "plain"))
+    tiled = None if packing == "plain" else _tiled(kernel, prefix, packing, param, dtype)
+    if tiled is None and len(param.shape) != 3:
+        raise ArtifactError(f"kernel '{kernel.name}': its bank '{prefix}' has {len(param.shape)} dimensions, not 3")
+    may_pack = kernel.backend != "torch"
+    kind = (dtype, transposed, interleaved)
+
+    def make(given: Tensor, given_bias: Operand, scales: Operand, pack: bool) -> Bank:
+        return Bank(given, given_bias, *kind, pack) if tiled is None else tiled(given, given_bias, scales, pack)
+
+    key = (*places, *kind, packing, may_pack)
     bank = context.banks.get(key)
     if bank is not None:
         return lambda ins: bank
-    fixed = context.constant(place)
-    fixed_bias = None if bias_slot is None else context.constant(bias_slot)
-    if fixed is not None and (bias_slot is None or fixed_bias is not None):
-        made = context.banks[key] = Bank(fixed, fixed_bias, dtype, transposed, interleaved, pack)
+    fixed = [None if place is None else context.constant(place) for place in places]
+    if fixed[0] is not None and all(
+        (place is None) == (value is None) for place, value in zip(places, fixed, strict=True)
+    ):
+        made = context.banks[key] = make(fixed[0], fixed[1], fixed[2], may_pack)
         return lambda ins: made
 
     def anew(ins: Sequence[Operand]) -> Bank:
-        (given,) = _tensors(fixed if fixed is not None else ins[weight])
-        given_bias = fixed_bias if fixed_bias is not None or bias_slot is None else ins[bias]
-        if context.live and pack:
-            return live_bank(given, given_bias, dtype, transposed, interleaved)
-        return Bank(given, given_bias, dtype, transposed, interleaved, pack=False)
+        given = [
+            ins[i] if value is None and i is not None and i < len(ins) else value
+            for i, value in zip(numbers, fixed, strict=True)
+        ]
+        (matrix,) = _tensors(given[0])
+        if not (context.live and may_pack):
+            return make(matrix, given[1], given[2], False)
+        if tiled is None:
+            return live_bank(matrix, given[1], *kind)
+        return remembered(_tensors(*given), (*kind, packing), lambda pack: make(matrix, given[1], given[2], pack))
 
     return anew
+
+
+def _tiled(
+    kernel: Kernel, prefix: str, packing: str, param: Spec, dtype: torch.dtype
+) -> Callable[[Tensor, Operand, Operand, bool], Bank]:
+    """How to make a bank of tiles, their bias and their scales."""
+    activation = kernel.regions.get("activation")
+    taken = activation.params if activation is not None else ()
+    ends = [kernel.params[0], kernel.results[0], *taken[:1]]
+    sizes = [type.shape[-1] for type in ends if type is not None and type.shape] + list(param.shape[:1])
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) != 4:
+        raise ArtifactError(f"kernel '{kernel.name}': the sizes of its packed banks are not known")
+    hidden, columns, width, experts = known
+    parts = len(taken) if prefix == "up" else 1
+    shape = (experts, parts * width, hidden) if prefix == "up" else (experts, columns, width)
+
+    def make(packed: Tensor, bias: Operand, scales: Operand, pack: bool) -> Bank:
+        weight = Tiled(packed, scales, packing, parts, shape, dtype)
+        plain = None if bias is None else unpack_bias(bias, parts, shape[1])
+        try:
+            return Bank(weight, plain, dtype, pack=pack)
+        except (RuntimeError, ValueError) as error:
+            raise ArtifactError(f"kernel '{kernel.name}': its bank '{prefix}' cannot be unpacked: {error}") from error
+
+    return make
 
 
 def _attr(kernel: Kernel, name: str, kind: type[Any]) -> Any:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from sparsec.runtime.operators import slots_of
 from sparsec.runtime.plan import Call, Launch, Plan, Step
 
-BANKS: dict[str, tuple[int, ...]] = {"moe.gather_gemm": (3, 4), "moe.gemm_combine": (4, 5)}
-"""Which operands of a fused op are banks and their biases: once packed, the originals are not needed."""
+BANKS: dict[str, tuple[int, ...]] = {
+    "moe.experts": (3, 4, 5, 6, 7, 8),
+    "moe.layer": (2, 3, 4, 5, 6, 7),
+    "moe.gather_gemm": (3, 4),
+    "moe.gemm_combine": (4, 5),
+}
+"""Which operands of a fused op are banks, their biases and scales: once packed, the originals are not needed."""
 
 
 def reads_of(step: Step) -> list[int]:
@@ -17,7 +22,9 @@ def reads_of(step: Step) -> list[int]:
 
 
 def bank_slots(plan: Plan) -> set[int]:
-    """Slots that only CPU expert kernels read, as banks: they hold packed copies and need no tensor in the slot."""
+    """Slots that only expert kernels made of PyTorch operators read, as banks: those hold packed copies and need no
+    tensor in the slot. Generated kernels read their banks from the slot, as they lie in the artifact.
+    """
     banks, others = set[int](), {output.slot for output in plan.outputs}
     changing = {arg.slot for arg in plan.args if arg.kind in ("input", "buffer")}
     for step in plan.steps:

@@ -13,7 +13,7 @@ from sparsec.runtime import structure
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.operators import dims_of, problems, resolve, slots_of, updates
-from sparsec.runtime.plan import Call, Free, Kernel, Launch, Plan, Step, Tensor
+from sparsec.runtime.plan import Call, Free, Kernel, Launch, Plan, Region, Step, Tensor
 
 MAX_SLOTS = 1_000_000
 MAX_RANK = 64
@@ -77,16 +77,25 @@ def _check_kernel(kernel: Kernel, where: str, allow: Collection[str]) -> None:
     for type in (*(param for param in kernel.params if param is not None), *kernel.results):
         _check_type(type, known, where)
     _check_dim(kernel.tokens, known, where)
-    inner = set[str]()
-    for type in kernel.body_params:
-        inner |= _bare(type)
-    live = _check_steps(kernel.body, set(range(len(kernel.body_params))), inner, set(), {}, allow, f"{where}, step")
-    if not set(kernel.body_outs) <= live:
-        raise ArtifactError(f"{where}: its region yields a slot that holds no value")
+    for name, region in kernel.regions.items():
+        _check_region(region, f"{where}, {name}", allow)
+    if (kernel.binaries or kernel.source is not None) and kernel.backend != "cpp":
+        raise ArtifactError(f"{where} has files of C++, but its backend is '{kernel.backend}'")
     bounds = [variant.up_to for variant in kernel.variants]
     finite = [bound for bound in bounds if bound is not None]
     if not bounds or bounds[-1] is not None or None in bounds[:-1] or finite != sorted(set(finite)):
         raise ArtifactError(f"{where}: its variants do not cover every token count in ascending order")
+
+
+def _check_region(region: Region, where: str, allow: Collection[str]) -> None:
+    known = set[str]()
+    for type in region.params:
+        known |= _bare(type)
+    for type in region.params:
+        _check_type(type, known, where)
+    live = _check_steps(region.steps, set(range(len(region.params))), known, set(), {}, allow, f"{where}, step")
+    if not set(region.outs) <= live:
+        raise ArtifactError(f"{where} yields a slot that holds no value")
 
 
 def _check_steps(

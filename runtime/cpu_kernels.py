@@ -22,8 +22,8 @@ Activation = Callable[[Sequence[Tensor]], Tensor]
 Tail = Callable[[Tensor], Tensor]
 """Rows [n, H] of what experts yield -> what is weighed and added in their place, [n, H]."""
 
-BATCHED_ROWS = 512
-"""Up to this many pairs a layer is `batched` unless the plan says otherwise."""
+CACHE = 8 << 20
+"""Bytes of rows between the GEMMs up to which a layer is `batched`."""
 FEW_TOKENS = 16
 """Up to this many tokens the combine weighs all pairs at once instead of slot by slot."""
 BLOCK = 128
@@ -123,6 +123,12 @@ def experts(
         return combine(_finished(tail, _multiply(down, hits, h)), order, used, weights, x.dtype)
     pieces = [_finished(tail, down(e, _activate(activation, up(e, rows(a, b)), parts))) for e, a, b in hits]
     return combine(_joined(pieces, x, down.columns), order, used, weights, x.dtype)
+
+
+def is_few(pairs: int, x: Tensor, up: Bank, parts: int) -> bool:
+    """Whether the rows of so many pairs stay in the cache through a layer: then it is better `batched`."""
+    row = x.shape[1] + up.columns + up.columns // parts
+    return pairs * row * x.itemsize <= CACHE
 
 
 def combine(y: Tensor, order: Tensor, used: int, weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsec.runtime import structure
-from sparsec.runtime.backends import bind, bind_pair
-from sparsec.runtime.banks import bank_slots, reads_of
+from sparsec.runtime.backends import bind
+from sparsec.runtime.banks import bank_slots
 from sparsec.runtime.check import check_plan
 from sparsec.runtime.context import Context
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES, NAMES
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.operators import resolve, slots_of, updates
-from sparsec.runtime.plan import Arg, Call, Free, Launch, Plan, Step
+from sparsec.runtime.plan import Arg, Call, Free, Launch, Plan
 from sparsec.runtime.steps import Closure, Runner, Slots
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """The two launches of an expert layer that run back to back, as one step."""
-
-    gather: Launch
-    combine: Launch
 
 
 class Program:
@@ -64,9 +55,8 @@ class Program:
         self._weights, self._by_slot = weights, {arg.slot: arg for arg in plan.args if arg.kind != "input"}
         self._context = Context(self.device, files or {}, self._constant)
         with torch.inference_mode():
-            steps = _paired(plan)
             symbols = {symbol for spec in self._specs for symbol in spec.symbols}
-            self._runner = Runner(steps, _width(plan), symbols, self.device, self._launch, allow)
+            self._runner = Runner(plan.steps, _width(plan), symbols, self.device, self._launch, allow)
             banks = bank_slots(plan)
             for slot, arg in self._by_slot.items():
                 if slot not in banks:
@@ -160,18 +150,10 @@ class Program:
         mutations = [output for output in self.plan.outputs if output.kind == "mutation"]
         self._updates = [(output.slot, base[slots[output.source]]) for output in mutations]
 
-    def _launch(self, step: Step | _Pair) -> Closure:
+    def _launch(self, step: Launch) -> Closure:
         """The closure of a launch."""
-        if isinstance(step, _Pair):
-            first, second = step.gather, step.combine
-            ins = [*first.ins, *second.ins]
-            kernels = self.plan.kernels
-            kernel = bind_pair(kernels[first.kernel], first.ins, kernels[second.kernel], second.ins, self._context)
-            outs = second.outs
-        else:
-            assert isinstance(step, Launch)
-            ins, outs = step.ins, step.outs
-            kernel = bind(self.plan.kernels[step.kernel], ins, self._context)
+        ins, outs = step.ins, step.outs
+        kernel = bind(self.plan.kernels[step.kernel], ins, self._context)
 
         def launch(values: Slots) -> None:
             results = kernel([None if slot is None else values[slot] for slot in ins])
@@ -277,27 +259,3 @@ def _width(plan: Plan) -> int:
         if not isinstance(step, Free):
             slots += [slot for slot in step.outs if slot is not None]
     return max(slots, default=-1) + 1
-
-
-def _paired(plan: Plan) -> list[Any]:
-    """The steps, where each gathered GEMM whose result only the next launch reads is one step with that launch."""
-    reads = [slot for step in plan.steps for slot in reads_of(step)] + [output.slot for output in plan.outputs]
-    steps: list[Any] = []
-    gather: tuple[int, Launch] | None = None  # the last launch of a gathered GEMM and its place in `steps`
-    for step in plan.steps:
-        if isinstance(step, Launch) and gather is not None:
-            place, first = gather
-            same = step.ins[:3] == [first.outs[0], *first.ins[1:3]] and reads.count(first.outs[0]) == 1
-            if _is(plan, step, "moe.gemm_combine") and same:
-                steps[place] = _Pair(first, step)
-                gather = None
-                continue
-        if not isinstance(step, Free):
-            gather = (len(steps), step) if isinstance(step, Launch) and _is(plan, step, "moe.gather_gemm") else None
-        steps.append(step)
-    return steps
-
-
-def _is(plan: Plan, step: Launch, op: str) -> bool:
-    kernel = plan.kernels[step.kernel]
-    return kernel.op == op and kernel.backend in ("torch", "onednn")

@@ -46,7 +46,7 @@ def run_experts(
         down_bank = live_bank(down, down_bias, x.dtype, down_transposed, False)
         order, offsets = cpu_kernels.group(ids, up_bank.experts)
         parts = 1 if layout == "single" else 2
-        batched = order.shape[0] <= cpu_kernels.BATCHED_ROWS
+        batched = cpu_kernels.is_few(order.shape[0], x, up_bank, parts)
         late = weight_on == "output"
         early = None if late else weights
         return cpu_kernels.experts(

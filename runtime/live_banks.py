@@ -8,6 +8,7 @@ version counter, which `tensor.data` bypasses: after writing through `.data`, ca
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +33,26 @@ _seen: dict[tuple[Any, ...], _Entry] = {}
 def live_bank(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transposed: bool, interleaved: bool) -> Bank:
     """A bank as of `packing.Bank`, packed if these tensors were seen before and have not changed."""
     made = (dtype, transposed, interleaved)
-    tensors = (weight,) if bias is None else (weight, bias)
-    untracked = any(tensor.is_inference() for tensor in tensors)  # made in inference mode: no version counter
-    if untracked or not should_pack(weight, compute_dtype(dtype, weight.dtype)):
+    if not should_pack(weight, compute_dtype(dtype, weight.dtype)):
         return Bank(weight, bias, *made, pack=False)
+    tensors = (weight,) if bias is None else (weight, bias)
+    return remembered(tensors, made, lambda pack: Bank(weight, bias, *made, pack))
+
+
+def remembered(tensors: Sequence[Tensor], kind: tuple[Any, ...], make: Callable[[bool], Bank]) -> Bank:
+    """The bank that `make(pack)` makes of `tensors`: not packed the first time, then packed and kept."""
+    if any(tensor.is_inference() for tensor in tensors):  # made in inference mode: no version counter
+        return make(False)
     storages = [tensor.untyped_storage() for tensor in tensors]
-    key = (*map(id, storages), *made, *((t.storage_offset(), t.shape, t.stride()) for t in tensors))
+    key = (*map(id, storages), *kind, *((t.storage_offset(), t.shape, t.stride()) for t in tensors))
     state = tuple((t.data_ptr(), t._version) for t in tensors)
     entry = _seen.get(key)
     if entry is None or entry.state != state:
         refs = tuple(weakref.ref(storage, lambda _: _seen.pop(key, None)) for storage in storages)
         _seen[key] = _Entry(refs, state)
-        return Bank(weight, bias, *made, pack=False)
+        return make(False)
     if entry.bank is None:
-        entry.bank = Bank(weight, bias, *made)
+        entry.bank = make(True)
     return entry.bank
 
 

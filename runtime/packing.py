@@ -7,15 +7,50 @@ its memory twice. `[E, K, N]` banks are transposed and interleaved gate/up colum
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsec.runtime.tiles import unpack
+
 SMALLEST = {2: 1 << 14, 4: 1 << 20}
 """Elements of an expert's weight from which on packing pays, by bytes per element (measured on one AVX-512 core; in f32
 a single row is then 15 % slower than plain and four rows 20 to 60 % faster)."""
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A bank in tiles (`runtime.tiles`) as the bank [E, N, K] that they were made of, one expert at a time.
+
+    Args:
+        packed, scales, packing, parts: as of `tiles.unpack`.
+        shape: E, N, K.
+        dtype: of what is unpacked.
+    """
+
+    packed: Tensor
+    scales: Tensor | None
+    packing: str
+    parts: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def __getitem__(self, expert: int) -> Tensor:
+        """[N, K] of one expert."""
+        one = slice(expert, expert + 1)
+        scales = None if self.scales is None else self.scales[one]
+        return unpack(self.packed[one], scales, self.packing, self.parts, *self.shape[1:], self.dtype)[0]
+
+
+Weight: TypeAlias = Tensor | Tiled
 
 
 @cache
@@ -32,13 +67,13 @@ def can_pack(dtype: torch.dtype) -> bool:
     return out.dtype == dtype and bool((out == 16).all())
 
 
-def is_small(weight: Tensor, dtype: torch.dtype) -> bool:
+def is_small(weight: Weight, dtype: torch.dtype) -> bool:
     """Whether an expert of a bank [E, ., .] on a CPU is too small for packing to pay."""
     each = weight.shape[1] * weight.shape[2]
     return weight.device.type == "cpu" and each < SMALLEST.get(dtype.itemsize, 1 << 60)
 
 
-def should_pack(weight: Tensor, dtype: torch.dtype) -> bool:
+def should_pack(weight: Weight, dtype: torch.dtype) -> bool:
     """Whether a bank [E, ., .] multiplied in `dtype` is better packed."""
     return weight.device.type == "cpu" and not is_small(weight, dtype) and can_pack(dtype)
 
@@ -67,7 +102,7 @@ class Bank:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         dtype: torch.dtype,
         transposed: bool = False,

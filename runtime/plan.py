@@ -92,21 +92,36 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A region of a fused op as steps over slots of its own.
+
+    Args:
+        params: types of its arguments, which take slots 0, 1, ...; their bare symbols bind what sizes mention.
+        steps: what it computes; no launches.
+        outs: the slots that it yields.
+    """
+
+    params: tuple[Tensor, ...]
+    steps: list[Step]
+    outs: list[int]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A fused op of the model, shared by all layers in which it is the same.
 
     Args:
         name: its name in the IR (`route_group_0`).
-        op: which fused op it is (`moe.route_group`, `moe.gather_gemm`, `moe.gemm_combine` ...).
-        backend: who runs it: `torch` (steps of PyTorch operators), `onednn`, `triton`.
+        op: which fused op it is (`moe.layer`, `moe.gather_gemm`, `moe.gemm_combine` ...).
+        backend: who runs it: `torch` (steps of PyTorch operators), `onednn`, `triton`, `cpp` (generated C++).
         params: types of its operands, in order (None: an optional operand left out).
         results: types of its results.
         tokens: the dimension that counts tokens; variants are chosen by it.
         attrs: the op's attributes (`k`, `num_experts`, `layout` ...), as JSON.
-        body: the op's region as steps over slots of its own: arguments take slots 0, 1, ...
-        body_outs: the slots that the region yields.
+        regions: the op's regions by name (`router`, `activation`, `tail`; the only one of a route is its `body`).
         variants: by ascending `up_to`; the last has None.
-        body_params: types of the region's arguments, whose bare symbols bind what the steps' sizes mention.
+        binaries: of a `cpp` kernel: instruction set -> the file that was compiled for it.
+        source: of a `cpp` kernel: the file of its C++.
     """
 
     name: str
@@ -116,10 +131,10 @@ class Kernel:
     results: tuple[Tensor, ...]
     tokens: Dim
     attrs: dict[str, Json]
-    body: list[Step]
-    body_outs: list[int]
+    regions: dict[str, Region]
     variants: list[Variant]
-    body_params: tuple[Tensor, ...] = ()
+    binaries: dict[str, str] = field(default_factory=dict)
+    source: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
-from sparsec.runtime.plan import Arg, Call, Free, Kernel, Launch, Output, Plan, Step, Tensor, Variant
+from sparsec.runtime.plan import Arg, Call, Free, Kernel, Launch, Output, Plan, Region, Step, Tensor, Variant
 
 T = TypeVar("T")
 
@@ -72,6 +72,9 @@ class _Entry:
 
     def optional_slots(self, key: str) -> list[int | None]:
         return self.list(key, lambda item, where: None if item is None else _index(item, where))
+
+    def mapping(self, key: str, read: Callable[[Any, str], T]) -> dict[str, T]:
+        return {name: read(item, f"{self.where}.{key}.{name}") for name, item in self.get(key, dict).items()}
 
     def list(self, key: str, read: Callable[[Any, str], T]) -> list[T]:
         return [read(item, f"{self.where}.{key}[{i}]") for i, item in enumerate(self.get(key, list))]
@@ -144,6 +147,17 @@ def _variant(data: Any, where: str) -> Variant:
     return Variant(entry.optional("up_to", int), entry.get("config", dict))
 
 
+def _region(data: Any, where: str) -> Region:
+    entry = _Entry(data, where)
+    return Region(tuple(entry.list("params", _tensor)), entry.list("steps", _step), entry.slots("outs"))
+
+
+def _name(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ArtifactError(f"{where} is {value!r}, not the name of a file")
+    return value
+
+
 def _kernel(data: Any, where: str) -> Kernel:
     entry = _Entry(data, where)
     return Kernel(
@@ -154,8 +168,8 @@ def _kernel(data: Any, where: str) -> Kernel:
         results=tuple(entry.list("results", _tensor)),
         tokens=_dim(entry.data.get("tokens"), f"{where}.tokens"),
         attrs=entry.get("attrs", dict),
-        body=entry.list("body", _step),
-        body_outs=entry.slots("body_outs"),
+        regions=entry.mapping("regions", _region),
         variants=entry.list("variants", _variant),
-        body_params=tuple(entry.list("body_params", _tensor)),
+        binaries=entry.mapping("binaries", _name),
+        source=entry.optional("source", str),
     )

@@ -32,7 +32,7 @@ class Runner:
         width: how many slots the plan itself uses.
         known: symbols that have a value before the first step.
         device: where factory operators create.
-        launch: makes the closure of any step that is neither a `Call` nor a `Free`.
+        launch: makes the closure of a `Launch`.
         allow: as of `operators.resolve`.
 
     Attributes:
@@ -66,7 +66,7 @@ class Runner:
                     self._add(step.op, self._bind(step))
             else:
                 assert launch is not None, "a region launches nothing"
-                self._add(f"launch {getattr(step, 'kernel', 'of an expert layer')}", launch(step))
+                self._add(f"launch {step.kernel}", launch(step))
 
     def start(self, env: Mapping[str, int]) -> Slots:
         """Fresh slots for a run in which `env` gives every known symbol its value."""

@@ -140,6 +140,12 @@ def unpack(
     return out
 
 
+def unpack_bias(packed: Tensor, parts: int, columns: int) -> Tensor:
+    """The bias [E, N] of which `pack_bias` made `packed`; gate columns before up columns."""
+    rows = packed.transpose(1, 2) if parts == 2 else packed.unsqueeze(1)
+    return rows.reshape(packed.shape[0], parts, -1)[..., : columns // parts].flatten(1)
+
+
 def _check(weight: Tensor, parts: int, interleaved: bool, packing: str) -> None:
     if packing not in PACKINGS:
         raise ValueError(f"banks are packed as {', '.join(PACKINGS)}, not as '{packing}'")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsec.codegen.emit import region as steps_of
+from sparsec.codegen.emit import region
 from sparsec.frontend.adapters import registry as adapters
 from sparsec.frontend.capture import EXPERTS, configs_of
 from sparsec.frontend.experts_op import set_experts_kernel
 from sparsec.frontend.region import decode
-from sparsec.runtime.backends import region_of
+from sparsec.runtime.backends import region_call
 from sparsec.runtime.cpu_kernels import Activation
 from sparsec.runtime.experts import run_experts
 
@@ -25,8 +25,7 @@ from sparsec.runtime.experts import run_experts
 @lru_cache(256)
 def _function(text: str, device: torch.device) -> Activation:
     """A region, as `sparsec::experts` takes it, as a function of the list of its arguments."""
-    made = steps_of(decode(text))
-    run = region_of(made["body"], made["body_params"], made["body_outs"], device)
+    run = region_call(region(decode(text)), device)
     return lambda args: run(args)[0]
 
 

@@ -45,7 +45,7 @@ def register(kernel: Kernel, device: torch.device, files: Mapping[str, bytes]) -
 @torch.library.custom_op("sparsec::launch", mutates_args=(), schema="(str kernel, Tensor?[] inputs) -> Tensor[]")
 def launch(kernel: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
     results = list(_KERNELS[kernel].call(inputs))
-    if _KERNELS[kernel].kernel.body:
+    if _KERNELS[kernel].kernel.regions:
         _part(results, inputs)
     return results
 

@@ -39,7 +39,7 @@ PIPELINES: dict[str, str] = {
         "canonicalize-routers,dce,raise-route,canonicalize-routers,canonicalize,cse,dce,"
         "derive-weights"
     ),
-    "fuse": "fuse-route-group,fuse-experts,cse,dce",
+    "fuse": "fuse-layer,fuse-route-group,fuse-experts,cse,dce",
     "place": "",
     "schedule": "schedule",
     "lower": "lower-kernels,dce",
@@ -124,7 +124,7 @@ def run(
 ) -> Result:
     """Take a module through the phases after `start` (default: the module's own `phase`) up to and including `to`.
 
-    The module is changed in place; its attributes `phase` and (from `schedule` on) `target` are kept up to date.
+    The module is changed in place; its attributes `phase` and (from `fuse` on) `target` are kept up to date.
     Raises: CompileError for a phase that is not, for a module past `to`, and for what a pass or the verifier finds.
     """
     if (version := module.attrs.get("version", VERSION)) != VERSION:
@@ -136,7 +136,7 @@ def run(
     known = module.attrs.get("target", target)
     if known != target:
         raise CompileError(
-            f"the module was scheduled for {known}, not for {target}", hint="go on from the text of an earlier phase"
+            f"the module was fused for {known}, not for {target}", hint="go on from the text of phase `raise`"
         )
     todo = {phase: phase_passes(phase) for phase in PHASES[done + 1 : last + 1]}
     manager = _Manager(module, target, instruments, verify)
@@ -148,7 +148,7 @@ def run(
     for phase, passes in todo.items():
         changed = manager.run(phase, passes, last_copy)
         module.attrs["phase"] = phase
-        if PHASES.index(phase) >= PHASES.index("schedule"):
+        if PHASES.index(phase) >= PHASES.index("fuse"):
             module.attrs["target"] = target
         last_copy = clone_module(module) if changed else Module(last_copy.funcs.values(), module.attrs)
         kept[phase] = last_copy

@@ -73,17 +73,19 @@ LAYERS = {
                   + ACTIVATION + "\n  }\n  return %y"),
     "input": Case("up down ub", "\n %y = moe.experts(%x, %ids, %w, %up, %down, %ub) {weight_on = \"input\"}"
                   " : tensor<s0x40xf32> {" + ACTIVATION + "\n  }\n  return %y"),
-    "tail": Case("up down db n o", "\n %y = moe.experts(%x, %ids, %w, %up, %down, none, %db, %n, %o)"
+    "tail": Case("up down db n o", "\n %y = moe.experts(%x, %ids, %w, %up, %down, none, %db, none, none, %n, %o)"
                  " : tensor<s0x40xf32> {" + ACTIVATION + NORM + "\n  }\n  return %y, %w"),
     "input_and_tail": Case(
-        "up down ub n o", "\n %y = moe.experts(%x, %ids, %w, %up, %down, %ub, none, %n, %o) {weight_on = \"input\"}"
+        "up down ub n o",
+        "\n %y = moe.experts(%x, %ids, %w, %up, %down, %ub, none, none, none, %n, %o) {weight_on = \"input\"}"
         " : tensor<s0x40xf32> {" + ACTIVATION + NORM + "\n  }\n  return %y", 1),
     "capacity": Case(
         "up down", "\n %few = moe.capacity(%ids) {num_experts = 5, capacity = (s0//3+1)} : tensor<s0x2xi64>"
         "\n %y = moe.experts(%x, %few, %w, %up, %down) : tensor<s0x40xf32> {" + ACTIVATION + "\n  }\n  return %y"),
     "tail_and_capacity": Case(
         "up down db n o", "\n %few = moe.capacity(%ids) {num_experts = 5, capacity = 1, order = \"token\"}"
-        " : tensor<s0x2xi64>\n %y = moe.experts(%x, %few, %w, %up, %down, none, %db, %n, %o) : tensor<s0x40xf32> {"
+        " : tensor<s0x2xi64>\n %y = moe.experts(%x, %few, %w, %up, %down, none, %db, none, none, %n, %o)"
+        " : tensor<s0x40xf32> {"
         + ACTIVATION + NORM + "\n  }\n  return %y"),
     "linears": Case(
         "heads back db", "\n %h = moe.grouped_linear(%x, %ids, %heads) : tensor<s0x2x24xf32>"

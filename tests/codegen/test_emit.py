@@ -41,7 +41,7 @@ def test_kernels_hold_attributes_region_and_types() -> None:
     assert (gather.op, gather.backend, gather.tokens) == ("moe.gather_gemm", "onednn", "t")
     assert gather.attrs["layout"] == "single"
     assert gather.attrs["k"] == 2
-    assert [param.shape if param else None for param in gather.body_params] == [("r", 48)]
+    assert [param.shape for param in gather.regions["activation"].params] == [("r", 48)]
     assert [variant.up_to for variant in gather.variants] == [None]
     assert "variants" not in gather.attrs
 

@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": set(),
 }
 UNDER_ALL = {"diagnostics", "config", "targets", "__version__"}
-SHARED_DATA = {"artifact", "banks", "dims", "dtypes", "errors", "operators", "plan", "plan_json", "structure"}
+SHARED_DATA = {
+    "artifact", "banks", "code_cache", "dims", "dtypes", "errors", "isa", "operators", "plan", "plan_json", "structure",
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "triton", "torch_mlir"}
 NO_HEAVY_AT_IMPORT = {"", "__main__", "cli", "config", "diagnostics", "ir", "dialects", "passes", "pipeline"}
 

@@ -66,11 +66,14 @@ def changed(name: str, change: Callable[[Any], None]) -> Any:
         ("cache", "structure.items.0.index", 5, "its structure has leaves [5]"),
         ("cache", "structure.kind", "set", "of kind 'set'"),
         ("cache", "inputs.args.items.0.index", 1, "its structure has leaves [1, 1]"),
-        ("layer", "kernels.route_group_0.body.0.op", "aten.add_.Tensor", "gives 3 positional arguments"),
+        ("layer", "kernels.route_group_0.regions.body.steps.0.op", "aten.add_.Tensor", "gives 3 positional arguments"),
+        ("layer", "kernels.route_group_0.source", "kernels/a.cpp", "has files of C++, but its backend is 'onednn'"),
+        ("layer", "kernels.route_group_0.binaries", {"amx": 1}, "binaries.amx is 1, not the name of a file"),
+        ("layer", "kernels.route_group_0.regions", [], "'regions' is missing or not of type dict"),
         ("layer", "kernels.route_group_0.variants", [], "do not cover every token count"),
         ("layer", "kernels.route_group_0.name", "x", "calls itself 'x'"),
         ("layer", "kernels.gather_gemm_0.results.0.shape.0", "q*2", "uses the symbol 'q'"),
-        ("layer", "kernels.gather_gemm_0.body_outs.0", 9, "yields a slot that holds no value"),
+        ("layer", "kernels.gather_gemm_0.regions.activation.outs.0", 9, "activation yields a slot that holds no value"),
     ],
 )
 def test_what_is_wrong_is_said(name: str, path: str, value: Any, words: str) -> None:
@@ -89,16 +92,17 @@ def test_a_launch_must_fit_its_kernel() -> None:
     refuse(changed("layer", lambda data: data["kernels"].pop("gather_gemm_0")), "which the plan does not have")
 
 
-def test_unknown_kernels_and_paths_are_refused() -> None:
-    def other_backend(data: Any) -> None:
-        data["kernels"]["gather_gemm_0"]["backend"] = "abacus"
-
-    def other_path(data: Any) -> None:
-        data["kernels"]["gather_gemm_0"]["variants"][0]["config"] = {"path": "sideways"}
-
-    for change, words in ((other_backend, "for backend 'abacus'"), (other_path, "neither 'batched' nor 'streamed'")):
-        with pytest.raises(ArtifactError, match=words):
-            Program(from_json(changed("layer", change)), LAYER.weights)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda kernel: kernel.update(backend="abacus"), "for backend 'abacus'"),
+        (lambda kernel: kernel["regions"].clear(), "lacks its region 'activation'"),
+    ],
+)
+def test_kernels_that_nobody_runs_are_refused(change: Callable[[Any], None], words: str) -> None:
+    data = changed("layer", lambda data: change(data["kernels"]["gather_gemm_0"]))
+    with pytest.raises(ArtifactError, match=words):
+        Program(from_json(data), LAYER.weights)
 
 
 def test_operators_of_other_libraries_need_leave() -> None:

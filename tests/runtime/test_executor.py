@@ -16,7 +16,7 @@ from sparsec.codegen.emit import emit
 from sparsec.ir.core import Module
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.executor import Program
-from sparsec.runtime.plan import Call, Free, Launch, Plan, Step
+from sparsec.runtime.plan import Call, Plan
 from sparsec.runtime.plan_json import from_json, to_json
 from tests.runtime.models import Layer, arange_module, cache_module, layer_module
 
@@ -62,27 +62,6 @@ def test_a_layer_at_any_number_of_tokens(layer: Layer, tokens: int) -> None:
     assert logits.shape == (tokens, layer.experts)
 
 
-def test_the_two_gemms_run_as_one_step(layer: Layer) -> None:
-    run = program(layer_module(layer), layer.weights)
-    assert [name for name in run._runner._names if "launch" in name] == [
-        "launch route_group_0",
-        "launch of an expert layer",
-    ]
-
-
-def test_launches_that_do_not_belong_together_run_one_by_one(layer: Layer) -> None:
-    plan = emit(layer_module(layer), "cpu").plan
-    launches = [step for step in plan.steps if isinstance(step, Launch)]
-    h = next(step for step in launches if step.kernel == "gather_gemm_0").outs[0]
-    steps: list[Step] = [step for step in plan.steps if not isinstance(step, Free)]
-    outputs = [*plan.outputs, dataclasses.replace(plan.outputs[0], slot=h)]
-    split = dataclasses.replace(plan, outputs=outputs, steps=steps)
-    x = torch.randn(7, layer.hidden)
-    y, _, hidden = Program(split, layer.weights)(x)
-    assert torch.equal(y, program(layer_module(layer), layer.weights)(x)[0])
-    assert hidden.shape == (7 * layer.k, layer.width)
-
-
 def test_banks_are_let_go_once_packed(layer: Layer) -> None:
     asked = list[str]()
 
@@ -95,15 +74,6 @@ def test_banks_are_let_go_once_packed(layer: Layer) -> None:
     assert sorted(asked) == sorted(layer.weights)
     held = [value for value in run._runner.base if isinstance(value, torch.Tensor)]
     assert [value.shape for value in held] == [layer.weights["gate"].shape]
-
-
-@pytest.mark.parametrize("path", ["batched", "streamed"])
-def test_variants_choose_the_path(path: str) -> None:
-    layer = Layer(variants=({"up_to": 4, "path": path}, {"path": "streamed"}))
-    x = torch.randn(4, layer.hidden)
-    y = program(layer_module(layer), layer.weights)(x)[0]
-    plain = program(layer_module(Layer()), layer.weights)(x)[0]
-    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

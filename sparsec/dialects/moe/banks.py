@@ -105,7 +105,7 @@ class ExpertBank(OpDef):
 
     def _packed_problems(self) -> Iterator[str]:
         if self.x.tensor.dtype not in TILE_DTYPES:
-            yield f"x is {self.x.type}: packed banks are for {' and '.join(TILE_DTYPES)}"
+            yield f"x is {self.x.type}: packed banks are for {' and '.join(dtype.value for dtype in TILE_DTYPES)}"
             return
         if self.up_transposed or self.down_transposed or self.layout == "interleaved":
             yield "packed banks are neither transposed nor interleaved"

@@ -117,12 +117,10 @@ def unpack_reference(
     packed: Tensor, bias: Tensor | None, scales: Tensor | None, packing: str, parts: int, n: int, k: int
 ) -> tuple[Tensor, Tensor | None]:
     """A packed bank and its bias as [E, n, k] and [E, n]; the columns of two parts one after the other."""
-    from sparsec.runtime.tiles import unpack
+    from sparsec.runtime.tiles import unpack, unpack_bias
 
-    if bias is not None:
-        columns = bias.transpose(1, 2) if parts == 2 else bias.flatten(1).unsqueeze(1)
-        bias = columns.reshape(bias.shape[0], parts, -1)[..., : n // parts].flatten(1)
-    return unpack(packed, scales, packing, parts, n, k), bias
+    plain_bias = None if bias is None else unpack_bias(bias, parts, n)
+    return unpack(packed, scales, packing, parts, n, k), plain_bias
 
 
 def split_parts(projected: Tensor, layout: str) -> list[Tensor]:

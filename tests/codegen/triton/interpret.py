@@ -73,7 +73,7 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
     tokens = fixed if isinstance(fixed, int) and not isinstance(fixed, bool) else "t"
     described = plan.Kernel(
         name=func.name, op=op.name, backend="triton", params=params, results=results, tokens=tokens, attrs={},
-        body_params=(), body=[], body_outs=[], variants=variants,
+        regions={}, variants=variants,
     )  # fmt: skip
     return launcher(described, torch.device("cpu"), load)
 
