@@ -152,7 +152,7 @@ def _compile(compiler: Compiler, source: str, options: Sequence[str]) -> bytes:
         made = Path(folder, "kernel.so")
         if status != 0 or not made.is_file():
             lines = text.splitlines()
-            first = next((i for i, line in enumerate(lines) if "error" in line), 0)
+            first = next((i for i, line in enumerate(lines) if "error" in line or "undefined" in line), 0)
             what = f"did not end in {TIMEOUT:g} seconds" if status is None else f"failed with status {status}"
             shown = lines[first : first + MESSAGE_LINES] if status else lines[:MESSAGE_LINES]
             raise CompilerFailed("\n  ".join([f"'{compiler.command[0]}' {what}", *shown]))
