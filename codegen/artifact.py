@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsec import __version__
 from sparsec.codegen.emit import Emitted
+from sparsec.codegen.shards import write_shard
 from sparsec.runtime.artifact import FORMAT, VERSION, Progress, digest_line, is_safe
 from sparsec.runtime.banks import bank_slots
 from sparsec.runtime.dtypes import DTYPES
@@ -136,6 +135,10 @@ class _Writer:
         kind = False
         # Banks have files of their own: once they are packed, nothing keeps those mapped.
         for arg in sorted(_stored(plan), key=lambda arg: arg.slot in banks):
+            kind, other = arg.slot in banks, (arg.slot in banks) != kind
+            if shard and (other or size + _size(arg) > limit):
+                self._write_shard(shard)
+                shard, size = {}, 0
             tensor = _tensor(weights, arg)
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             known = seen.get(key)
@@ -144,10 +147,6 @@ class _Writer:
                 aliases[arg.source] = known[1]
                 continue
             seen[key] = weakref.ref(tensor), arg.source
-            kind, other = arg.slot in banks, (arg.slot in banks) != kind
-            if shard and (other or size + _size(arg) > limit):
-                self._write_shard(shard)
-                shard, size = {}, 0
             shard[arg.source] = tensor
             size += _size(arg)
             del tensor
@@ -160,22 +159,8 @@ class _Writer:
         name = f"weights/{number:05}.safetensors"
         place = self.folder / name
         place.parent.mkdir(exist_ok=True)
-        storages = set[int]()
-        for source, tensor in tensors.items():
-            storage = tensor.untyped_storage()
-            own = storage.nbytes() == tensor.numel() * tensor.itemsize and storage.data_ptr() not in storages
-            storages.add(storage.data_ptr())
-            plain = tensor.detach().to("cpu").contiguous()
-            tensors[source] = plain if own or plain.data_ptr() != tensor.data_ptr() else plain.clone()
-        try:
-            save_file(tensors, place)
-        except SafetensorError as error:
-            raise ArtifactError(f"the weights cannot be written: {error}") from None
-        digest = hashlib.sha256()
-        with place.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        self._enter(name, place.stat().st_size, digest.hexdigest())
+        size, digest = write_shard(place, tensors)
+        self._enter(name, size, digest)
 
     def _enter(self, name: str, size: int, digest: str) -> None:
         self.entries[name] = {"size": size, "sha256": digest}

@@ -157,7 +157,7 @@ def test_trouble_leaves_what_was_there(
     def fail(*args: Any) -> None:
         raise trouble
 
-    monkeypatch.setattr(writer, "save_file", fail)
+    monkeypatch.setattr(writer, "write_shard", fail)
     with pytest.raises(ArtifactError if isinstance(trouble, OSError) else type(trouble)) as error:
         write(path)
     if isinstance(trouble, OSError):
