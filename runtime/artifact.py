@@ -10,6 +10,7 @@
 
 Files are opened by the names in the manifest only; names that could leave the folder, and links, are refused. Hashes
 say that nothing was damaged, not who wrote it: the binaries of GPU kernels run as they are, so load what you trust.
+Native code for the CPU runs only where it was compiled by this user, or by leave of the caller (`trust_code`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsec.runtime import native
+from sparsec.runtime.context import Choice
 from sparsec.runtime.dtypes import SAFETENSORS
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.executor import Program
@@ -73,21 +76,30 @@ class Artifact:
         return Weights(self.path, self._names("weights/"), self.manifest["aliases"])
 
     def read(self, name: str) -> bytes:
-        """The content of a file. Raises: ArtifactError if the manifest does not list it."""
-        if name not in self.manifest["files"]:
-            raise ArtifactError(f"{self.path} has no file '{name}'")
-        return _read(self.path, name, self.manifest["files"][name]["size"])
+        """The content of a file, compared with its hash. Raises: ArtifactError if it is damaged or not listed."""
+        digest = self._digest(name)
+        content = _read(self.path, name, self.manifest["files"][name]["size"])
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ArtifactError(f"{self.path} is damaged: '{name}' is not what was written")
+        return content
+
+    def paths(self, trust_code: bool = False) -> dict[str, Choice]:
+        """Who would run the kernels that come as native code on this machine, by their names; nothing is loaded."""
+        kernels = [kernel for kernel in self.plan.kernels.values() if kernel.backend == "cpp"]
+        return {kernel.name: native.choose(kernel.binaries, self._digest, trust_code) for kernel in kernels}
 
     def json(self, name: str) -> Any:
         """A JSON file, None if the artifact has none of that name. Raises: ArtifactError."""
         return _parse(self.read(name), self.path, name) if name in self.manifest["files"] else None
 
-    def program(self, device: str | torch.device | None = None, allow: Collection[str] = ()) -> Program:
+    def program(
+        self, device: str | torch.device | None = None, allow: Collection[str] = (), trust_code: bool = False
+    ) -> Program:
         """Make the artifact ready to run.
 
         Args:
             device: where; the default is the kind of device that it was compiled for.
-            allow: as of `Program`.
+            allow, trust_code: as of `Program`.
 
         Raises:
             ArtifactError: it was compiled for another kind of device, or this machine has none of the kind.
@@ -102,7 +114,12 @@ class Artifact:
         if kind == "cuda" and not torch.cuda.is_available():
             raise ArtifactError(f"{self.path} was compiled for {self.target}, and torch sees no GPU on this machine")
         files = {name: self.read(name) for name in self._names("kernels/")}
-        return Program(self.plan, self.weights, device, files=files, allow=allow)
+        return Program(self.plan, self.weights, device, files=files, allow=allow, trust_code=trust_code)
+
+    def _digest(self, name: str) -> str:
+        if name not in self.manifest["files"]:
+            raise ArtifactError(f"{self.path} has no file '{name}'")
+        return str(self.manifest["files"][name]["sha256"])
 
     def _names(self, prefix: str) -> list[str]:
         return [name for name in self.manifest["files"] if name.startswith(prefix)]
@@ -119,6 +136,7 @@ def load(
     *,
     verify: bool = True,
     allow: Collection[str] = (),
+    trust_code: bool = False,
     progress: Progress | None = None,
 ) -> Program:
     """Load an artifact, ready to run.
@@ -130,11 +148,12 @@ def load(
         device: where to run; the default follows from the artifact's target.
         verify: compare every file's hash. Without it only sizes and headers are checked.
         allow: namespaces or operators beyond PyTorch's own that the model may call.
+        trust_code: run the artifact's native CPU kernels even if they were compiled elsewhere.
 
     Raises:
         ArtifactError: not an artifact, damaged, of a newer format, for another target, or not allowed to run.
     """
-    return open_artifact(path, verify=verify, progress=progress).program(device, allow)
+    return open_artifact(path, verify=verify, progress=progress).program(device, allow, trust_code)
 
 
 def open_artifact(path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Artifact:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sparsec.runtime.operators import slots_of
 from sparsec.runtime.plan import Call, Launch, Plan, Step
 
@@ -21,15 +23,17 @@ def reads_of(step: Step) -> list[int]:
     return [slot for slot in step.ins if slot is not None] if isinstance(step, Launch) else []
 
 
-def bank_slots(plan: Plan) -> set[int]:
+def bank_slots(plan: Plan, native: Collection[str] = ()) -> set[int]:
     """Slots that only expert kernels made of PyTorch operators read, as banks: those hold packed copies and need no
-    tensor in the slot. Generated kernels read their banks from the slot, as they lie in the artifact.
+    tensor in the slot. Native kernels read their banks from the slot, as they lie in the artifact; `native` names
+    those that do run.
     """
     banks, others = set[int](), {output.slot for output in plan.outputs}
     changing = {arg.slot for arg in plan.args if arg.kind in ("input", "buffer")}
     for step in plan.steps:
         kernel = plan.kernels[step.kernel] if isinstance(step, Launch) else None
-        places = BANKS.get(kernel.op, ()) if kernel is not None and kernel.backend in ("torch", "onednn") else ()
+        packs = kernel is not None and kernel.backend in ("torch", "onednn", "cpp") and kernel.name not in native
+        places = BANKS.get(kernel.op, ()) if kernel is not None and packs else ()
         reads = step.ins if isinstance(step, Launch) else reads_of(step)
         banks |= {slot for i, slot in enumerate(reads) if i in places and slot is not None}
         others |= {slot for i, slot in enumerate(reads) if i not in places and slot is not None}

@@ -19,6 +19,22 @@ RegionCall: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 """The region of a kernel: what it yields for its arguments."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a kernel that comes as native code.
+
+    Args:
+        isa: the instruction set of the library that runs; None where PyTorch operators run it instead.
+        why: the reason for that; "" for native code.
+    """
+
+    isa: str | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"PyTorch's oneDNN: {self.why}" if self.isa is None else f"native code for {self.isa}"
+
+
 @dataclass
 class Context:
     """What the kernels of one program share.
@@ -30,7 +46,7 @@ class Context:
         live: whether banks that are no constants are the caller's and are packed as of `live_banks`.
         banks: packed banks, by the slots they were made of, for every launch that reads the same.
         trust_code: whether native code that was not compiled by this user may run.
-        paths: who runs the kernels that come as native code, and why, by the kernels' names.
+        paths: who runs the kernels that come as native code, by their names.
     """
 
     device: torch.device
@@ -39,4 +55,4 @@ class Context:
     live: bool = False
     banks: dict[tuple[Any, ...], Bank] = field(default_factory=dict)
     trust_code: bool = False
-    paths: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, Choice] = field(default_factory=dict)

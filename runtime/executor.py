@@ -12,7 +12,7 @@ from sparsec.runtime import structure
 from sparsec.runtime.backends import bind
 from sparsec.runtime.banks import bank_slots
 from sparsec.runtime.check import check_plan
-from sparsec.runtime.context import Context
+from sparsec.runtime.context import Choice, Context
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES, NAMES
 from sparsec.runtime.errors import ArtifactError, InputError
@@ -34,6 +34,8 @@ class Program:
         device: where to run.
         files: files beside the plan that its kernels need (GPU binaries), by relative name.
         allow: namespaces or operators beyond aten's that the plan may call (`["mylib"]`).
+        trust_code: run the plan's native kernels even if they were not compiled by this user on this machine; without
+            it those that were not are run by PyTorch.
 
     Raises:
         ArtifactError: the plan cannot be run, or does not fit the weights.
@@ -47,22 +49,28 @@ class Program:
         *,
         files: Mapping[str, bytes] | None = None,
         allow: Collection[str] = (),
+        trust_code: bool = False,
     ) -> None:
         check_plan(plan, allow)
         self.plan, self.device = plan, _placed(device)
         self._inputs = [arg for arg in plan.args if arg.kind == "input"]
         self._specs = [_Spec(arg) for arg in self._inputs]
         self._weights, self._by_slot = weights, {arg.slot: arg for arg in plan.args if arg.kind != "input"}
-        self._context = Context(self.device, files or {}, self._constant)
+        self._context = Context(self.device, files or {}, self._constant, trust_code=trust_code)
         with torch.inference_mode():
             symbols = {symbol for spec in self._specs for symbol in spec.symbols}
             self._runner = Runner(plan.steps, _width(plan), symbols, self.device, self._launch, allow)
-            banks = bank_slots(plan)
+            banks = bank_slots(plan, [name for name, path in self.paths.items() if path.isa is not None])
             for slot, arg in self._by_slot.items():
                 if slot not in banks:
                     self._runner.base[slot] = self._load(arg)
             self._set_up_buffers(allow)
         del self._weights  # from here on only what the steps read is held
+
+    @property
+    def paths(self) -> Mapping[str, Choice]:
+        """Who runs the kernels that come as native code, and why, by their names."""
+        return self._context.paths
 
     def __call__(self, *inputs: Any) -> list[Tensor]:
         """Run on a flat list of inputs: tensors, and integers where the model takes them.

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from sparsec.runtime import isa
 from sparsec.runtime.code_cache import made_here
+from sparsec.runtime.context import Choice, Context, KernelCall, Operand
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.native_library import Call, Library, LibraryRefused, Scratch, load, team, threads
 
 if TYPE_CHECKING:
-    from sparsec.runtime.context import Context, KernelCall, Operand
     from sparsec.runtime.plan import Dim, Kernel
 
-UNTRUSTED = "its native code was not compiled here; if you trust who made it, load it with trust_code (--trust-code)"
+UNTRUSTED = "the native code was not compiled here; if you trust who made it, load with trust_code=True (--trust-code)"
 
 _log = logging.getLogger("sparsec")
 _scratch = Scratch()
@@ -44,26 +44,23 @@ def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> Kerne
             raise ArtifactError(f"kernel '{kernel.name}' lacks its file '{file}'")
         return hashlib.sha256(context.files[file]).hexdigest()
 
-    chosen, why = choose(kernel.binaries, digest, context.trust_code)
-    if chosen is not None:
+    path = choose(kernel.binaries, digest, context.trust_code)
+    if path.isa is not None:
         try:
-            library = load(context.files[kernel.binaries[chosen]])
+            library = load(context.files[kernel.binaries[path.isa]])
         except LibraryRefused as error:
-            why = str(error)
+            path = Choice(None, str(error))
         else:
-            context.paths[kernel.name] = path(chosen, why)
+            context.paths[kernel.name] = path
             return launcher(kernel, library)
-    line = path(None, why)
-    if line not in context.paths.values():
-        _log.warning("%s", line)
-    context.paths[kernel.name] = line
+    if path not in context.paths.values():
+        _log.warning("experts run on %s", path)
+    context.paths[kernel.name] = path
     return None
 
 
-def choose(
-    binaries: Mapping[str, str], digest: Callable[[str], str], trust_code: bool = False
-) -> tuple[str | None, str]:
-    """The instruction set to run, or None and why there is none.
+def choose(binaries: Mapping[str, str], digest: Callable[[str], str], trust_code: bool = False) -> Choice:
+    """Who is to run a kernel.
 
     Args:
         binaries: instruction set -> file.
@@ -71,20 +68,15 @@ def choose(
         trust_code: whether to run what others compiled.
     """
     if not binaries:
-        return None, "there was no C++ compiler for it"
+        return Choice(None, "there was no C++ compiler when it was compiled")
     allowed = isa.allowed()
     chosen = next((name for name in allowed if name in binaries), None)
     if chosen is None:
         has = ", ".join(allowed) or f"none of {', '.join(isa.ISAS)}"
-        return None, f"its native code is for {', '.join(binaries)}, this processor has {has}"
+        return Choice(None, f"the native code is for {', '.join(binaries)}, this processor has {has}")
     if not trust_code and not made_here(digest(binaries[chosen])):
-        return None, UNTRUSTED
-    return chosen, ""
-
-
-def path(chosen: str | None, why: str = "") -> str:
-    """Who runs a kernel, in one line."""
-    return f"experts run on oneDNN: {why}" if chosen is None else f"experts run as native code for {chosen}"
+        return Choice(None, UNTRUSTED)
+    return Choice(chosen)
 
 
 def launcher(kernel: Kernel, library: Library) -> KernelCall:

@@ -294,13 +294,20 @@ def plain(attr: Any) -> Any:
     return attr
 
 
-def load(path: str | os.PathLike[str], *, device: str | torch.device | None = None) -> LoadedModel:
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device | None = None, trust_code: bool = False
+) -> LoadedModel:
     """Load an artifact. Every file's hash is checked; nothing is compiled.
+
+    Args:
+        device: where to run; the default follows from the artifact's target.
+        trust_code: run its native CPU kernels even if they were compiled by somebody else or on another machine.
+            Without it those are run by PyTorch, more slowly.
 
     Raises:
         ArtifactError: says in one sentence why the artifact cannot be run here.
     """
-    return LoadedModel(load_program(Path(path), device=device))
+    return LoadedModel(load_program(Path(path), device=device, trust_code=trust_code))
 
 
 def _leaves(tree: Any, outputs: Sequence[Any]) -> Any:
