@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 
+from sparsec.codegen.cpu import moves, reductions  # noqa: F401  they register their rules
 from sparsec.codegen.cpu.lanes import KINDS, Kind, Lanes, Names, unsupported
-from sparsec.codegen.cpu.pointwise import CONSTANTS, RULES, SAME, Operands, constant, write
-from sparsec.ir.core import Block, Op, Value
-from sparsec.ir.loc import Loc
+from sparsec.codegen.cpu.rows import Row, RowCode, known_sizes, read
+from sparsec.codegen.cpu.straight import Comments, alias, pointwise
+from sparsec.ir.core import Block, Value
+from sparsec.ir.types import DType, Sym
 
 INCLUDE = Path(__file__).parent / "include"
 
-FUNCTIONS = (
-    "activation route_row tail_row in out row params y splat select abs max min fma sqrt exp exp2 expm1 log log2 log1p "  # noqa: SIM905
-    "rsqrt sigmoid silu tanh erf gelu gelu_tanh softplus pow floor ceil trunc round_even round_bf16 round_f16 is_nan "
-    "to_float to_int floor_divide modulo i memcpy size_t".split()
-)
-"""Names that generated code uses, which no variable may take."""
 
-_SHAPES = frozenset(
-    f"aten.{name}" for name in ["expand", "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze.dim", "squeeze"]
-)
+@cache
+def reserved() -> tuple[str, ...]:
+    """Names that generated code uses, which no variable may take."""
+    headers = "".join((INCLUDE / name).read_text() for name in ("vec.h", "vecmath.h", "rows.h"))
+    return (*re.findall(r"SPARSEC_INLINE [\w ]+?(\w+)\(", headers), "memcpy", "in", "out", "row", "params", "i", "v")
 
 
 def activation(block: Block) -> str:
@@ -28,7 +28,7 @@ def activation(block: Block) -> str:
 
     Raises: CompileError naming an op that is not computed element by element, or that has no rule.
     """
-    names = Names(*FUNCTIONS)
+    names = Names(*reserved(), "activation")
     parameters = [names.fresh(f"p{i}") for i in range(len(block.args))]
     values = {arg: Lanes(name, arg.tensor.dtype) for arg, name in zip(block.args, parameters, strict=True)}
     lines, comments = list[str](), Comments()
@@ -48,40 +48,74 @@ def activation(block: Block) -> str:
     return "\n".join([head, *(f"  {line}" for line in lines), "}"]) + "\n"
 
 
-def alias(op: Op, operands: Operands) -> Lanes | None:
-    """The lanes that an op gives without computing: an operand's, or a number; None if it computes."""
-    dtype = op.results[0].tensor.dtype
-    if op.name in CONSTANTS and dtype in KINDS:
-        return Lanes("", dtype, constant(op))
-    if op.name in SAME and (lanes := operands[-1]) is not None and lanes.dtype is dtype:
-        return lanes
-    if op.name in _SHAPES and (lanes := operands[0]) is not None and not lanes.text:
-        return lanes
-    return None
+def router(block: Block) -> str:
+    """`static void route_row(const void* const* in, int64_t row, void* const* out)`: one token's router.
+
+    `in` points to the region's arguments, the logits first, `out` to room for what it yields: ids, weights and what
+    else. Floats are rounded where the graph rounds, so that equal scores are equal as in eager; of equals the one with
+    the lowest number is chosen. What an argument's memory holds is read before anything is written.
+
+    Raises: CompileError naming an op that has no rule, or what the stack cannot hold.
+    """
+    code = RowCode(Names(*reserved(), "route_row"), rounds=True)
+    args = [_argument(block, i, f"in[{i}]") for i in range(len(block.args))]
+    code.labels = {arg.pointer: value.name or "parameter" for arg, value in zip(args, block.args, strict=True)}
+    rows = [_loaded(code, arg, value) if arg.rows else arg for arg, value in zip(args, block.args, strict=True)]
+    results = code.run(block, rows)
+    for i, (result, value) in enumerate(zip(results, block.terminator.operands, strict=True)):
+        code.lines += _write(result, value.tensor.dtype, f"out[{i}]", "row * ")
+    parameters = "const void* const* in, int64_t row, void* const* out"
+    return _function("SPARSEC_UNFUSED static void route_row", parameters, code)
 
 
-def pointwise(op: Op, operands: Operands, rounds: bool) -> str:
-    """The text of the first result of an op. Raises: CompileError."""
-    if op.name in SAME and (lanes := operands[-1]) is not None:
-        return lanes.vector(KINDS[op.results[0].tensor.dtype])
-    if op.name not in RULES:
-        raise unsupported(op, "it is not among the row-local ops that kernels are built of")
-    if any(result.users for result in op.results[1:]):
-        raise unsupported(op, "only its first result is computed")
-    return write(op, operands, rounds)
+def tail(block: Block) -> str:
+    """`static void tail_row(const float* y, float* out, const void* const* params)`: one row of an expert's result.
+
+    The row is f32 and stays so throughout; `params` points to the region's arguments after the first; `out` may be `y`.
+
+    Raises: CompileError naming an op that has no rule, or what the stack cannot hold.
+    """
+    code = RowCode(Names(*reserved(), "tail_row", "y"), rounds=False)
+    args = [_argument(block, i, f"params[{i - 1}]") for i in range(len(block.args))]
+    code.labels = {arg.pointer: value.name or "parameter" for arg, value in zip(args, block.args, strict=True)}
+    first = _loaded(code, Row("", args[0].sizes, True, DType.f32, pointer="y"), block.args[0])
+    (result,) = code.run(block, [first, *args[1:]])
+    code.lines += _write(result, DType.f32, "out", "")
+    return _function("static void tail_row", "const float* y, float* out, const void* const* params", code)
 
 
-class Comments:
-    """The user's lines as comments, each once where several ops in a row come of it."""
+def _argument(block: Block, i: int, pointer: str) -> Row:
+    """An argument in memory; its address is that of this row if it has rows."""
+    type, lead = block.args[i].tensor, block.args[0].tensor.shape[0]
+    if type.dtype not in KINDS:
+        raise unsupported(None, f"%{block.args[i].name} is {type}: that element type is not computed in a kernel")
+    # As long as there are tokens is what has rows; a bias may be as long by chance where their number is fixed.
+    same = bool(type.shape) and type.shape[0] == lead
+    rows = i == 0 or (same and (isinstance(lead, Sym) or len(type.shape) > 1))
+    sizes = known_sizes(None, type.shape[1:] if rows else type.shape)
+    row = Row("", sizes, rows, type.dtype)
+    if rows:
+        pointer = f"{pointer} + row * {row.volume * type.dtype.itemsize}"
+    return Row("", sizes, rows, type.dtype, pointer=pointer)
 
-    def __init__(self) -> None:
-        self.last = ""
 
-    def of(self, loc: Loc) -> list[str]:
-        """No line, or one."""
-        source = " ".join(loc.source.split()).rstrip("\\")
-        comment = f"// {source}   {loc}" if source else f"// {loc}"
-        if not loc or comment == self.last:
-            return []
-        self.last = comment
-        return [comment]
+def _loaded(code: RowCode, row: Row, value: Value) -> Row:
+    made = Row(code.names.of(value), row.sizes, row.rows, row.dtype)
+    code.declare(made)
+    code.lines += read(made, row.pointer)
+    return made
+
+
+def _write(row: Row, dtype: DType, pointer: str, rows: str) -> list[str]:
+    """Lines that write a row's elements."""
+    at = f"(char*){pointer} + {rows}{row.volume * dtype.itemsize}" if rows else f"(char*){pointer}"
+    if row.volume <= 16:
+        return [f"store_{dtype.value}({at}, load_row({row.name}), {row.volume});"]
+    at, rest = f"{at} + i * {dtype.itemsize}", f"load_row({row.name} + i), {row.volume} - i"
+    return [f"for (int i = 0; i < {row.volume}; i += LANES)", f"  store_{dtype.value}({at}, {rest});"]
+
+
+def _function(head: str, parameters: str, code: RowCode) -> str:
+    unused = [f"(void){name};" for name in ("row", "params") if f"{name}" in parameters]
+    lines = ["SPARSEC_UNFUSED_BODY", *unused, *code.lines] if "UNFUSED" in head else [*unused[:1], *code.lines]
+    return "\n".join([f"{head}({parameters}) {{", *(f"  {line}" for line in lines), "}"]) + "\n"
