@@ -11,6 +11,7 @@ from sparsec.diagnostics import CompileError, Remark
 from sparsec.dialects.moe import ExpertBank, GatherGemm
 from sparsec.ir.core import Block, Func, Module, Op, Value
 from sparsec.ir.derived import is_derivation
+from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import SymType
 from sparsec.runtime.operators import IN_PLACE
 from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Region, Variant
@@ -97,7 +98,7 @@ class _Emitter:
             results=tuple(tensor(value.tensor) for value in op.results),
             tokens=_tokens(func),
             attrs=_attrs(op),
-            regions=dict(zip(op.fields().regions, map(region, op.regions), strict=False)),
+            regions=_regions(op),
             variants=_variants(op) if made is None else list(made.variants),
             binaries=binaries,
             source=source,
@@ -183,6 +184,12 @@ def _tokens(func: Func) -> int | str:
 def _attrs(op: Op) -> dict[str, Json]:
     defaults = {"layout": "concat"} if isinstance(op, ExpertBank | GatherGemm) else {}
     return {**defaults, **constants(op.attrs, but=("variants",))}
+
+
+def _regions(op: Op) -> dict[str, Region]:
+    """An op's regions by name."""
+    assert isinstance(op, OpDef)
+    return {name: region(block) for name, block in zip(op.fields().regions, op.regions, strict=False)}
 
 
 def region(block: Block) -> Region:

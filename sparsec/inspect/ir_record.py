@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 
 from sparsec.dialects.dtypes import to_torch
 from sparsec.dialects.kernel import Launch
+from sparsec.dialects.moe import Layer
 from sparsec.frontend.blocks import Call, Family, Record
 from sparsec.frontend.blocks import Value as Seen
 from sparsec.inspect.dataflow import innermost
@@ -76,17 +77,27 @@ class _Reader:
                 values |= zip(op.results, inner, strict=True)
             else:
                 values |= {result: self._seen(result) for result in op.results}
-                self.record.calls.append(self._call(op, values, place))
+                self.record.calls += self._calls(op, values, place)
         return [values[value] for value in func.body.terminator.operands]
 
-    def _call(self, op: Op, values: dict[Value, Seen], scope: str) -> Call:
+    def _calls(self, op: Op, values: dict[Value, Seen], scope: str) -> Iterator[Call]:
+        """An op as calls: one, but for a layer its route and its experts."""
         dialect, packet, *_ = op.name.split(".")
         attrs = dict(op.attrs)
         if dialect == "moe" and isinstance(k := getattr(op, "k", None), int):
             attrs["k"] = k
-        operands = tuple(values[value] for value in op.operands)
-        results = tuple(values[result] for result in op.results)
-        return Call(f"{dialect}.{packet}", scope, operands, attrs, results, is_view=_is_view(op.name))
+        if isinstance(op, Layer):
+            chosen = (op.ids, op.weights)
+            banks = [value for value in op.bank_operands() if value is not None]
+            parts: list[tuple[str, Sequence[Value], Sequence[Value]]] = [
+                ("route", (op.logits, *op.router_params), (*chosen, *op.extras)),
+                ("experts", (op.x, *chosen, *banks, *op.tail_params), (op.y,)),
+            ]
+        else:
+            parts = [(packet, op.operands, op.results)]
+        for name, reads, makes in parts:
+            operands, results = tuple(map(values.__getitem__, reads)), tuple(map(values.__getitem__, makes))
+            yield Call(f"{dialect}.{name}", scope, operands, attrs, results, is_view=_is_view(op.name))
 
     def _enter(self, scope: str) -> None:
         """A numbered part of a scope is a member of a container."""
