@@ -122,7 +122,10 @@ def launcher(kernel: Kernel, library: Library) -> KernelCall:
         pool = team() if with_threads > 1 else None
         block.parallel, block.barrier = (pool.parallel, pool.barrier) if pool else (None, None)
         if state.sized != (tokens, with_threads):
-            state.needs, state.sized = library.scratch(tokens, with_threads), (tokens, with_threads)
+            state.needs = library.scratch(tokens, with_threads)
+            if state.needs < 0:
+                raise RuntimeError(f"kernel '{name}' asks for {state.needs} bytes of scratch for {tokens} tokens")
+            state.sized = tokens, with_threads
         block.scratch = _scratch.at_least(state.needs)
         status = library.run(state.reference)
         if status:

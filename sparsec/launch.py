@@ -26,6 +26,7 @@ from sparsec.runtime.plan import Kernel
 class _Registered:
     kernel: Kernel
     call: KernelCall
+    parts: bool
 
 
 _KERNELS: dict[str, _Registered] = {}
@@ -33,19 +34,24 @@ _KERNELS: dict[str, _Registered] = {}
 
 def register(kernel: Kernel, device: torch.device, files: Mapping[str, bytes]) -> str:
     """Make a kernel known to `sparsec::launch` and return its name there; the same kernel gets the same name."""
-    content = json.dumps([asdict(kernel), str(device)], sort_keys=True, default=str)
+    binaries = [hashlib.sha256(files[file]).hexdigest() for file in kernel.binaries.values()]
+    content = json.dumps([asdict(kernel), binaries, str(device)], sort_keys=True, default=str)
     name = f"{kernel.name}_{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     if name not in _KERNELS:
         # No operand is a constant of the program here: weights are inputs of the graph, packed when first seen.
         context = Context(device, files, lambda slot: None, live=True)
-        _KERNELS[name] = _Registered(kernel, bind(kernel, list(range(len(kernel.params))), context))
+        call = bind(kernel, list(range(len(kernel.params))), context)
+        # Generated kernels write into memory of their own; PyTorch operators may hand on what they were given.
+        generated = kernel.backend == "triton" or (kernel.name in context.paths and context.paths[kernel.name].isa)
+        _KERNELS[name] = _Registered(kernel, call, bool(kernel.regions) and not generated)
     return name
 
 
 @torch.library.custom_op("sparsec::launch", mutates_args=(), schema="(str kernel, Tensor?[] inputs) -> Tensor[]")
 def launch(kernel: str, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    results = list(_KERNELS[kernel].call(inputs))
-    if _KERNELS[kernel].kernel.regions:
+    registered = _KERNELS[kernel]
+    results = list(registered.call(inputs))
+    if registered.parts:
         _part(results, inputs)
     return results
 

@@ -52,14 +52,14 @@ def source(order: str = "ticket", scratch: str = f"tokens * {WIDTH} * 4", extra:
     return call.read_text().replace("#pragma once", "") + text
 
 
-def kernel(binaries: dict[str, str], tokens: int | str = "t") -> Kernel:
+def kernel(binaries: dict[str, str], tokens: int | str = "t", bias: bool = False) -> Kernel:
     """Its entry in a plan: operands x [t, 8], w [8], b [8] or none; results y [t, 8] and the team's size [1]."""
     wide, vector = Tensor((tokens, WIDTH), "f32"), Tensor((WIDTH,), "f32")
     return Kernel(
         name="scaler",
         op="moe.layer",
         backend="cpp",
-        params=(wide, vector, vector),
+        params=(wide, vector, vector if bias else None),
         results=(wide, Tensor((1,), "i32")),
         tokens=tokens,
         attrs={},
