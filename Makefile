@@ -27,7 +27,8 @@ unit: $(INSTALLED) $(MLIR)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(INSTALLED)
-	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; done
+	$(BIN)/python -m benchmarks.ir
+	$(BIN)/python -m benchmarks.cpu
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -1,0 +1,122 @@
+"""Expert layers to be measured: sizes, random weights, routing, and what comes out in f32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Routing = Literal["uniform", "zipf"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A gated expert layer: each of `tokens` rows of `hidden` goes to `k` of `experts`, whose width is `width`."""
+
+    name: str
+    experts: int
+    hidden: int
+    width: int
+    k: int
+
+    @property
+    def parameters(self) -> int:
+        """Of one expert."""
+        return 3 * self.hidden * self.width
+
+    def flops(self, tokens: int) -> float:
+        return 2.0 * tokens * self.k * self.parameters
+
+    def __str__(self) -> str:
+        return f"{self.name} (E {self.experts}, H {self.hidden}, I {self.width}, k {self.k})"
+
+    @staticmethod
+    def parse(text: str) -> Shape:
+        """A name in `SHAPES`, or ExHxIxk as `8x256x128x2`. Raises: ValueError."""
+        if text in SHAPES:
+            return SHAPES[text]
+        sizes = text.split("x")
+        if len(sizes) != 4 or not all(size.isdigit() and int(size) for size in sizes):
+            raise ValueError(f"there is no shape '{text}': {', '.join(SHAPES)}, or sizes ExHxIxk such as 8x256x128x2")
+        experts, hidden, width, k = map(int, sizes)
+        if k > experts:
+            raise ValueError(f"shape '{text}' sends a token to {k} of {experts} experts")
+        return Shape(text, experts, hidden, width, k)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("olmoe", 64, 2048, 1024, 8),
+        Shape("qwen3", 128, 2048, 768, 8),
+        Shape("mixtral", 8, 4096, 14336, 2),
+        Shape("e256", 256, 2048, 512, 8),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of an expert layer: x [T, H] bf16, ids [T, k] i64, weights [T, k] bf16."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @property
+    def hit(self) -> int:
+        """How many different experts it needs."""
+        return int(self.ids.unique().numel())
+
+
+def bank(shape: Shape) -> Any:
+    """transformers' module of OLMoE's experts at this shape: random weights, bf16, loop over experts."""
+    from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    config = OlmoeConfig(num_experts=shape.experts, hidden_size=shape.hidden, intermediate_size=shape.width)
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        module: Any = OlmoeExperts(config)
+    module = module.to(torch.bfloat16).requires_grad_(False).to_empty(device="cpu")
+    for weight in (module.gate_up_proj, module.down_proj):
+        for expert in weight:  # one at a time: random numbers are made in f32
+            expert.copy_(torch.randn(expert.shape) * expert.shape[1] ** -0.5)
+    return module
+
+
+def cases(shape: Shape, tokens: int, routing: Routing, count: int, seed: int = 0) -> list[Case]:
+    """Inputs of `tokens` rows. A single token takes the experts in turn, so that their weights come from memory.
+
+    With `zipf`, expert number r of a fixed random order is asked for 1/r as often as the first.
+    """
+    made = torch.Generator().manual_seed(seed)
+    popular = torch.zeros(shape.experts)
+    if routing == "zipf":
+        popular[torch.randperm(shape.experts, generator=made)] = -torch.arange(1, shape.experts + 1).float().log()
+    drawn = list[Case]()
+    for turn in range(count):
+        if tokens == 1 and routing == "uniform":
+            ids = (torch.arange(shape.k) + turn * shape.k).remainder(shape.experts).view(1, -1)
+        else:  # the k largest of log p + Gumbel noise: k draws without putting back
+            noise = -torch.empty(tokens, shape.experts).exponential_(generator=made).log()
+            ids = (popular + noise).topk(shape.k, 1).indices
+        x = torch.randn(tokens, shape.hidden, generator=made).bfloat16()
+        weights = torch.rand(tokens, shape.k, generator=made).softmax(-1).bfloat16()
+        drawn.append(Case(x, ids, weights))
+    return drawn
+
+
+def reference(module: Any, case: Case, rows: Tensor) -> Tensor:
+    """What some rows of the output are in f32: [len(rows), H]."""
+    x, ids, weights = (value[rows] for value in (case.x.float(), case.ids, case.weights.float()))
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        tokens, slots = (ids == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x[tokens], module.gate_up_proj[expert].float()).chunk(2, -1)
+        part = F.linear(F.silu(gate) * up, module.down_proj[expert].float())
+        out.index_add_(0, tokens, part * weights[tokens, slots, None])
+    return out
