@@ -58,6 +58,12 @@ class Value:
     dtype: torch.dtype
     param: str = ""  #: path of the parameter that it is
     input: bool = False  #: whether the caller gave it
+    stored: int | None = None  #: bytes that it takes, where shape and dtype do not tell
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes; 0 where its size depends on data."""
+        return (self.numel or 0) * self.dtype.itemsize if self.stored is None else self.stored
 
     @property
     def numel(self) -> int | None:

@@ -133,7 +133,7 @@ class _Weights:
         record = flow.record
         for path, value in record.parameters.items():
             canonical, count = record.canonical(path), value.numel or 0
-            size, dtype = count * value.dtype.itemsize, str(value.dtype).removeprefix("torch.")
+            size, dtype = value.nbytes, str(value.dtype).removeprefix("torch.")
             self.total, self.bytes = self.total + count, self.bytes + size
             self.dtypes[dtype] = self.dtypes.get(dtype, 0) + count
             if (bank := flow.bank_of(canonical)) is not None:

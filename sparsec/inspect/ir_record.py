@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from sparsec.dialects.dtypes import to_torch
 from sparsec.dialects.kernel import Launch
-from sparsec.dialects.moe import Layer
+from sparsec.dialects.moe import ExpertBank, Layer, bytes_of
 from sparsec.frontend.blocks import Call, Family, Record
 from sparsec.frontend.blocks import Value as Seen
 from sparsec.inspect.dataflow import innermost
@@ -31,13 +32,16 @@ class _Reader:
         self.members = dict[str, Family]()
         main = module.main
         self._fix_sizes(main)
-        args = dict[Value, Seen]()
+        args, packed = dict[Value, Seen](), _packed(module)
         for arg in main.body.args:
             attrs = main.arg_attrs.get(arg, {})
             kind, source = attrs.get("kind", "input"), str(attrs.get("source", ""))
             weight = kind in ("param", "derived")
-            args[arg] = self._seen(arg, param=source if weight else "", input=kind == "input")
-            if weight:
+            if arg in packed:
+                args[arg] = replace(packed[arg], param=source if packed[arg].shape else "")
+            else:
+                args[arg] = self._seen(arg, param=source if weight else "", input=kind == "input")
+            if args[arg].param:
                 self.record.parameters[source] = args[arg]
         results = self._read(main, args, "")
         self.record.returned = set(results)
@@ -105,6 +109,32 @@ class _Reader:
             if member not in self.members:
                 family = self.members[member] = Family(container, (member,))
                 self.record.calls.append(Call("block", member, (), {}, (), family=family))
+
+
+def _packed(module: Module) -> dict[Value, Seen]:
+    """Packed banks among the arguments of `main`, as they were before; scales count as bytes of their bank."""
+    found = dict[Value, Seen]()
+    for op in module.main.body.ops:
+        values, inner = dict[Value, Value](), op
+        if isinstance(op, Launch):
+            body = module.funcs[op.callee].body
+            given = dict.fromkeys(value for value in op.inputs if value is not None)
+            values, inner = dict(zip(body.args, given, strict=True)), body.ops[0]
+        if not isinstance(inner, ExpertBank) or inner.packing == "plain":
+            continue
+        for name, shape in inner.plain_shapes().items():
+            bank: Value | None = getattr(inner, name)
+            scale: Value | None = getattr(inner, f"{name}_scale", None)
+            if bank is None:
+                continue
+            parts = [part for part in (bank, scale) if part is not None]
+            stored = sum(bytes_of(part.type, {}) for part in parts)
+            narrow = inner.packing == "int4" and scale is not None
+            dtype = getattr(torch, "int4", torch.uint8) if narrow else to_torch(bank.tensor.dtype)
+            found[values.get(bank, bank)] = Seen(shape, dtype, stored=stored)
+            if scale is not None:
+                found[values.get(scale, scale)] = Seen((), torch.float32)
+    return found
 
 
 def _members(scope: str) -> Iterator[tuple[str, str]]:

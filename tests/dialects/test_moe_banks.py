@@ -160,3 +160,65 @@ def test_a_tail_that_does_not_fit_is_an_error(operands: str, tail: str, message:
 def test_a_second_region_is_named() -> None:
     with pytest.raises(CompileError, match=r"region 'head': 'moe\.experts' has 'tail' here"):
         parse_module(BANK.format(operands=PLAIN, attrs="", tail=TAIL.replace("tail(", "head(")))
+
+
+LAYER = """
+func @main(%x: tensor<{rows}x6xf32>, %z: tensor<s0x3xf32>, %up: {up}, %down: tensor<3x6x4xf32>, %s: tensor<3xf32>,
+    %n: tensor<6xf32>) -> (tensor<{rows}x6xf32>, tensor<s0x2xf32>) {{
+  %y, %i, %w = moe.layer(%x, %z, %up, %down, none, none, none, none, {params}) {{layout = "single"{attrs}}}
+      : tensor<{rows}x6xf32>, tensor<s0x2xi64>, tensor<s0x2xf32> {{
+    router(%l: tensor<s0x3xf32>, %b: tensor<3xf32>):
+      %c = aten.add.Tensor(%l, %b) : tensor<s0x3xf32>
+      %v, %e = aten.topk(%c) {{k = 2}} : tensor<s0x2xf32>, tensor<s0x2xi64>
+      yield %e, %v
+    activation(%a: tensor<rx4xf32>):
+      %h = aten.relu(%a) : tensor<rx4xf32>
+      yield %h
+    tail(%t: tensor<rx6xf32>, %g: tensor<6xf32>):
+      %o = aten.mul.Tensor(%t, %g) : tensor<rx6xf32>
+      yield %o
+  }}
+  return %y, %w
+}}"""
+
+
+def whole(**changed: str) -> str:
+    return LAYER.format(**{"rows": "s0", "up": "tensor<3x4x6xf32>", "params": "%s, %n", "attrs": "", **changed})
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_layer_is_its_route_and_its_experts(early: bool) -> None:
+    module = parse_module(whole(attrs=', weight_on = "input"' if early else ""))
+    verify_module(module)
+    x, _, _, up, down, norm = draw(4)
+    logits, bias = torch.randn(5, 3, generator=torch.Generator().manual_seed(5)), torch.tensor([0.5, -1.0, 0.25])
+    y, weights = evaluate_module(module, [x, logits, up, down, bias, norm], {})
+    chosen, ids = (logits + bias).topk(2)
+    assert torch.equal(weights, chosen)
+    wanted = torch.zeros(5, 6)
+    for t, j in product(range(5), range(2)):
+        e, weight = int(ids[t, j]), chosen[t, j]
+        row = norm * (down[e] @ F.relu(up[e] @ (x[t] * weight if early else x[t])))
+        wanted[t] += row if early else weight * row
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": "s1"}, r"x is tensor<s1x6xf32>, the logits tensor<s0x3xf32>: their rows differ"),
+        ({"params": "%n, %s"}, r"region takes \(tensor<s0x3xf32>, tensor<3xf32>\), the operands are"),
+        ({"params": "%s"}, r"tail takes \(tensor<6xf32>\) after the rows, the tail_params are \(\)"),
+        ({"up": "tensor<3x4x7xf32>"}, r"x has 6 columns, up takes 7"),
+        (
+            {"attrs": ', packing = "tiles"'},
+            r"packing 'tiles': 'up' is tensor<3x4x6xf32>, must be tensor<3x1x1x2",
+        ),
+        ({"attrs": ', packing = "int8", up_transposed = true'}, r"packed banks are neither transposed nor interleaved"),
+        ({"attrs": ', packing = "int4"'}, r"packing 'int4': 'down_scale' is left out, must be tensor<3x1x1x2x16xf32>"),
+        ({"attrs": ', packing = "zip"'}, r"attribute 'packing' is 'zip'"),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_an_error(changed: dict[str, str], message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        verify_module(parse_module(whole(**changed)))

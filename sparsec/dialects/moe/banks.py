@@ -90,6 +90,17 @@ class ExpertBank(OpDef):
             made[f"{name}_scale"] = scale_type(self.packing, parts, experts, n, k)
         return made
 
+    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of banks and biases before they were packed, by name: [E, N, K] and [E, N]."""
+        experts, width, hidden = self.num_experts, self.width, known(self.x.tensor.shape[-1])
+        up, down = self.parts * width, known(self.y_type.shape[-1])
+        return {
+            "up": (experts, up, hidden),
+            "down": (experts, down, width),
+            "up_bias": (experts, up),
+            "down_bias": (experts, down),
+        }
+
     def bank_verify(self, tail_params: Sequence[Value]) -> Iterator[str]:
         """Problems of banks, activation and tail."""
         if self.packing == "plain":
