@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.cpu import machine
 from benchmarks.cpu.shapes import Case
+from sparsec.runtime.executor import Program
 
 Prepared = tuple[Tensor, ...]
 
@@ -60,6 +61,9 @@ def ours(module: Any, example: Case, weights: str = "bf16") -> Engine:
         module, (example.x, example.ids, example.weights), dynamic=(tokens,) * 3, target="cpu", **kwargs
     )
     program = compiled.program
+    packings = {kernel.attrs.get("packing") for kernel in program.plan.kernels.values()}
+    if weights not in ("bf16", *packings):
+        raise Missing(f"the compiler does not store the weights of these experts as {weights}")
 
     def run(*inputs: Tensor) -> Tensor:
         return program(*inputs)[0]
@@ -67,11 +71,11 @@ def ours(module: Any, example: Case, weights: str = "bf16") -> Engine:
     return Engine(run, path_of(program), weights=weights)
 
 
-def path_of(program: Any) -> str:
-    """Who runs the kernels of a program: `onednn`, `cpp`, and what the runtime says of native ones."""
-    said = sorted(set(program.paths.values())) if getattr(program, "paths", None) else []
-    backends = sorted({kernel.backend for kernel in program.plan.kernels.values() if kernel.op != "moe.group"})
-    return "; ".join(said) or ", ".join(backends) or "no kernel"
+def path_of(program: Program) -> str:
+    """Who runs the experts of a program: native code and its instruction set, or what stands in for it, and why."""
+    experts = [kernel for kernel in program.plan.kernels.values() if kernel.op != "moe.group"]
+    said = {str(program.paths.get(kernel.name, kernel.backend)) for kernel in experts}
+    return "; ".join(sorted(said)) or "no kernel"
 
 
 def transformers(module: Any, implementation: str) -> Engine:
