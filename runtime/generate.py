@@ -71,14 +71,18 @@ class Generator:
         self._tokenizer: Any = None if tokenizer is None else _tokenizer(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None) -> Generator:
-        """From an artifact. Raises: ArtifactError, also where its model generates no text."""
+    def load(cls, path: str | Path, device: str | torch.device | None = None, *, trust_code: bool = False) -> Generator:
+        """From an artifact; `trust_code` is as of `Program`.
+
+        Raises: ArtifactError, also where its model generates no text.
+        """
         artifact = open_artifact(path)
         settings = artifact.json("generation.json")
         if settings is None:
             raise ArtifactError(f"{path} has no generation.json: it was not compiled for generating text")
         has_tokenizer = "tokenizer.json" in artifact.manifest["files"]
-        return cls(artifact.program(device), settings, artifact.read("tokenizer.json") if has_tokenizer else None)
+        program = artifact.program(device, trust_code=trust_code)
+        return cls(program, settings, artifact.read("tokenizer.json") if has_tokenizer else None)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt. Raises: InputError for text where there is no tokenizer, and for no tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -50,7 +49,12 @@ def cli() -> None:
 @random_option
 @click.option("--to", "to", type=click.Choice(PHASES), default="emit", show_default=True, help="Stop after a phase.")
 @click.option("--from", "start", type=click.Choice(PHASES[:-1]), help="Phase that a text is at; default: what it says.")
-@click.option("--weights", type=click.Path(path_type=Path), help="For a text: the artifact with its weights.")
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="[int8|int4|ARTIFACT]",
+    help="Store the experts' weights as int8 or int4. For a text: the artifact with its weights; both may be given.",
+)
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
 @click.option("--dump", type=click.Path(path_type=Path), help="Folder for the IR after every pass, diffs, remarks.")
@@ -69,6 +73,7 @@ def compile_command(**options: Any) -> None:
 @click.option(
     "-n", "--max-new-tokens", type=click.IntRange(min=1), help="Default: 64, or as many as there is room for."
 )
+@click.option("--trust-code", is_flag=True, help="Run the artifact's native code though it was not compiled here.")
 @click.option("--json", "as_json", is_flag=True, help="Print tokens and speed as JSON.")
 def run_command(**options: Any) -> None:
     """Generate text with the language model in ARTIFACT."""
@@ -123,19 +128,9 @@ def opt_command(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def targets_command(as_json: bool) -> None:
     """List what sparsec compiles for, and what of it runs on this machine."""
-    from rich.table import Table
+    from sparsec.commands import list_targets
 
-    from sparsec.console import out
-    from sparsec.targets import TARGETS
-
-    rows = [(str(target), target.chips, target.obstacle()) for target in TARGETS]
-    if as_json:
-        print(json.dumps([{"target": t, "chips": c, "runs_here": not o, "obstacle": o} for t, c, o in rows]))
-        return
-    table = Table("target", "chips", "runs here", box=None, header_style="dim")
-    for name, chips, obstacle in rows:
-        table.add_row(name, chips, f"no: {obstacle}" if obstacle else "yes")
-    out.print(table)
+    list_targets.run(as_json)
 
 
 def main() -> None:

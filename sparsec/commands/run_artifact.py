@@ -14,12 +14,19 @@ from sparsec.runtime.generate import Generator, Stats
 DEFAULT_TOKENS = 64
 
 
-def run(artifact: Path, prompt: str | None, prompt_ids: str | None, max_new_tokens: int | None, as_json: bool) -> None:
+def run(
+    artifact: Path,
+    prompt: str | None,
+    prompt_ids: str | None,
+    max_new_tokens: int | None,
+    trust_code: bool,
+    as_json: bool,
+) -> None:
     """Generate and print. Raises: ArtifactError, InputError, click.UsageError."""
     if (prompt is None) == (prompt_ids is None):
         raise click.UsageError("give one of --prompt and --prompt-ids")
     given: str | list[int] = prompt if prompt is not None else _ids(prompt_ids or "")
-    generator = Generator.load(artifact)
+    generator = Generator.load(artifact, trust_code=trust_code)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_TOKENS, generator.max_len - len(generator.encode(given))))
     tokens, texts = list[int](), list[str]()

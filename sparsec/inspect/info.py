@@ -57,7 +57,8 @@ def info(
     if isinstance(model, (str, Path)):
         path = Path(model)
         if (path / "manifest.json").is_file():
-            return _of_module(load_module(path), path.name, batches)
+            found = _of_module(load_module(path), path.name, batches)
+            return replace(found, notes=[*found.notes, *_runners(path)])
         model = load_meta(path)
     if isinstance(model, Captured):
         model = model.module
@@ -107,6 +108,19 @@ def load_module(artifact: Path) -> Module:
 
     text = open_artifact(artifact, verify=False).read("module.sparsec").decode()
     return parse_module(text, str(artifact / "module.sparsec"))
+
+
+def _runners(artifact: Path) -> list[str]:
+    """Who runs an artifact's kernels on this machine, a line for each. Raises: ArtifactError."""
+    from sparsec.runtime.artifact import open_artifact
+
+    opened = open_artifact(artifact, verify=False)
+    choices, named = opened.paths(), dict[str, list[str]]()
+    by = {"triton": f"Triton's code for {opened.target}", "onednn": "PyTorch's oneDNN", "torch": "PyTorch's operators"}
+    for kernel in opened.plan.kernels.values():
+        choice = choices.get(kernel.name)
+        named.setdefault(str(choice) if choice else by.get(kernel.backend, kernel.backend), []).append(kernel.name)
+    return [f"{', '.join(names)}: run by {runner}" for runner, names in named.items()]
 
 
 def load_meta(folder: Path) -> nn.Module:

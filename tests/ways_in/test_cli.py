@@ -147,6 +147,20 @@ def test_targets(sparsec: Run) -> None:
     assert next(row for row in rows if row["target"] == "cpu")["runs_here"]
 
 
+def test_targets_say_how_experts_run_on_the_cpu(sparsec: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = next(row for row in json.loads(sparsec("targets", "--json").out) if row["target"] == "cpu")
+    assert set(cpu["builds"]) <= set(cpu["isas"])
+    runner = f"native code for {cpu['builds'][0]}" if cpu["builds"] else "PyTorch's oneDNN: "
+    assert f"experts on cpu: {runner}" in sparsec("targets").out
+    monkeypatch.setenv("SPARSEC_CXX", str(tmp_path / "none"))
+    assert "experts on cpu: PyTorch's oneDNN: " in sparsec("targets").out
+
+
+def test_info_says_who_runs_the_kernels(artifact: Path, sparsec: Run) -> None:
+    notes = json.loads(sparsec("info", artifact, "--json").out)["notes"]
+    assert any("run by native code for" in note or "run by PyTorch's oneDNN" in note for note in notes), notes
+
+
 # What it says of bad input. Nothing may be left behind.
 
 
