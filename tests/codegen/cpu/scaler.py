@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from sparsec.codegen.cpu import compiler
-from sparsec.runtime.plan import Kernel, Region, Tensor
+from sparsec.runtime.plan import Call, Kernel, Region, Step, Tensor, Variant
 
 WIDTH = 8
 MOST_TOKENS = 1000
@@ -55,15 +55,20 @@ def source(order: str = "ticket", scratch: str = f"tokens * {WIDTH} * 4", extra:
 def kernel(binaries: dict[str, str], tokens: int | str = "t", bias: bool = False) -> Kernel:
     """Its entry in a plan: operands x [t, 8], w [8], b [8] or none; results y [t, 8] and the team's size [1]."""
     wide, vector = Tensor((tokens, WIDTH), "f32"), Tensor((WIDTH,), "f32")
+    # PyTorch in its place has no team.
+    steps: list[Step] = [
+        Call("aten.mul.Tensor", [{"slot": 0}, {"slot": 1}], {}, [2]),
+        Call("aten.zeros.default", [[1]], {"dtype": {"dtype": "i32"}}, [3]),
+    ]
     return Kernel(
         name="scaler",
-        op="moe.layer",
+        op="moe.route",
         backend="cpp",
         params=(wide, vector, vector if bias else None),
         results=(wide, Tensor((1,), "i32")),
         tokens=tokens,
         attrs={},
-        regions=dict[str, Region](),
-        variants=[],
+        regions={"body": Region((wide, vector), steps, [2, 3])},
+        variants=[Variant(None, {})],
         binaries=binaries,
     )
