@@ -7,17 +7,19 @@ from dataclasses import replace
 
 from sparsec.codegen.cpu.lanes import Kind, attr, integer, real, unsupported
 from sparsec.codegen.cpu.reductions import along, shape
-from sparsec.codegen.cpu.rows import Row, RowCode, packed, row_rule
+from sparsec.codegen.cpu.rows import Row, RowCode, packed, registry
 from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
 
+MOVES, rule = registry()
 
-@row_rule("topk", "sort", "sort.stable", "argsort", "argsort.stable", "kthvalue")
+
+@rule("topk", "sort", "sort.stable", "argsort", "argsort.stable", "kthvalue")
 def _ordered(code: RowCode, op: Op) -> Row | tuple[Row, ...]:
     """Values and their places in order; of equals the first ones first, as a stable sort has them."""
     flags = code.row(op, 0).kind is Kind.mask
     row = code.operand(op, 0, Kind.integer if flags else None)
-    axis, (o, n, i) = along(op, row)
+    _, (o, n, i) = along(op, row)
     name = op.name.split(".")[1]
     k = integer(op, "k", 1) if name in ("topk", "kthvalue") else n
     if not 1 <= k <= n:
@@ -42,7 +44,7 @@ def _ordered(code: RowCode, op: Op) -> Row | tuple[Row, ...]:
     return code.converted(values, Kind.mask) if flags else values, places
 
 
-@row_rule("gather")
+@rule("gather")
 def _gather(code: RowCode, op: Op) -> Row:
     row, index = code.operand(op, 0), code.operand(op, 1)
     axis, template = _beside(op, row, index)
@@ -63,7 +65,7 @@ def _beside(op: Op, row: Row, index: Row) -> tuple[int, tuple[int, int, int]]:
     return axis, template
 
 
-@row_rule("scatter.value", "scatter.src", "scatter_add", "scatter.value_reduce", "scatter.reduce")
+@rule("scatter.value", "scatter.src", "scatter_add", "scatter.value_reduce", "scatter.reduce")
 def _scatter(code: RowCode, op: Op) -> Row:
     row, index = code.operand(op, 0), code.operand(op, 1)
     if "reduce" in op.name and attr(op, "reduce", "") != "add":
@@ -84,7 +86,7 @@ def _scatter(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("one_hot")
+@rule("one_hot")
 def _one_hot(code: RowCode, op: Op) -> Row:
     index = code.operand(op, 0, Kind.integer)
     code.comment(op)
@@ -93,7 +95,7 @@ def _one_hot(code: RowCode, op: Op) -> Row:
     return made
 
 
-@row_rule("index.Tensor", "index_select", "embedding")
+@rule("index.Tensor", "index_select", "embedding")
 def _look_up(code: RowCode, op: Op) -> Row:
     """A lookup in a vector that is no part of the row: a bias or a scale per expert."""
     indices = op.arguments[1:]
@@ -117,7 +119,7 @@ def _look_up(code: RowCode, op: Op) -> Row:
     return made
 
 
-@row_rule("unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "view", "_unsafe_view", "reshape", "unflatten.int",
+@rule("unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "view", "_unsafe_view", "reshape", "unflatten.int",
           "flatten.using_ints")  # fmt: skip
 def _view(code: RowCode, op: Op) -> Row:
     row, result = code.row(op, 0), code.result(op)
@@ -126,7 +128,7 @@ def _view(code: RowCode, op: Op) -> Row:
     return replace(row, sizes=result.sizes)
 
 
-@row_rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "expand_as", "broadcast_to")
 def _expand(code: RowCode, op: Op) -> Row:
     row, result = code.row(op, 0), code.result(op)
     if not row.name and not row.pointer:
@@ -153,7 +155,7 @@ def _copied(
     return made
 
 
-@row_rule("slice.Tensor", "narrow")
+@rule("slice.Tensor", "narrow")
 def _slice(code: RowCode, op: Op) -> Row:
     row, result = code.row(op, 0), code.result(op)
     if row.sizes == result.sizes:
@@ -169,7 +171,7 @@ def _from_start(index: bool | int | float, size: int) -> int:
     return min(size, max(0, int(index) + size if index < 0 else int(index)))
 
 
-@row_rule("select.int", "unbind.int", "split.Tensor", "chunk", "split_with_sizes")
+@rule("select.int", "unbind.int", "split.Tensor", "chunk", "split_with_sizes")
 def _part(code: RowCode, op: Op) -> Row | tuple[Row, ...]:
     row = code.operand(op, 0)
     axis, _ = along(op, row, 0)
@@ -187,7 +189,7 @@ def _part(code: RowCode, op: Op) -> Row | tuple[Row, ...]:
     return tuple(parts)
 
 
-@row_rule("select_scatter", "slice_scatter")
+@rule("select_scatter", "slice_scatter")
 def _assign(code: RowCode, op: Op) -> Row:
     """x[:, i] = y, x[:, a:b] = y"""
     row, kind = code.operand(op, 0), code.row(op, 0).kind
@@ -209,7 +211,7 @@ def _assign(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("permute", "transpose.int", "flip")
+@rule("permute", "transpose.int", "flip")
 def _permute(code: RowCode, op: Op) -> Row:
     row, start = code.operand(op, 0), 0
     steps, order = packed(row.sizes), list(range(len(row.sizes)))
@@ -229,7 +231,7 @@ def _permute(code: RowCode, op: Op) -> Row:
     return _copied(code, op, row, [row.sizes[axis] for axis in order], [steps[axis] for axis in order], start)
 
 
-@row_rule("arange", "arange.start", "arange.start_step")
+@rule("arange", "arange.start", "arange.start_step")
 def _arange(code: RowCode, op: Op) -> Row:
     result = code.result(op)
     if result.rows or len(result.sizes) != 1:
@@ -242,7 +244,7 @@ def _arange(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("cat", "concat", "stack")
+@rule("cat", "concat", "stack")
 def _join(code: RowCode, op: Op) -> Row:
     result = code.result(op)
     values = op.arguments[0] if isinstance(op.arguments[0], tuple) else op.arguments

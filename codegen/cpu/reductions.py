@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sparsec.codegen.cpu.lanes import Kind, attr, integer, number, real, unsupported
-from sparsec.codegen.cpu.rows import Row, RowCode, row_rule, vectors
+from sparsec.codegen.cpu.rows import Row, RowCode, registry, vectors
 from sparsec.ir.core import Op, Value
 from sparsec.ir.types import DType
+
+REDUCTIONS, rule = registry()
 
 
 def axes_of(op: Op, row: Row) -> tuple[int, int]:
@@ -39,7 +41,7 @@ def shape(*sizes: object) -> str:
     return ", ".join(map(str, sizes))
 
 
-@row_rule("sum.dim_IntList", "sum", "mean.dim", "mean", "prod.dim_int", "logsumexp")
+@rule("sum.dim_IntList", "sum", "mean.dim", "mean", "prod.dim_int", "logsumexp")
 def _sum(code: RowCode, op: Op) -> Row:
     name = op.name.split(".")[1]
     kind = Kind.number if name in ("mean", "logsumexp") else code.result(op).kind
@@ -51,7 +53,7 @@ def _sum(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("amax", "amin", "max.dim", "min.dim", "argmax", "argmin", "max", "min")
+@rule("amax", "amin", "max.dim", "min.dim", "argmax", "argmin", "max", "min")
 def _extreme(code: RowCode, op: Op) -> Row | tuple[Row, ...]:
     row, greatest = code.row(op, 0), "true" if "max" in op.name else "false"
     flags = row.kind is Kind.mask
@@ -72,7 +74,7 @@ def _extreme(code: RowCode, op: Op) -> Row | tuple[Row, ...]:
     return values, places
 
 
-@row_rule("any.dim", "all.dim", "any", "all", "any.dims", "all.dims")
+@rule("any.dim", "all.dim", "any", "all", "any.dims", "all.dims")
 def _any(code: RowCode, op: Op) -> Row:
     row = code.operand(op, 0, Kind.mask)
     code.comment(op)
@@ -81,7 +83,7 @@ def _any(code: RowCode, op: Op) -> Row:
     return made
 
 
-@row_rule("count_nonzero.dim_IntList", "count_nonzero")
+@rule("count_nonzero.dim_IntList", "count_nonzero")
 def _count(code: RowCode, op: Op) -> Row:
     row = code.converted(code.operand(op, 0, Kind.mask), Kind.integer)
     code.comment(op)
@@ -90,7 +92,7 @@ def _count(code: RowCode, op: Op) -> Row:
     return made
 
 
-@row_rule("softmax.int", "_softmax", "log_softmax.int", "_log_softmax")
+@rule("softmax.int", "_softmax", "log_softmax.int", "_log_softmax")
 def _softmax(code: RowCode, op: Op) -> Row:
     row = code.operand(op, 0, Kind.number)
     _, template = along(op, row)
@@ -101,7 +103,7 @@ def _softmax(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("cumsum", "cumprod")
+@rule("cumsum", "cumprod")
 def _cumulate(code: RowCode, op: Op) -> Row:
     row = code.operand(op, 0, code.result(op).kind)
     _, template = along(op, row)
@@ -112,7 +114,7 @@ def _cumulate(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("linalg_vector_norm", "norm.ScalarOpt_dim")
+@rule("linalg_vector_norm", "norm.ScalarOpt_dim")
 def _norm(code: RowCode, op: Op) -> Row:
     order = real(op, "ord" if op.name == "aten.linalg_vector_norm" else "p", 2)
     if order not in (1, 2, float("inf")):
@@ -126,7 +128,7 @@ def _norm(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("var.dim", "var.correction", "std.dim", "std.correction")
+@rule("var.dim", "var.correction", "std.dim", "std.correction")
 def _variance(code: RowCode, op: Op) -> Row:
     row = code.operand(op, 0, Kind.number)
     less = real(op, "correction", 1) if op.name.endswith("correction") else int(bool(attr(op, "unbiased", True)))
@@ -142,7 +144,7 @@ def _variance(code: RowCode, op: Op) -> Row:
     return code.rounded(made)
 
 
-@row_rule("layer_norm", "rms_norm")
+@rule("layer_norm", "rms_norm")
 def _normed(code: RowCode, op: Op) -> Row:
     row, over = code.operand(op, 0, Kind.number), attr(op, "normalized_shape", ())
     if not isinstance(over, Sequence) or len(over) > len(row.sizes):

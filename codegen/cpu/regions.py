@@ -6,14 +6,16 @@ import re
 from functools import cache
 from pathlib import Path
 
-from sparsec.codegen.cpu import moves, reductions  # noqa: F401  they register their rules
 from sparsec.codegen.cpu.lanes import KINDS, Kind, Lanes, Names, unsupported
+from sparsec.codegen.cpu.moves import MOVES
+from sparsec.codegen.cpu.reductions import REDUCTIONS
 from sparsec.codegen.cpu.rows import Row, RowCode, known_sizes, read
 from sparsec.codegen.cpu.straight import Comments, alias, pointwise
 from sparsec.ir.core import Block, Value
 from sparsec.ir.types import DType, Sym
 
 INCLUDE = Path(__file__).parent / "include"
+RULES = {**MOVES, **REDUCTIONS}
 
 
 @cache
@@ -57,7 +59,7 @@ def router(block: Block) -> str:
 
     Raises: CompileError naming an op that has no rule, or what the stack cannot hold.
     """
-    code = RowCode(Names(*reserved(), "route_row"), rounds=True)
+    code = RowCode(Names(*reserved(), "route_row"), RULES, rounds=True)
     args = [_argument(block, i, f"in[{i}]") for i in range(len(block.args))]
     code.labels = {arg.pointer: value.name or "parameter" for arg, value in zip(args, block.args, strict=True)}
     rows = [_loaded(code, arg, value) if arg.rows else arg for arg, value in zip(args, block.args, strict=True)]
@@ -75,7 +77,7 @@ def tail(block: Block) -> str:
 
     Raises: CompileError naming an op that has no rule, or what the stack cannot hold.
     """
-    code = RowCode(Names(*reserved(), "tail_row", "y"), rounds=False)
+    code = RowCode(Names(*reserved(), "tail_row", "y"), RULES, rounds=False)
     args = [_argument(block, i, f"params[{i - 1}]") for i in range(len(block.args))]
     code.labels = {arg.pointer: value.name or "parameter" for arg, value in zip(args, block.args, strict=True)}
     first = _loaded(code, Row("", args[0].sizes, True, DType.f32, pointer="y"), block.args[0])

@@ -1,8 +1,8 @@
-"""A region over one row as C++: values are arrays on the stack, ops that follow each other element by element one loop."""
+"""A region over one row as C++: values are arrays on the stack, ops element by element in a row are one loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
@@ -67,18 +67,21 @@ class Row:
 
 
 RowRule: TypeAlias = Callable[["RowCode", Op], "Row | tuple[Row, ...]"]
-ROW_RULES: dict[str, RowRule] = {}
+"""How to write an aten op that mixes the elements of a row, or moves them: what its results are."""
 
 
-def row_rule(*names: str) -> Callable[[RowRule], RowRule]:
-    """Register how to write aten ops that mix the elements of a row, or move them."""
+def registry() -> tuple[dict[str, RowRule], Callable[..., Callable[[RowRule], RowRule]]]:
+    """Rules by op, and a decorator that adds one for the ops it names."""
+    rules = dict[str, RowRule]()
 
-    def register(function: RowRule) -> RowRule:
-        for name in names:
-            ROW_RULES["aten." + name] = function
-        return function
+    def rule(*names: str) -> Callable[[RowRule], RowRule]:
+        def register(function: RowRule) -> RowRule:
+            rules.update(dict.fromkeys((f"aten.{name}" for name in names), function))
+            return function
 
-    return register
+        return register
+
+    return rules, rule
 
 
 class RowCode:
@@ -86,12 +89,13 @@ class RowCode:
 
     Args:
         names: variables in use.
+        rules: how to write ops that are not computed element by element.
         rounds: whether to round results to f16 and bf16 where the graph says so. Routers do, so that ids come out as
             in eager.
     """
 
-    def __init__(self, names: Names, rounds: bool) -> None:
-        self.names, self.rounds = names, rounds
+    def __init__(self, names: Names, rules: Mapping[str, RowRule], rounds: bool) -> None:
+        self.names, self.rules, self.rounds = names, rules, rounds
         self.lines: list[str] = []
         self.values: dict[Value, Row] = {}
         self.bytes = 0
@@ -225,7 +229,7 @@ class RowCode:
         if op.name in RULES or op.name in SAME:
             self._write_lanes(op)
             return
-        write = ROW_RULES.get(op.name)
+        write = self.rules.get(op.name)
         if write is None:
             raise unsupported(op, "it is not among the row-local ops that kernels are built of")
         made = write(self, op)
