@@ -8,6 +8,8 @@ import platform
 from functools import cache
 from pathlib import Path
 
+from sparsec.runtime.errors import ArtifactError
+
 _V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
 
@@ -25,11 +27,20 @@ def processor() -> tuple[str, ...]:
     return tuple(isa for isa, takes in ISAS.items() if features().issuperset(takes) and (isa != "amx" or _amx()))
 
 
+def wanted() -> tuple[str, ...]:
+    """The sets that native code is made for and run with: all, or those that `$SPARSEC_ISAS` lists (`avx512,avx2`).
+
+    Raises: ArtifactError for a set that there is not.
+    """
+    given = os.environ.get("SPARSEC_ISAS", "").replace(",", " ").split()
+    if unknown := [name for name in given if name not in ISAS]:
+        raise ArtifactError(f"SPARSEC_ISAS names '{unknown[0]}': there are {', '.join(ISAS)}")
+    return tuple(name for name in ISAS if not given or name in given)
+
+
 def allowed() -> tuple[str, ...]:
-    """The sets to choose from, best first: the processor's, or those up to `$SPARSEC_ISA` where that is set."""
-    found, most = processor(), os.environ.get("SPARSEC_ISA", "")
-    names = list(ISAS)
-    return tuple(isa for isa in found if names.index(isa) >= names.index(most)) if most in ISAS else found
+    """The sets to choose from, best first: those of `wanted` that the processor has. Raises: ArtifactError."""
+    return tuple(name for name in processor() if name in wanted())
 
 
 @cache

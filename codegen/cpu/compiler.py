@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sparsec.diagnostics import CompileError
 from sparsec.runtime import code_cache
+from sparsec.runtime import isa as isa_names
 from sparsec.runtime.isa import ISAS
 
 TIMEOUT = 300.0
@@ -106,11 +107,15 @@ def build(source: str, isa: str) -> bytes:
     return content
 
 
-def build_all(source: str, wanted: Collection[str] = tuple(ISAS)) -> dict[str, bytes]:
-    """The libraries of a source for those of the `wanted` instruction sets that the compiler knows, made in parallel.
+def build_all(source: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
+    """The libraries of a source for the instruction sets that the compiler knows, made in parallel.
+
+    Args:
+        wanted: leave out all but these; default: what `$SPARSEC_ISAS` says, else none is left out.
 
     Raises: NoCompiler, CompilerFailed.
     """
+    wanted = isa_names.wanted() if wanted is None else wanted
     chosen = [isa for isa in _isas(find()) if isa in wanted]
     with ThreadPoolExecutor(max_workers=min(len(chosen) or 1, os.cpu_count() or 1)) as pool:
         return dict(zip(chosen, pool.map(lambda isa: build(source, isa), chosen), strict=True))

@@ -85,12 +85,18 @@ def test_the_best_instruction_set_is_taken() -> None:
 def test_every_instruction_set_that_is_here_runs(most: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if most not in isa.processor() or most not in compiler.isas():
         pytest.skip(f"no {most} here")
-    monkeypatch.setenv("SPARSEC_ISA", most)
+    monkeypatch.setenv("SPARSEC_ISAS", most)
     call, context = bound()
     assert context.paths["scaler"].isa == most
     assert call is not None
     x, w = inputs(3)
     check(call([x, w, None]), x * w)
+
+
+def test_an_instruction_set_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEC_ISAS", "avx2, sse9")
+    with pytest.raises(ArtifactError, match="SPARSEC_ISAS names 'sse9': there are amx, avx512, avx2"):
+        isa.allowed()
 
 
 def test_without_amx_or_avx512_the_next_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

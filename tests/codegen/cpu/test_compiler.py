@@ -88,11 +88,13 @@ def test_source_isa_and_compiler_make_other_entries(
     assert len(runs) == len(list(cache.glob("*.key"))) == 4
 
 
-def test_all_instruction_sets_in_parallel() -> None:
+def test_all_instruction_sets_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiler.build_all(scaler.source())
     assert tuple(made) == compiler.isas()
     assert all(code_cache.made_here(hashlib.sha256(content).hexdigest()) for content in made.values())
     assert list(compiler.build_all(scaler.source(), ["avx2"])) == ["avx2"]
+    monkeypatch.setenv("SPARSEC_ISAS", "avx2,avx512")
+    assert set(compiler.build_all(scaler.source())) == {"avx2", "avx512"} & set(compiler.isas())
 
 
 def test_many_at_once_use_one_cache(cache: Path) -> None:
