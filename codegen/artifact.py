@@ -58,6 +58,7 @@ def write_artifact(
     *,
     target: str,
     text: str = "",
+    stored: str = "model",
     generation: Mapping[str, Any] | None = None,
     tokenizer: Path | None = None,
     shard: int = SHARD,
@@ -72,6 +73,7 @@ def write_artifact(
             is held at once, so a mapping that makes tensors on demand bounds the memory.
         target: what the plan was compiled for.
         text: the IR after `lower`.
+        stored: how the experts' weights are stored: `model`, `int8` or `int4`.
         generation: how text is generated with it, as of `sparsec.runtime.generate`.
         tokenizer: a `tokenizer.json` to take along.
         shard: most bytes of tensors in one file, unless a single tensor has more.
@@ -103,6 +105,7 @@ def write_artifact(
             "sparsec": __version__,
             "torch": torch.__version__,
             "target": target,
+            "weights": stored,
             "files": writer.entries,
             "aliases": aliases,
         }

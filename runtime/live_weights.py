@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsec.runtime.release import require
+
 State = list[tuple[int, int]]
 
 
@@ -83,7 +85,12 @@ class LiveWeight:
         made = _made[key] = _Made(refs, state, value, view)
         return made
 
+    def is_view(self) -> bool:
+        """Whether the weight that was last asked for lies in the memory of a part."""
+        return self._last is None or self._last.view is not None
+
     def _fresh(self, parts: Sequence[Tensor]) -> Tensor:
+        require(parts)
         with torch.inference_mode(False), torch.no_grad():
             return self.make(parts)
 

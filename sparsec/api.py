@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from sparsec.codegen.artifact import Progress
     from sparsec.inspect.accounting import ModelInfo
+    from sparsec.inspect.quantised import LayerError
 
 
 class IRText(str):
@@ -128,6 +129,15 @@ class CompiledModel:
 
         return info(self.captured)
 
+    def weight_errors(self) -> list[LayerError]:
+        """How far quantised experts are from the model's, layer by layer: ||y' - y|| / ||y|| on random inputs.
+
+        Empty where no weights are quantised, or the model has none (on the meta device).
+        """
+        from sparsec.inspect.quantised import layer_errors
+
+        return layer_errors(self.result.ir("schedule"), self.captured.weights)
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -152,6 +162,7 @@ class CompiledModel:
             self.weights,
             target=str(self.target),
             text=print_module(self.result.module),
+            stored=str(self.result.module.attrs.get("weights", "model")),
             generation=self.generation,
             tokenizer=tokenizer,
             progress=progress,
@@ -176,6 +187,7 @@ def compile(
     *,
     dynamic: bool | Any = True,
     target: str | None = None,
+    weights: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -187,27 +199,31 @@ def compile(
         dynamic: True leaves batch, sequence and every other size open that the model leaves open; False fixes all;
             anything else is `dynamic_shapes` as of torch.export.
         target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`; see `sparsec targets`.
+        weights: how experts' weights are stored on a CPU: `model` (default, as they are), `int8` (a scale for each
+            column) or `int4` (a scale for each 128 values); see `CompiledModel.weight_errors`.
         dump: a folder for numbered IR texts, diffs and remarks.
         instruments: further watchers of the pipeline.
 
     Raises:
         CompileError: the model cannot be captured or compiled; says where, in the user's lines.
     """
-    return compile_captured(capture(model, args, kwargs, dynamic=dynamic), target, dump=dump, instruments=instruments)
+    captured = capture(model, args, kwargs, dynamic=dynamic)
+    return compile_captured(captured, target, weights=weights, dump=dump, instruments=instruments)
 
 
 def compile_captured(
     captured: Captured,
     target: str | None = None,
     *,
+    weights: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
-    config = Config.read(target=target, dump=Path(dump) if dump else None)
+    config = Config.read(target=target, weights=weights, dump=Path(dump) if dump else None)
     parsed = Target.parse(config.target)
-    module = with_structure(captured).module
+    module = stored_as(config.weights, with_structure(captured).module)
     watching = list(instruments)
     if config.dump:
         watching.append(Dump(config.dump, name))
@@ -220,6 +236,7 @@ def compile_language_model(
     *,
     max_length: int | None = None,
     target: str | None = None,
+    weights: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -232,11 +249,12 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
+        weights: as of `compile`.
 
     Raises: CompileError.
     """
     captured = capture_language_model(model, max_length)
-    return compile_captured(captured, target, dump=dump, name=name, instruments=instruments)
+    return compile_captured(captured, target, weights=weights, dump=dump, name=name, instruments=instruments)
 
 
 def capture_language_model(model: Any, max_length: int | None = None) -> Captured:
@@ -269,6 +287,14 @@ def with_structure(captured: Captured) -> Captured:
     attrs = captured.module.attrs
     attrs["inputs"], attrs["structure"] = frozen(captured.inputs_json), frozen(captured.structure_json)
     return captured
+
+
+def stored_as(weights: str, module: Module) -> Module:
+    """The module, saying how the weights of its experts are to be stored (`pack-banks`)."""
+    module.attrs.pop("weights", None)
+    if weights != "model":
+        module.attrs["weights"] = weights
+    return module
 
 
 def emit_module(module: Module, target: str) -> Emitted:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sparsec import pipeline
 from sparsec.codegen.emit import emit
 from sparsec.codegen.fx import to_fx
+from sparsec.config import Config
 from sparsec.diagnostics import CompileError, Diagnostic, SparsecError
 from sparsec.frontend.graph import import_graph
 from sparsec.ir.core import Func, Module
@@ -30,6 +31,7 @@ from sparsec.ir.interp import evaluate_func
 from sparsec.launch import register
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.live_weights import LiveWeight
+from sparsec.runtime.release import release
 
 _logger = logging.getLogger(__name__)
 
@@ -39,23 +41,34 @@ GraphCompiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 def sparsec(
     graph_module: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any
 ) -> Callable[..., Any]:
-    """The backend. Options: `dense` = "inductor" (default) or "aten", who runs the dense rest.
+    """The backend.
+
+    Options:
+        dense: "inductor" (default) or "aten": who runs the dense rest.
+        weights: "model" (default), "int8" or "int4": how the experts' weights are stored on a CPU.
+        free_weights: whether to give back the memory of weights on a CPU once they are packed, so that they are held
+            once and not twice. The model's own tensors then hold NaN: it can be run by what was compiled, at any
+            sizes, but not eagerly, and not be saved, changed or moved.
 
     A graph that is differentiated is left to Inductor as it is: the fused kernels have no backward yet.
 
     Raises: SparsecError for an unknown option.
     """
     given = dict(options or {})
-    dense = given.pop("dense", "inductor")
-    if given or dense not in ("inductor", "aten"):
+    dense, free = given.pop("dense", "inductor"), given.pop("free_weights", False)
+    weights = Config.read(weights=given.pop("weights", None)).weights
+    if given or dense not in ("inductor", "aten") or not isinstance(free, bool):
         raise SparsecError(
-            f"backend 'sparsec' takes options={{'dense': 'inductor' or 'aten'}}, was given {dict(options or {})}"
+            "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8' or 'int4', "
+            f"'free_weights': False or True}}, was given {dict(options or {})}"
         )
     if _is_differentiated(graph_module, example_inputs):
         _logger.info("a graph that is differentiated is left to PyTorch")
         return _differentiable(graph_module, list(example_inputs), dense)
     forward, inference = (partial(_inductor, is_inference=False), _inductor) if dense == "inductor" else (_aten, _aten)
-    backend = aot_autograd(fw_compiler=forward, inference_compiler=_Compiler(inference), decompositions={})
+    backend = aot_autograd(
+        fw_compiler=forward, inference_compiler=_Compiler(inference, weights, free), decompositions={}
+    )
     return backend(graph_module, list(example_inputs))  # type: ignore[no-any-return]
 
 
@@ -78,12 +91,12 @@ def _differentiable(graph_module: GraphModule, example_inputs: list[Any], dense:
 class _Compiler:
     """Compiles a functional inference graph: experts by sparsec, the rest by `dense`."""
 
-    def __init__(self, dense: GraphCompiler) -> None:
-        self.dense = dense
+    def __init__(self, dense: GraphCompiler, weights: str, free: bool) -> None:
+        self.dense, self.weights, self.free = dense, weights, free
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            fused = fuse(graph_module, example_inputs)
+            fused = fuse(graph_module, example_inputs, self.weights)
         except (CompileError, ArtifactError) as error:  # the latter where a kernel cannot be bound
             warnings.warn(f"sparsec leaves this graph to PyTorch:\n{error}", stacklevel=2)
             fused = None
@@ -92,9 +105,14 @@ class _Compiler:
         with _mode_of(example_inputs):
             examples = [read.example(example_inputs) for read in fused.reads]
         run = self.dense(fused.graph, examples)
+        free = self.free
 
         def boxed(inputs: list[Any]) -> Any:
+            nonlocal free
             given = [read(inputs) for read in fused.reads]
+            if free:
+                free = False
+                fused.release(inputs)
             inputs.clear()
             return run(given)
 
@@ -118,14 +136,14 @@ class Given:
 class Made:
     """An argument of a fused graph that is made of weights among the inputs: once, not at every call."""
 
-    places: tuple[int, ...]
+    parts: tuple[Given | Made, ...]
     weight: LiveWeight
 
     def __call__(self, inputs: Sequence[Any]) -> torch.Tensor:
-        return self.weight([inputs[place] for place in self.places])
+        return self.weight([part(inputs) for part in self.parts])
 
     def example(self, inputs: Sequence[Any]) -> torch.Tensor:
-        return self.weight.make([inputs[place] for place in self.places])
+        return self.weight.make([part.example(inputs) for part in self.parts])
 
 
 @dataclass(frozen=True)
@@ -135,10 +153,28 @@ class Fused:
     graph: GraphModule
     reads: list[Given | Made]
 
+    def release(self, inputs: Sequence[Any]) -> None:
+        """Give back the memory of those inputs of which only weights are made that do not lie in there."""
+        made = [read for read in self.reads if isinstance(read, Made)]
+        kept = [read(inputs) for read in self.reads if isinstance(read, Given)]
+        kept += [part(inputs) for read in made if read.weight.is_view() for part in read.parts]
+        held = {id(tensor.untyped_storage()) for tensor in kept if isinstance(tensor, torch.Tensor)}
+        for part in dict.fromkeys(part for read in made for part in read.parts if isinstance(part, Given)):
+            if id(part(inputs).untyped_storage()) not in held:
+                release(part(inputs))
 
-def fuse(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Fused | None:
-    """The graph with its expert layers as launches of kernels; None where it has none. Raises: CompileError."""
+
+def fuse(graph_module: GraphModule, example_inputs: Sequence[Any], weights: str = "model") -> Fused | None:
+    """The graph with its expert layers as launches of kernels; None where it has none.
+
+    Args:
+        weights: how the experts' weights are stored, as of `sparsec.compile`.
+
+    Raises: CompileError.
+    """
     imported = import_graph(graph_module, _static_inputs())
+    if weights != "model":
+        imported.module.attrs["weights"] = weights
     result = pipeline.run(imported.module, to="raise")
     for remark in result.remarks:
         if remark.kind == "missed":
@@ -161,15 +197,18 @@ def _reads(graph_module: GraphModule, lowered: Module) -> Iterator[Given | Made]
     names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     places = {name: i for i, name in enumerate(names)}
     made = derivations(lowered)
+
+    @cache
+    def read(source: str) -> Given | Made:
+        if source not in made:
+            return Given(places[source])
+        func = made[source].func
+        digest = hashlib.sha256(repr(func_key(func)).encode()).hexdigest()
+        return Made(tuple(map(read, made[source].of)), LiveWeight(digest, partial(_derive, Module([func]), func)))
+
     for attrs in map(lowered.main.arg_attrs.__getitem__, lowered.main.body.args):
-        source = str(attrs["source"])
-        if source in made:
-            func, of = made[source].func, made[source].of
-            digest = hashlib.sha256(repr(func_key(func)).encode()).hexdigest()
-            weight = LiveWeight(digest, partial(_derive, Module([func]), func))
-            yield Made(tuple(places[name] for name in of), weight)
-        elif attrs["kind"] != "constant":
-            yield Given(places[source])
+        if attrs["kind"] != "constant":
+            yield read(str(attrs["source"]))
 
 
 def _derive(module: Module, func: Func, parts: Sequence[torch.Tensor]) -> torch.Tensor:

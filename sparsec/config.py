@@ -17,6 +17,8 @@ from typing import Any
 
 from sparsec.diagnostics import SparsecError
 
+WEIGHTS = ("model", "int8", "int4")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -25,15 +27,18 @@ class Config:
     target: str = "cpu"  #: what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942
     dump: Path | None = None  #: folder that gets the IR after every pass, diffs and a manifest
     verify: bool = True  #: verify the IR after every pass
+    weights: str = "model"  #: how experts' weights are stored: model (as they are), int8 or int4 (on a CPU)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
-        """The configuration for what is `given` (None: not given). Raises: SparsecError for an unreadable variable."""
+        """The configuration for what is `given` (None: not given). Raises: SparsecError for a value that is none."""
         environ = os.environ if environ is None else environ
         values = {name: value for name, value in given.items() if value is not None}
         for knob in knobs():
             if knob.name not in values and (text := environ.get(knob.env)):
                 values[knob.name] = knob.read(text)
+        if values.get("weights", "model") not in WEIGHTS:
+            raise SparsecError(f"weights are stored as {', '.join(WEIGHTS)}, not as {values['weights']!r}")
         return cls(**values)
 
 

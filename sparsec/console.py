@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -15,6 +15,9 @@ from sparsec.diagnostics import Diagnostic, Remark
 from sparsec.ir.core import Module
 from sparsec.passes.base import Pass
 from sparsec.pipeline import Instrument, PassRecord
+
+if TYPE_CHECKING:
+    from sparsec.inspect.quantised import Summary
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -84,6 +87,16 @@ def passes_table(records: Sequence[PassRecord]) -> Table:
         did = sum(record.counts.values())
         row = (record.phase, record.name, str(record.ops_before), str(record.ops_after), f"{record.ms:.1f}")
         table.add_row(*row, f"{did} changes" if did else "", style="" if did else "dim")
+    return table
+
+
+def errors_table(rows: Sequence[Summary]) -> Table:
+    """How far quantised experts are from the model's, for layers that are alike."""
+    table = Table("weights", "layers", "experts", "hidden", "width", "error: least", "median", "most", box=None)
+    table.header_style = "dim"
+    for row in rows:
+        sizes = (row.packing, *map(str, (row.layers, row.experts, row.hidden, row.width)))
+        table.add_row(*sizes, *(f"{100 * error:.2f} %" for error in (row.least, row.median, row.most)))
     return table
 
 

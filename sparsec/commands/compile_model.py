@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from sparsec import api, pipeline
 from sparsec.codegen.artifact import checked_place, write_artifact
 from sparsec.commands.options import DTYPES
-from sparsec.config import Config
-from sparsec.console import Watch, bytes_bar, out, passes_table, print_remarks, print_warnings, working
+from sparsec.config import WEIGHTS, Config
+from sparsec.console import Watch, bytes_bar, errors_table, out, passes_table, print_remarks, print_warnings, working
 from sparsec.diagnostics import CompileError, Remark, SparsecError
 from sparsec.frontend.capture import capture
 from sparsec.frontend.models import LoadedModel, describe_absence, load_model
 from sparsec.inspect.dump import Dump, write_atomic
+from sparsec.inspect.quantised import LayerError, layer_errors, summarise
 from sparsec.ir.core import Module
 from sparsec.ir.interp import DerivedWeights
 from sparsec.ir.parser import parse_module
@@ -36,14 +38,15 @@ def run(
     random_weights: bool,
     to: str,
     start: str | None,
-    weights: Path | None,
+    weights: Sequence[str],
     max_length: int | None,
     no_cache: bool,
     dump: Path | None,
     as_json: bool,
 ) -> None:
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
-    config = Config.read(target=target, dump=dump)
+    stored, held = _read_weights(weights)
+    config = Config.read(target=target, weights=stored, dump=dump)
     target, dump = config.target, config.dump
     Target.parse(target)
     if to == "emit":
@@ -51,10 +54,10 @@ def run(
     if (Path(model) / "manifest.json").is_file():
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
     if model.endswith(".sparsec"):
-        _from_text(Path(model), output, target, to, start, weights, dump, as_json)
+        _from_text(Path(model), output, target, to, start, stored, held, dump, as_json)
         return
-    if start or weights:
-        raise SparsecError("--from and --weights go with the text of a module (FILE.sparsec)")
+    if start or held:
+        raise SparsecError("--from and --weights ARTIFACT go with the text of a module (FILE.sparsec)")
     began = time.perf_counter()
     with working(as_json) as status:
         status.step(f"load {model}")
@@ -65,17 +68,20 @@ def run(
         began = time.perf_counter()
         status.step("capture")
         if to != "emit":
-            module = _captured(loaded, max_length, no_cache)
+            module = api.stored_as(config.weights, _captured(loaded, max_length, no_cache))
             instruments = [Watch(status), *([Dump(dump, loaded.name)] if dump else [])]
             result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
             _write_text(output, result.module)
             print_remarks(result.remarks)
             return
-        compiled = _compiled(loaded, target, max_length, no_cache, dump, Watch(status))
+        compiled = _compiled(loaded, config, max_length, no_cache, Watch(status))
         if absence := describe_absence(compiled.result.ir("capture"), loaded.name):
             raise CompileError([replace(absence, severity="error")])
         status.step("emit kernels")
         remarks = compiled.remarks
+        if config.weights != "model":
+            status.step("measure the error of quantised experts")
+        errors = compiled.weight_errors()
     print_warnings(compiled.warnings)
     print_remarks(remarks)
     compile_seconds = time.perf_counter() - began
@@ -85,7 +91,16 @@ def run(
             output, tokenizer=tokenizer if tokenizer and tokenizer.is_file() else None, progress=progress
         )
     seconds = {"load": load_seconds, "compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
-    _report(path, compiled.result, remarks, seconds, as_json)
+    _report(path, compiled.result, remarks, seconds, errors, as_json)
+
+
+def _read_weights(given: Sequence[str]) -> tuple[str | None, Path | None]:
+    """How weights are to be stored, and the artifact that holds them. Raises: SparsecError."""
+    formats = [value for value in given if value in WEIGHTS]
+    places = [value for value in given if value not in WEIGHTS]
+    if len(formats) > 1 or len(places) > 1:
+        raise SparsecError(f"--weights is given {' and '.join(formats if len(formats) > 1 else places)}: choose one")
+    return (formats or [None])[0], Path(places[0]) if places else None
 
 
 def _is_language_model(loaded: LoadedModel, no_cache: bool) -> bool:
@@ -94,14 +109,13 @@ def _is_language_model(loaded: LoadedModel, no_cache: bool) -> bool:
 
 
 def _compiled(
-    loaded: LoadedModel, target: str, max_length: int | None, no_cache: bool, dump: Path | None, watch: Watch
+    loaded: LoadedModel, config: Config, max_length: int | None, no_cache: bool, watch: Watch
 ) -> api.CompiledModel:
+    given: dict[str, Any] = {"target": config.target, "weights": config.weights, "dump": config.dump}
+    given |= {"name": loaded.name, "instruments": [watch]}
     if _is_language_model(loaded, no_cache):
-        return api.compile_language_model(
-            loaded.model, max_length=max_length, target=target, dump=dump, name=loaded.name, instruments=[watch]
-        )
-    captured = capture(loaded.model, loaded.args, loaded.kwargs)
-    return api.compile_captured(captured, target, dump=dump, name=loaded.name, instruments=[watch])
+        return api.compile_language_model(loaded.model, max_length=max_length, **given)
+    return api.compile_captured(capture(loaded.model, loaded.args, loaded.kwargs), **given)
 
 
 def _captured(loaded: LoadedModel, max_length: int | None, no_cache: bool) -> Module:
@@ -116,12 +130,18 @@ def _from_text(
     target: str,
     to: str,
     start: str | None,
+    stored: str | None,
     weights: Path | None,
     dump: Path | None,
     as_json: bool,
 ) -> None:
     began = time.perf_counter()
     module = parse_module(source.read_text(), str(source))
+    phase = start or str(module.attrs.get("phase", "capture"))
+    if stored is not None and stored != module.attrs.get("weights", "model"):
+        if phase in ("schedule", "lower"):
+            raise SparsecError(f"{source} is at phase '{phase}', where weights are packed already: go on from 'place'")
+        api.stored_as(stored, module)
     if to == "emit" and weights is None:
         raise SparsecError(
             "a text holds no weights: name an artifact of the same model with --weights, or stop earlier with --to"
@@ -144,12 +164,14 @@ def _from_text(
             DerivedWeights(result.module, held.weights),
             target=target,
             text=print_module(result.module),
+            stored=str(module.attrs.get("weights", "model")),
             generation=api.plain(result.module.attrs.get("generation")),
             progress=progress,
         )
     remarks = (*result.remarks, *emitted.remarks)
     seconds = {"compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
-    _report(path, result, remarks, seconds, as_json)
+    errors = layer_errors(result.ir("schedule"), held.weights) if stored and "schedule" in result.phases else []
+    _report(path, result, remarks, seconds, errors, as_json)
 
 
 def _write_text(output: Path, module: Module) -> None:
@@ -161,7 +183,12 @@ def _write_text(output: Path, module: Module) -> None:
 
 
 def _report(
-    path: Path, result: pipeline.Result, remarks: tuple[Remark, ...], seconds: dict[str, float], as_json: bool
+    path: Path,
+    result: pipeline.Result,
+    remarks: tuple[Remark, ...],
+    seconds: dict[str, float],
+    errors: Sequence[LayerError],
+    as_json: bool,
 ) -> None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if as_json:
@@ -171,9 +198,12 @@ def _report(
             "seconds": seconds,
             "passes": [{"phase": r.phase, "pass": r.name, "ms": r.ms} for r in result.records],
             "remarks": [{"kind": r.kind, "at": str(r.loc), "message": r.message} for r in remarks],
+            "weight_errors": [asdict(layer) for layer in errors],
         }
         print(json.dumps(summary))
         return
     out.print(passes_table([record for record in result.records if record.changed]))
+    if errors:
+        out.print(errors_table(summarise(errors)))
     took = ", ".join(f"{what} {time:.1f} s" for what, time in seconds.items())
     out.print(f"[green]{path}[/]  {size / 1e6:,.1f} MB ({took})", soft_wrap=True)

@@ -1,0 +1,177 @@
+"""How far quantised experts are from the experts they were made of.
+
+The measure is a block's relative error ||y' - y|| / ||y|| on random normal inputs and uniform routing, everything but
+the weights in f32. A few experts stand for each layer's, so a model takes seconds; no packed weight of it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sparsec.dialects.builtin import Return
+from sparsec.dialects.dtypes import to_torch
+from sparsec.dialects.moe import ExpertBank, Experts, Layer, Pack
+from sparsec.ir.core import Attr, Block, Func, Module, Value
+from sparsec.ir.derived import Derivation, derivations
+from sparsec.ir.equal import ValueMap, clone_block, clone_op
+from sparsec.ir.interp import evaluate_func
+from sparsec.ir.types import DType, TensorType, Type
+from sparsec.runtime.tiles import find_scales, pack, unpack, unpack_bias
+
+TOKENS = 64
+EXPERTS = 4
+"""Experts of a layer that are looked at; fewer where they have more than `VALUES` weights together."""
+
+VALUES = 1 << 26
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The error of one layer's experts.
+
+    Attributes:
+        scope: where the layer is in the model.
+        packing: `int8` or `int4`.
+        experts, hidden, width: E, H and I.
+        error: ||y' - y|| / ||y||.
+    """
+
+    scope: str
+    packing: str
+    experts: int
+    hidden: int
+    width: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The errors of layers that are alike."""
+
+    layers: int
+    packing: str
+    experts: int
+    hidden: int
+    width: int
+    least: float
+    median: float
+    most: float
+
+
+def summarise(errors: Sequence[LayerError]) -> list[Summary]:
+    """One row for all layers with as many experts of one size."""
+    kinds = dict[tuple[str, int, int, int], list[float]]()
+    for layer in errors:
+        kinds.setdefault((layer.packing, layer.experts, layer.hidden, layer.width), []).append(layer.error)
+    return [Summary(len(found), *kind, min(found), median(found), max(found)) for kind, found in kinds.items()]
+
+
+def layer_errors(module: Module, weights: Mapping[str, Tensor]) -> list[LayerError]:
+    """The error of every quantised layer.
+
+    Args:
+        module: as it stood after phase `schedule`.
+        weights: the model's own, by source; where they are missing or on the meta device nothing is measured.
+    """
+    made = derivations(module)
+    found = list[LayerError]()
+    for op in module.main.body.ops:
+        if isinstance(op, Experts | Layer) and op.packing in ("int8", "int4"):
+            error = _error(module, op, made, weights)
+            if error is not None:
+                hidden = cast("int", op.x.tensor.shape[-1])
+                found.append(LayerError(op.loc.scope, op.packing, op.num_experts, hidden, op.width, error))
+    return found
+
+
+def _error(
+    module: Module, op: Experts | Layer, made: Mapping[str, Derivation], weights: Mapping[str, Tensor]
+) -> float | None:
+    experts, hidden, width = op.num_experts, cast("int", op.x.tensor.shape[-1]), op.width
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, min(experts, EXPERTS, VALUES // ((op.parts + 1) * hidden * width)))
+    chosen = torch.randperm(experts, generator=generator)[:count].sort().values
+    exact, rounded = list[Tensor | None](), list[Tensor | None]()
+    for value, parts, columns, inner in ((op.up, op.parts, op.parts * width, hidden), (op.down, 1, hidden, width)):
+        derivation = made[str(module.main.arg_attrs[value]["source"])]
+        if not all(name in weights or name in made for name in derivation.of):
+            return None
+        bank, how = _before_packing(module, derivation, weights)
+        if bank.is_meta:
+            return None
+        bank = bank[chosen]
+        order = (how.parts, how.transposed, how.interleaved)
+        exact.append(unpack(pack(bank.float(), *order), None, "tiles", parts, columns, inner))
+        scales = find_scales(bank, *order, op.packing)
+        rounded.append(unpack(pack(bank, *order, op.packing, scales), scales, op.packing, parts, columns, inner))
+    biases = list[Tensor | None]()
+    for bias, parts, columns in ((op.up_bias, op.parts, op.parts * width), (op.down_bias, 1, hidden)):
+        if bias is None:
+            biases.append(None)
+            continue
+        derivation = made[str(module.main.arg_attrs[bias]["source"])]
+        (packed,) = evaluate_func(module, derivation.func, [weights[name] for name in derivation.of])
+        biases.append(unpack_bias(packed[chosen], parts, columns))
+    k = min(op.k, count)
+    x = torch.randn(TOKENS, hidden, generator=generator)
+    ids = torch.rand(TOKENS, count, generator=generator).topk(k).indices
+    shares = torch.rand(TOKENS, k, generator=generator)
+    block = _wide_block(op)
+    results = list[Tensor]()
+    for banks in (exact, rounded):
+        given = [value for value in (x, ids, shares, *banks, *biases) if value is not None]
+        func = _alone(op, block, given, [bias is not None for bias in biases])
+        results += evaluate_func(Module([func]), func, given)
+    y, other = (result.double() for result in results)
+    return float((other - y).norm() / y.norm()) if y.norm() else 0.0
+
+
+def _before_packing(module: Module, made: Derivation, weights: Mapping[str, Tensor]) -> tuple[Tensor, Pack]:
+    """A bank as it was packed, and the op that packed it."""
+    body = made.func.body
+    last = next(op for op in body.ops if isinstance(op, Pack))
+    sources = zip(body.args, made.of, strict=True)
+    parts = {arg: weights[name] for arg, name in sources if arg is not last.scales}
+    if last.w.op is None:
+        return parts[last.w], last
+    copy = Block([arg.type for arg in parts], [arg.name for arg in parts])
+    values: ValueMap = dict(zip(parts, copy.args, strict=True))
+    for op in body.ops[: body.ops.index(last)]:
+        copy.append(clone_op(op, values))
+    copy.append(Return([values[last.w]]))
+    return evaluate_func(module, Func("bank", copy), list(parts.values()))[0], last
+
+
+def _wide(type: Type) -> Type:
+    narrow = isinstance(type, TensorType) and type.dtype.is_float
+    return TensorType(type.shape, DType.f32) if isinstance(type, TensorType) and narrow else type
+
+
+def _wide_attr(value: Attr) -> Attr:
+    return DType.f32 if isinstance(value, DType) and value.is_float else value
+
+
+def _wide_block(op: ExpertBank) -> Block:
+    """The activation, in f32."""
+    return clone_block(op.activation, {}, _wide, _wide_attr)
+
+
+def _alone(op: ExpertBank, activation: Block, given: Sequence[Tensor], biases: Sequence[bool]) -> Func:
+    """A function of plain banks that runs the experts alone, without what comes after them."""
+    names = {to_torch(dtype): dtype for dtype in DType}
+    body = Block([TensorType(tuple(value.shape), names[value.dtype]) for value in given])
+    rest = iter(body.args[5:])
+    arguments: list[Value | None] = [*body.args[:5], *(next(rest) if has else None for has in biases)]
+    while arguments[-1] is None:
+        arguments.pop()
+    attrs: dict[str, Attr] = {"layout": op.layout, "weight_on": op.weight_on}
+    experts = Experts(arguments, None, attrs, [clone_block(activation, {})])
+    body.append(experts)
+    body.append(Return([experts.y]))
+    return Func("main", body)
