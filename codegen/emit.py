@@ -35,18 +35,19 @@ class Emitted:
     remarks: tuple[Remark, ...] = ()
 
 
-def emit(module: Module, target: str, inputs: Json = None, structure: Json = None) -> Emitted:
+def emit(module: Module, target: str, inputs: Json = None, structure: Json = None, *, here: bool = False) -> Emitted:
     """Make plan and kernels of a module after `lower`.
 
     Args:
         target: `cpu`, `cuda:sm_90`, `hip:gfx942` ...
         inputs, structure: how arguments are taken apart and results put together (`sparsec.runtime.structure`);
             without them arguments and results are flat.
+        here: compile native code for this processor only, not for others that an artifact may be loaded on.
 
     Raises:
         CompileError: the module is not lowered, or holds what the runtime cannot run.
     """
-    emitter = _Emitter(target)
+    emitter = _Emitter(target, here)
     fused = (func for func in module.funcs.values() if func.name != "main" and not is_derivation(func))
     kernels = {func.name: emitter.kernel(func) for func in fused}
     main = module.main
@@ -73,8 +74,8 @@ def emit(module: Module, target: str, inputs: Json = None, structure: Json = Non
 class _Emitter:
     """Emits kernel functions, collecting their files and remarks."""
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, target: str, here: bool) -> None:
+        self.target, self.here = target, here
         self.files: dict[str, bytes] = {}
         self.remarks: list[Remark] = []
 
@@ -133,10 +134,10 @@ class _Emitter:
         return name, self._libraries(func.name, source, op)
 
     def _libraries(self, name: str, source: str, op: Op) -> dict[str, str]:
-        from sparsec.codegen.cpu.compiler import build_all
+        from sparsec.codegen.cpu.compiler import build_all, build_best
 
         try:
-            made = build_all(source)
+            made = build_best(source) if self.here else build_all(source)
         except CompileError as error:
             self._missed(op, "prepacked oneDNN linears", error)
             return {}

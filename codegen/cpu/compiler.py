@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -107,16 +107,25 @@ def build(source: str, isa: str) -> bytes:
     return content
 
 
-def build_all(source: str, wanted: Collection[str] | None = None) -> dict[str, bytes]:
-    """The libraries of a source for the instruction sets that the compiler knows, made in parallel.
+def build_all(source: str) -> dict[str, bytes]:
+    """The libraries of a source for all instruction sets that the compiler knows (and `$SPARSEC_ISAS` lists).
 
-    Args:
-        wanted: leave out all but these; default: what `$SPARSEC_ISAS` says, else none is left out.
+    They are made in parallel. Raises: NoCompiler, CompilerFailed.
+    """
+    wanted = isa_names.wanted()
+    return _build(source, [isa for isa in _isas(find()) if isa in wanted])
+
+
+def build_best(source: str) -> dict[str, bytes]:
+    """The library for the best instruction set of this processor that the compiler knows; none if it knows none.
 
     Raises: NoCompiler, CompilerFailed.
     """
-    wanted = isa_names.wanted() if wanted is None else wanted
-    chosen = [isa for isa in _isas(find()) if isa in wanted]
+    known = _isas(find())
+    return _build(source, [isa for isa in isa_names.allowed() if isa in known][:1])
+
+
+def _build(source: str, chosen: Sequence[str]) -> dict[str, bytes]:
     with ThreadPoolExecutor(max_workers=min(len(chosen) or 1, os.cpu_count() or 1)) as pool:
         return dict(zip(chosen, pool.map(lambda isa: build(source, isa), chosen), strict=True))
 

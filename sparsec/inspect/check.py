@@ -80,8 +80,8 @@ def check(
     layers = [_Layer(raised.main, op, weights) for op in raised.main.body.ops if isinstance(op, Experts)]
     if not layers:
         raise CompileError("there are no expert layers to compare")
-    emitted = emit(result.module, "cpu", captured.inputs_json, captured.structure_json)
-    program = Program(emitted.plan, weights)
+    emitted = emit(result.module, "cpu", captured.inputs_json, captured.structure_json, here=True)
+    program = Program(emitted.plan, weights, files=emitted.files)
     found = list[Comparison]()
     for count in tokens:
         say(f"{count} tokens")
@@ -148,7 +148,8 @@ class _Compiled:
             if value in sources:
                 main.arg_attrs[arg] = {"kind": "param", "source": sources[value]}
         self.inputs = [value for value in alone.taken if value not in sources]
-        self.program = Program(emit(pipeline.run(alone.module).module, "cpu").plan, weights)
+        emitted = emit(pipeline.run(alone.module).module, "cpu", here=True)
+        self.program = Program(emitted.plan, weights, files=emitted.files)
 
     def __call__(self, values: Mapping[Value, Tensor]) -> list[Tensor]:
         return self.program(*[values[value] for value in self.inputs])
