@@ -52,7 +52,10 @@ def test_every_phase_gives_what_was_captured(zoo: Any, family: str) -> None:
         for new, old in zip(raised_to, wanted, strict=True):
             torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5 * float(old.abs().max()))
         for phase in pipeline.PHASES[2:]:
+            # Packing turns transposed banks over, and their sums are rounded in another order then.
+            exact = pipeline.PHASES.index(phase) < pipeline.PHASES.index("schedule")
+            bound = 0.0 if exact else 1e-5
             for new, old in zip(evaluate_module(result.ir(phase), [ids], captured.weights), raised_to, strict=True):
-                assert torch.equal(new, old), phase
-    kernels = [name for name in result.module.funcs if name != "main"]
+                torch.testing.assert_close(new, old, rtol=bound, atol=bound * float(old.abs().max()), msg=phase)
+    kernels = [name for name, func in result.module.funcs.items() if "backend" in func.attrs]
     assert kernels == ["layer_0"], "layers that are alike share kernels"
