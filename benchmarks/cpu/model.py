@@ -161,18 +161,24 @@ def _transformers(model: Any, implementation: str, length: int, *, compile: bool
     other = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     other.set_experts_implementation(implementation)
     cache: Any = StaticCache(config=other.config, max_cache_len=length)
-    forward: Any = other
+
+    def last(tokens: Tensor) -> Tensor:
+        # Not `logits_to_keep=1`: PyTorch copies the transposed weight to multiply it with such a slice of three axes.
+        hidden = other.model(input_ids=tokens, past_key_values=cache).last_hidden_state[:, -1]
+        return other.lm_head(hidden).view(-1)
+
+    run: Callable[[Tensor], Tensor] = last
     if compile:
         with torch.inference_mode():  # makes the cache's tensors, outside of the graph
-            other(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
+            last(torch.zeros(1, 1, dtype=torch.int64))
         torch.compiler.reset()
-        forward = torch.compile(other, dynamic=False)
+        run = torch.compile(last, dynamic=False)
 
     def step(tokens: Tensor, start: int) -> Tensor:
         with torch.inference_mode():
             if start == 0:
                 cache.reset()
-            return forward(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits.view(-1)
+            return run(tokens)
 
     return Writer(step, f"inductor, {implementation}" if compile else implementation)
 
