@@ -186,7 +186,7 @@ def fuse(graph_module: GraphModule, example_inputs: Sequence[Any], weights: str 
     device = _device_of(example_inputs)
     target = _target_of(device)
     lowered = pipeline.run(imported.module, target=target).module
-    emitted = emit(lowered, target)
+    emitted = emit(lowered, target, here=True)
     kernels = {name: register(kernel, device, emitted.files) for name, kernel in emitted.plan.kernels.items()}
     graph = to_fx(lowered.main, kernels, device, imported.constants, imported.results)
     return Fused(graph, list(_reads(graph_module, lowered)))

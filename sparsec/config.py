@@ -1,6 +1,8 @@
 """Every knob of the compiler, once: its keyword, flag, environment variable and meaning.
 
-A value comes from the keyword or flag if given, else from the environment, else from the default here.
+A value comes from the keyword or flag if given, else from the environment, else from the default here. Three more are
+read where they are used, by the runtime as well: `SPARSEC_CXX` (the C++ compiler), `SPARSEC_CACHE` (the folder of what
+it made) and `SPARSEC_ISAS` (instruction sets of native code, `avx512,avx2`).
 """
 
 from __future__ import annotations
