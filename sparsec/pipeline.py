@@ -41,7 +41,7 @@ PIPELINES: dict[str, str] = {
     ),
     "fuse": "fuse-layer,fuse-route-group,fuse-experts,cse,dce",
     "place": "",
-    "schedule": "schedule",
+    "schedule": "pack-banks,schedule",
     "lower": "lower-kernels,dce",
 }
 assert _dialects and _passes  # imported to register ops and passes

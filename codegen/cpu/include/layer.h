@@ -1,0 +1,304 @@
+// An expert layer in one parallel region: route, sort, both GEMMs, activation and combine.
+//
+// `Config` is generated: sizes, types, the activation, and the router if the layer has one. `Gemm` multiplies tiles.
+// Each chunk of an expert's rows goes through both GEMMs on one core, its activations staying in that core's cache.
+// Where there are too few chunks for the cores, all cores share each GEMM's columns instead, and wait between the two.
+#pragma once
+#include "call.h"
+#include "gemm.h"
+#include "sort.h"
+
+template <class Config, class Gemm>
+struct Layer {
+  typedef typename Gemm::Elem Elem;
+  static constexpr int V = 4 / sizeof(Elem), S = LANES * V;
+
+  static constexpr int64_t UP_STEPS = ceil_div(Config::hidden, S), UP_PANEL = UP_STEPS * PAIR;
+  static constexpr int UP_COLUMNS = Config::parts == 2 ? LANES : 2 * LANES;  // of the activated rows, per panel
+  static constexpr int64_t UP_BLOCKS = ceil_div(Config::width, UP_COLUMNS);
+  static constexpr int64_t DOWN_STEPS = ceil_div(Config::width, S), DOWN_PANEL = DOWN_STEPS * PAIR;
+  static constexpr int64_t DOWN_BLOCKS = ceil_div(Config::columns, 2 * LANES), COLUMNS = DOWN_BLOCKS * 2 * LANES;
+
+  // A chunk's rows fill half of a 2 MB second-level cache, a slice of its activations a quarter.
+  static constexpr int ROWS_FIT = int((1 << 20) / (UP_STEPS * S * sizeof(Elem)) / 32 * 32);
+    static constexpr int MOST_ROWS = most(32, least(256, ROWS_FIT));
+  static constexpr int64_t STEPS_FIT = most<int64_t>(1, (512 << 10) / (MOST_ROWS * S * sizeof(Elem)));
+  static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, STEPS_FIT), SLICE = ceil_div(DOWN_STEPS, SLICES);
+  static constexpr int64_t STEP_BLOCKS = S / UP_COLUMNS ? S / UP_COLUMNS : 1;  // panels of `up` that fill one step
+  static constexpr int CHUNK_TILES = MOST_ROWS / ROWS;
+
+  const Call* call;
+  const Elem* x;
+  const typename Config::Id* ids;
+  const typename Config::Weight* weights;
+  Sorted sorted;
+  Elem* results;  // of every pair, in sorted order [pairs, COLUMNS]
+  char *rows, *activated;  // all chunks' tiles, where cores share them
+  char* own;               // each core's
+  bool shared;
+  int next_thread = 0, next_row = 0, next_chunk = 0, next_part = 0, next_token = 0;
+
+  // ---- memory -------------------------------------------------------------------------------------------------
+
+  static constexpr int64_t OWN_ROWS = CHUNK_TILES * UP_STEPS * TILE, OWN_ACTIVATED = CHUNK_TILES * SLICE * TILE;
+  static constexpr int64_t OWN_SUMS = SLICES > 1 ? MOST_ROWS * COLUMNS * 4 : 0;
+  static constexpr int64_t OWN = OWN_ROWS + OWN_ACTIVATED + OWN_SUMS + 4096;
+
+  static int64_t most_chunks(int64_t pairs) { return ceil_div(pairs, MOST_ROWS) + least<int64_t>(pairs, Config::experts); }
+  static int64_t most_tiles(int64_t pairs) { return ceil_div(pairs, ROWS) + least<int64_t>(pairs, Config::experts); }
+  static bool is_shared(int64_t chunks, int threads) { return chunks < 4 * threads && threads > 1; }
+
+  // Lays scratch out; returns its size.
+  int64_t lay_out(char* base, int64_t tokens, int threads) {
+    const int64_t pairs = tokens * Config::slots;
+    int64_t size = 0;
+    auto take = [&](int64_t bytes) { return base + (size += ceil_div(bytes, 64) * 64) - ceil_div(bytes, 64) * 64; };
+    sorted.order = (int32_t*)take(pairs * 4);
+    sorted.place = (int32_t*)take(pairs * 4);
+    sorted.bounds = (int32_t*)take((2 * Config::experts + 1) * 4);
+    sorted.chunks = (Chunk*)take(most_chunks(pairs) * sizeof(Chunk));
+    results = (Elem*)take(pairs * COLUMNS * sizeof(Elem));
+    const int64_t begin = size, tiles = most_tiles(pairs);
+    own = take(threads * OWN);
+    const int64_t alone = size;
+    size = begin;  // one way or the other
+    if (threads > 1) {
+      const int64_t bounded = least<int64_t>(tiles, int64_t(4) * threads * CHUNK_TILES);
+      rows = take(bounded * UP_STEPS * TILE);
+      activated = take(bounded * DOWN_STEPS * TILE);
+    }
+    return most(size, alone);
+  }
+
+  // ---- one chunk ----------------------------------------------------------------------------------------------
+
+  // The rows of x of a chunk, as tiles; rows beyond the last are zeros.
+  void gather(const Chunk& chunk, char* to) const {
+    for (int first = 0; first < chunk.rows; first += ROWS, to += UP_STEPS * TILE)
+      for (int r = 0; r < ROWS; ++r) {
+        if (first + r >= chunk.rows) {
+          for (int64_t s = 0; s < UP_STEPS; ++s) memset(to + s * TILE + r * 64, 0, 64);
+          continue;
+        }
+        const int32_t pair = sorted.order[chunk.begin + first + r];
+        const Elem* row = x + int64_t(pair / Config::slots) * Config::hidden;
+        if (Config::early) {
+          scale_into<Elem>(row, float_of(weights[pair]), Config::hidden, to + r * 64, TILE);
+          continue;
+        }
+        constexpr int64_t whole = Config::hidden / S, rest = Config::hidden % S;
+        for (int64_t s = 0; s < whole; ++s) memcpy(to + s * TILE + r * 64, row + s * S, 64);
+        if (rest) {
+          memset(to + whole * TILE + r * 64, 0, 64);
+          memcpy(to + whole * TILE + r * 64, row + whole * S, rest * sizeof(Elem));
+        }
+      }
+  }
+
+  const char* up_panel(int expert, int64_t block) const {
+    return (const char*)call->in[Config::up] + (expert * UP_BLOCKS + block) * UP_PANEL;
+  }
+  const char* down_panel(int expert, int64_t block, int64_t step) const {
+    return (const char*)call->in[Config::down] + (expert * DOWN_BLOCKS + block) * DOWN_PANEL + step * PAIR;
+  }
+
+  // Multiply the rows of a chunk by `count` panels, and hand the sums of each row to `done(panel, row, sums, r)`: they
+  // are those of row r in their tile.
+  template <class Done>
+  static void sweep(const char* a, int64_t stride, int rows, const char* panel, int64_t panel_bytes, int64_t count,
+                    int steps, Done done) {
+    alignas(64) Sums sums[2];
+    for (int64_t p = 0; p < count; ++p, panel += panel_bytes)
+      for (int first = 0; first < rows; first += 2 * ROWS) {
+        const char* at = a + first / ROWS * stride;
+        const bool pair = rows - first > ROWS, cold = first == 0;
+        if (pair)
+          cold ? Gemm::template multiply<2, true>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums)
+               : Gemm::template multiply<2, false>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums);
+        else
+          cold ? Gemm::template multiply<1, true>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums)
+               : Gemm::template multiply<1, false>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums);
+        for (int row = first; row < least(first + 2 * ROWS, rows); ++row) done(p, row, sums[row / ROWS % 2], row % ROWS);
+      }
+  }
+
+  // Up-projection and activation of some blocks. to: tiles of `steps` steps from `first_step` on.
+  void up(const Chunk& chunk, const char* a, int64_t begin, int64_t end, char* to, int64_t first_step,
+          int64_t steps) const {
+    const float* bias =
+        Config::up_bias < 0 ? nullptr
+                            : (const float*)call->in[Config::up_bias] + chunk.expert * UP_BLOCKS * 2 * LANES;
+    sweep(a, UP_STEPS * TILE, chunk.rows, up_panel(chunk.expert, begin), UP_PANEL, end - begin, UP_STEPS,
+          [&](int64_t panel, int row, const Sums& sums, int r) {
+            const int64_t block = begin + panel, column = block * UP_COLUMNS, offset = column - first_step * S;
+            char* at = to + row / ROWS * steps * TILE + offset / S * TILE + r * 64 + offset % S * sizeof(Elem);
+            const int valid = int(least<int64_t>(UP_COLUMNS, Config::width - column));
+            F32 p0 = load(sums.of[0][r]), p1 = load(sums.of[1][r]);
+            if (bias) p0 += load(bias + block * 2 * LANES), p1 += load(bias + block * 2 * LANES + LANES);
+            if (Config::parts == 2) {
+              store((Elem*)at, Config::activation(p0, p1), valid);
+            } else {
+              store((Elem*)at, Config::activation(p0, p0), valid);
+              store((Elem*)(sizeof(Elem) == 2 ? at + 32 : at + TILE), Config::activation(p1, p1), most(0, valid - LANES));
+            }
+          });
+  }
+
+  // Down-projection of some blocks over the steps of one slice; `carried` holds what earlier slices gave.
+  void down(const Chunk& chunk, const char* a, int64_t begin, int64_t end, int64_t first_step, int64_t steps,
+            float* carried) const {
+    const bool starts = first_step == 0, ends = first_step + steps == DOWN_STEPS;
+    const float* bias =
+        Config::down_bias < 0 ? nullptr : (const float*)call->in[Config::down_bias] + chunk.expert * COLUMNS;
+    sweep(a, steps * TILE, chunk.rows, down_panel(chunk.expert, begin, first_step), DOWN_PANEL, end - begin, int(steps),
+          [&](int64_t panel, int row, const Sums& sums, int r) {
+            const int64_t column = (begin + panel) * 2 * LANES;
+            F32 y0 = load(sums.of[0][r]), y1 = load(sums.of[1][r]);
+            float* sum = carried + row * COLUMNS + column;
+            if (bias && starts) y0 += load(bias + column), y1 += load(bias + column + LANES);
+            if (!starts) y0 += load(sum), y1 += load(sum + LANES);
+            if (ends)
+              stream(results + (chunk.begin + row) * COLUMNS + column, y0, y1);
+            else
+              store(sum, y0), store(sum + LANES, y1);
+          });
+  }
+
+  // A chunk through both GEMMs, slice by slice of the width.
+  void run_alone(const Chunk& chunk, char* memory) const {
+    char *a = memory, *h = memory + OWN_ROWS;
+    float* carried = (float*)(h + OWN_ACTIVATED);
+    gather(chunk, a);
+    for (int64_t first = 0; first < DOWN_STEPS; first += SLICE) {
+      const int64_t steps = least(SLICE, DOWN_STEPS - first), end = least((first + steps) * STEP_BLOCKS, UP_BLOCKS);
+      if (end < (first + steps) * STEP_BLOCKS || Config::width % S) clear(chunk, h, steps);
+      up(chunk, a, first * STEP_BLOCKS, end, h, first, steps);
+      down(chunk, h, 0, DOWN_BLOCKS, first, steps, carried);
+    }
+  }
+
+  // Zeros where the last step of the activated rows is not filled.
+  static void clear(const Chunk& chunk, char* h, int64_t steps) {
+    for (int64_t tile = 0; tile < ceil_div(chunk.rows, ROWS); ++tile)
+      memset(h + (tile * steps + steps - 1) * TILE, 0, TILE);
+  }
+
+  // ---- the layer ----------------------------------------------------------------------------------------------
+
+  static int take(int& counter, int amount = 1) { return __atomic_fetch_add(&counter, amount, __ATOMIC_RELAXED); }
+  void wait() const {
+    if (call->barrier) call->barrier();
+  }
+
+  void run_chunks(char* memory) {
+    for (int i = take(next_chunk); i < sorted.num_chunks; i = take(next_chunk)) run_alone(sorted.chunks[i], memory);
+  }
+
+  void run_shared() {
+    // Each chunk's columns are cut so that there is work for every core several times over.
+    const int cuts = int(ceil_div(int64_t(8) * call->threads, most(1, sorted.num_chunks)));
+    auto parts = [&](int& counter, int64_t blocks, auto work) {
+      const int64_t size = ceil_div(blocks, cuts), each = ceil_div(blocks, size), all = each * sorted.num_chunks;
+      for (int i = take(counter); i < all; i = take(counter)) {
+        const Chunk& chunk = sorted.chunks[i / each];
+        const int64_t begin = i % each * size;
+        work(chunk, begin, least(begin + size, blocks));
+      }
+    };
+    for (int i = take(next_row); i < sorted.num_chunks; i = take(next_row)) {
+      const Chunk& chunk = sorted.chunks[i];
+      gather(chunk, rows + chunk.tile * UP_STEPS * TILE);
+      if (DOWN_STEPS * STEP_BLOCKS > UP_BLOCKS || Config::width % S)
+        clear(chunk, activated + chunk.tile * DOWN_STEPS * TILE, DOWN_STEPS);
+    }
+    wait();
+    parts(next_chunk, UP_BLOCKS, [&](const Chunk& chunk, int64_t begin, int64_t end) {
+      up(chunk, rows + chunk.tile * UP_STEPS * TILE, begin, end, activated + chunk.tile * DOWN_STEPS * TILE, 0,
+         DOWN_STEPS);
+    });
+    wait();
+    parts(next_part, DOWN_BLOCKS, [&](const Chunk& chunk, int64_t begin, int64_t end) {
+      down(chunk, activated + chunk.tile * DOWN_STEPS * TILE, begin, end, 0, DOWN_STEPS, nullptr);
+    });
+  }
+
+  // out[token] = the sum over its slots, in their order, of weight * result; in f32, rounded once.
+  void combine(int64_t token, Elem* out) const {
+    const Elem* row[Config::slots];
+    float weight[Config::slots];
+    int used = 0;
+    for (int slot = 0; slot < Config::slots; ++slot) {
+      const int32_t place = sorted.place[token * Config::slots + slot];
+      if (place < 0) continue;
+      row[used] = results + place * COLUMNS;
+      weight[used++] = Config::early ? 1.0f : float_of(weights[token * Config::slots + slot]);
+    }
+    if constexpr (Config::has_tail) return combine_finished(row, weight, used, out + token * Config::columns);
+    for (int64_t column = 0; column < Config::columns; column += LANES) {
+      F32 sum = {};
+      for (int i = 0; i < used; ++i) sum += weight[i] * load(row[i] + column);
+      store(out + token * Config::columns + column, sum, int(least<int64_t>(LANES, Config::columns - column)));
+    }
+  }
+
+  // The same with each row through the tail first.
+  void combine_finished(const Elem* const* row, const float* weight, int used, Elem* out) const {
+    alignas(64) float sum[COLUMNS] = {}, y[COLUMNS];
+    for (int i = 0; i < used; ++i) {
+      for (int64_t column = 0; column < COLUMNS; column += LANES) store(y + column, load(row[i] + column));
+      if constexpr (Config::has_tail) Config::tail(call, y);
+      for (int64_t column = 0; column < COLUMNS; column += LANES)
+        store(sum + column, load(sum + column) + weight[i] * load(y + column));
+    }
+    for (int64_t column = 0; column < Config::columns; column += LANES)
+      store(out + column, load(sum + column), int(least<int64_t>(LANES, Config::columns - column)));
+  }
+
+  void run_thread() {
+    const int thread = take(next_thread);
+    char* memory = own + thread * OWN;
+    const int64_t tokens = call->tokens;
+    if constexpr (Config::has_router) {
+      for (int t = take(next_token, 16); t < tokens; t = take(next_token, 16))
+        for (int64_t row = t; row < least<int64_t>(t + 16, tokens); ++row) Config::route(call, row);
+      wait();
+    }
+    if (thread == 0) {
+      sort_pairs(ids, tokens * Config::slots, Config::experts, MOST_ROWS, sorted);
+      shared = is_shared(sorted.num_chunks, call->threads);
+      next_token = 0;
+    }
+    wait();
+    Gemm::begin();
+    if (shared)
+      run_shared();
+    else
+      run_chunks(memory);
+    Gemm::end();
+    publish();
+    wait();
+    Elem* out = (Elem*)call->out[0];
+    for (int t = take(next_token, 16); t < tokens; t = take(next_token, 16))
+      for (int64_t token = t; token < least<int64_t>(t + 16, tokens); ++token) combine(token, out);
+  }
+
+  static int32_t run(const Call* call) {
+    Layer layer = {};
+    layer.call = call;
+    layer.x = (const Elem*)call->in[0];
+    layer.ids = (const typename Config::Id*)(Config::has_router ? call->out[1] : call->in[1]);
+    layer.weights = (const typename Config::Weight*)(Config::has_router ? call->out[2] : call->in[2]);
+    layer.lay_out((char*)call->scratch, call->tokens, call->threads);
+    auto body = [](void* data) { ((Layer*)data)->run_thread(); };
+    if (call->threads > 1)
+      call->parallel(body, &layer, call->threads, 0);
+    else
+      body(&layer);
+    return 0;
+  }
+
+  static int64_t scratch(int64_t tokens, int threads) {
+    Layer layer = {};
+    return layer.lay_out(nullptr, tokens, threads);
+  }
+};
