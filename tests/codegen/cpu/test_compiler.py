@@ -175,13 +175,13 @@ def test_a_cache_that_cannot_be_made_is_done_without(
     assert "compiled kernels are not kept" in caplog.text
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSEC_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert code_cache.folder() == Path("/x/sparsec/kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert code_cache.folder() == tmp_path / "x" / "sparsec" / "kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert code_cache.folder() == Path("/home/me/.cache/sparsec/kernels")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert code_cache.folder() == tmp_path / ".cache" / "sparsec" / "kernels"
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "../" + "0" * 61, "0" * 64, "A" * 64])
