@@ -81,7 +81,7 @@ def check(
     if not layers:
         raise CompileError("there are no expert layers to compare")
     emitted = emit(result.module, "cpu", captured.inputs_json, captured.structure_json, here=True)
-    program = Program(emitted.plan, weights, files=emitted.files)
+    program = Program(emitted.plan, DerivedWeights(result.module, captured.weights), files=emitted.files)
     found = list[Comparison]()
     for count in tokens:
         say(f"{count} tokens")
@@ -148,8 +148,9 @@ class _Compiled:
             if value in sources:
                 main.arg_attrs[arg] = {"kind": "param", "source": sources[value]}
         self.inputs = [value for value in alone.taken if value not in sources]
-        emitted = emit(pipeline.run(alone.module).module, "cpu", here=True)
-        self.program = Program(emitted.plan, weights, files=emitted.files)
+        lowered = pipeline.run(alone.module).module
+        emitted = emit(lowered, "cpu", here=True)
+        self.program = Program(emitted.plan, DerivedWeights(lowered, weights), files=emitted.files)
 
     def __call__(self, values: Mapping[Value, Tensor]) -> list[Tensor]:
         return self.program(*[values[value] for value in self.inputs])
