@@ -230,7 +230,17 @@ def _pow(op: Op, operands: Operands) -> str:
     return f"pow({x}, {y})"
 
 
-@rule("clamp", "clamp.Tensor", "clamp_min", "clamp_max", "clamp_min.Tensor", "clamp_max.Tensor", "hardtanh")
+@rule(
+    "clamp",
+    "clamp.Tensor",
+    "clip",
+    "clip.Tensor",
+    "clamp_min",
+    "clamp_max",
+    "clamp_min.Tensor",
+    "clamp_max.Tensor",
+    "hardtanh",
+)
 def _clamp(op: Op, operands: Operands) -> str:
     text, kind = first(op, operands), result_kind(op)
     low = high = None
