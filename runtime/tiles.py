@@ -34,6 +34,7 @@ _RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
 _TRIED = {"int8": (1.0, 0.985, 0.97), "int4": (1.04, 0.98, 0.92, 0.86, 0.8, 0.74)}
 
 
+@torch.no_grad()
 def pack(
     weight: Tensor,
     parts: int = 1,
@@ -74,6 +75,7 @@ def pack(
     return out
 
 
+@torch.no_grad()
 def find_scales(
     weight: Tensor, parts: int = 1, transposed: bool = False, interleaved: bool = False, packing: str = "int8"
 ) -> Tensor:
@@ -95,19 +97,23 @@ def find_scales(
         block = _block(weight[e], parts, transposed, interleaved, GROUP if packing == "int4" else 64)
         block = block.unflatten(-1, (groups, -1))
         rows = block.reshape(-1, block.shape[-1])
+        found = rows.new_empty(rows.shape[0], dtype=torch.float32)
         chunk = max(1, _CHUNK // rows.shape[-1])
-        found = torch.cat([_best_scales(part.float(), packing) for part in rows.split(chunk)])
+        for place, part in zip(found.split(chunk), rows.split(chunk), strict=True):
+            place.copy_(_best_scales(part.float(), packing))
         if not found.isfinite().all():
             raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
         out[e] = found.reshape(block.shape[:-1]).permute(0, 3, 1, 2)
     return out
 
 
+@torch.no_grad()
 def pack_bias(bias: Tensor, parts: int = 1, interleaved: bool = False) -> Tensor:
     """The bias [E, N] of a bank in the order of its columns: f32 [E, NB, 2, 16], zeros beyond."""
     return _block(bias.float().t(), parts, False, interleaved, 1).permute(3, 0, 1, 2).contiguous()
 
 
+@torch.no_grad()
 def unpack(
     packed: Tensor,
     scales: Tensor | None,
@@ -140,6 +146,7 @@ def unpack(
     return out
 
 
+@torch.no_grad()
 def unpack_bias(packed: Tensor, parts: int, columns: int) -> Tensor:
     """The bias [E, N] of which `pack_bias` made `packed`; gate columns before up columns."""
     rows = packed.transpose(1, 2) if parts == 2 else packed.unsqueeze(1)

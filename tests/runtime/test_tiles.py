@@ -161,6 +161,14 @@ def test_one_expert_alone_can_be_unpacked() -> None:
     assert unpack(packed, scales, "int4", 1, 40, 130, torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_nothing_is_recorded_for_gradients() -> None:
+    bank = torch.nn.Parameter(torch.randn(2, 32, 64))
+    scales = find_scales(bank, packing="int8")
+    packed = pack(bank)
+    assert not scales.requires_grad and not packed.requires_grad
+    assert not unpack(packed, None, "tiles", 1, 32, 64).requires_grad
+
+
 def test_shapes_without_values() -> None:
     bank = torch.randn(2, 64, 200, device="meta", dtype=torch.bfloat16)
     assert pack(bank, 2).shape == (2, 2, 7, 2, 16, 16, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -162,7 +163,8 @@ def test_torch_compile(model: Any, weights: str, fresh: None) -> None:
 
 
 def test_torch_compile_takes_known_options_only(model: Any, fresh: None) -> None:
-    for options in ({"weights": "int3"}, {"free_weights": 1}, {"wheights": "int8"}):
+    wrong: list[dict[str, Any]] = [{"weights": "int3"}, {"free_weights": 1}, {"wheights": "int8"}]
+    for options in wrong:
         with pytest.raises(Exception, match=r"int3|takes options="), torch.no_grad():
             torch.compile(model, backend="sparsec", options=options)(X)
 
@@ -221,24 +223,40 @@ def test_torch_compile_gives_back_the_memory_of_what_is_packed() -> None:
 
 
 LOADED = """
-import sys, torch, time
+import sys, torch
 from pathlib import Path
-import sparsec
+from sparsec.runtime.artifact import load
 
 def resident(kind):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
 torch.set_num_threads(1)
-x = torch.randn(64, 256)
-before = resident("VmRSS")
-loaded = sparsec.load(sys.argv[1], trust_code=True)
-loaded(x)
-print(resident("VmRSS") - before, resident("RssAnon"))
+path = Path(sys.argv[1])
+before, anonymous = resident("VmRSS"), resident("RssAnon")
+program = load(path)
+program(torch.randn(512, 256))
+size = sum(file.stat().st_size for file in (path / "weights").iterdir()) / 2**20
+native = bool(program.paths) and all(choice.isa for choice in program.paths.values())
+print(native, size, resident("VmRSS") - before, resident("RssAnon") - anonymous)
 """
 
 
-def environment() -> dict[str, str]:
-    import os
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("weights", ["model", "int4"])
+def test_weights_stay_in_their_files(tmp_path: Path, weights: str) -> None:
+    """Kernels read packed banks out of the mapped artifact: a run holds them once, and not as memory of its own."""
+    x = torch.randn(9, 256)
+    path = sparsec.compile(modules.stack(hidden=256, width=512, experts=32), (x,), weights=weights).save(tmp_path / "m")
+    code = [sys.executable, "-c", LOADED, str(path)]
+    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True, env=environment())
+    native, size, grown, anonymous = done.stdout.split()
+    if native != "True":
+        pytest.skip("no native code here")
+    rest = 45.0  # code of the runtime, rows and scratch
+    assert float(anonymous) < rest
+    assert float(size) * 0.5 < float(grown) < 1.05 * float(size) + rest
 
+
+def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
