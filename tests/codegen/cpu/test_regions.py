@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -83,7 +83,9 @@ def cases() -> dict[str, Case]:
     found["read_elsewhere"] = raised(Layer(read_elsewhere, 8), bank=8)
     found["padding"] = raised(Layer(padded, 8), torch.rand(7) > 0.5, bank=8)
     found["hash"] = raised(Hash(), torch.randint(0, 50, (7,)), bank=8)
-    found |= {f"sizes_{experts}_{k}": traced(Router(every_op, experts, options={"k": k})) for experts, k in SIZES}
+    found |= {
+        f"sizes_{experts}_{k}": traced(Router(cast(Any, every_op), experts, options={"k": k})) for experts, k in SIZES
+    }
     return found
 
 
@@ -130,7 +132,7 @@ def test_router(name: str) -> None:
 
 @pytest.mark.parametrize("isa", isas()[1:])
 def test_other_instruction_sets(isa: str) -> None:
-    names = ["deepseek_v3", "mixtral_bf16", "two_levels", "sizes_17_9", "sizes_256_256"]
+    names = ["deepseek_v3", "mixtral_bf16", "two_levels", "sizes_17_9"]
     chosen = [cases()[name] for name in names]
     for case, got in zip(chosen, run(chosen, isa), strict=True):
         for one, other in zip(got, case.wanted(), strict=True):
@@ -184,6 +186,7 @@ def test_fixed_number_of_tokens(tokens: int) -> None:
         same(one, other)
 
 
+@cache
 def tails() -> list[Case]:
     def scaled_norm(y: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(y, (y.shape[-1],), weight, 1e-6)
