@@ -16,6 +16,7 @@ from sparsec.ir.core import Func, Value
 from sparsec.ir.types import DType
 
 ELEMENTS = {DType.bf16: "bf16", DType.f32: "float"}
+WEIGHTS = {"tiles": "Unquantised", "int8": "Int8", "int4": "Int4"}
 IDS = {DType.i64: "int64_t", DType.i32: "int32_t"}
 
 _INCLUDED = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
@@ -29,7 +30,7 @@ def emit_kernel(func: Func) -> str:
     Raises: CompileError for a region that no kernel computes, or a type that it does not take.
     """
     op = func.body.ops[0]
-    if not isinstance(op, ExpertBank) or op.packing != "tiles":
+    if not isinstance(op, ExpertBank) or op.packing not in WEIGHTS:
         raise CompileError(f"there is no C++ for {op.name} in @{func.name}", op.loc)
     regions = [activation(op.activation)]
     if isinstance(op, Layer):
@@ -69,7 +70,7 @@ def inlined(headers: list[str]) -> str:
 
 
 _ENTRY = """\
-typedef Layer<Config, GemmOf<Config::Elem>::type> Kernel;
+typedef Layer<Config> Kernel;
 SPARSEC_EXPORT int32_t sparsec_run(const Call* call) { return Kernel::run(call); }
 SPARSEC_EXPORT int64_t sparsec_scratch(int64_t tokens, int32_t threads) { return Kernel::scratch(tokens, threads); }
 """
@@ -88,7 +89,7 @@ def _config(op: ExpertBank) -> str:
         "width": op.width,
         "columns": op.y_type.shape[-1],
         "parts": op.parts,
-        **{name: places.get(name, -1) for name in ("up", "down", "up_bias", "down_bias")},
+        **{name: places.get(name, -1) for name in ("up", "down", "up_bias", "down_bias", "up_scale", "down_scale")},
     }
     flags = {"early": op.weight_on == "input", "has_router": isinstance(op, Layer), "has_tail": op.tail is not None}
     second = "p1" * (op.parts - 1)
@@ -96,7 +97,8 @@ def _config(op: ExpertBank) -> str:
         "struct Config {",
         f"  typedef {_name(op.x, ELEMENTS)} Elem;",
         f"  typedef {_name(ids, IDS)} Id;",
-        f"  typedef {_name(weights, ELEMENTS)} Weight;",
+        f"  typedef {_name(weights, ELEMENTS)} Weight;  // of the router",
+        f"  typedef {WEIGHTS[op.packing]} Weights;",
         *(f"  static constexpr int {name} = {size};" for name, size in sizes.items()),
         *(f"  static constexpr bool {name} = {str(flag).lower()};" for name, flag in flags.items()),
         f"  SPARSEC_INLINE F32 activation(F32 p0, F32 {second}) {{",
@@ -126,11 +128,9 @@ def _pointers(places: list[int]) -> str:
 
 def _given(op: ExpertBank) -> list[str]:
     """For each operand, as the kernel gets them, the name of the field that it belongs to; "" for one left out."""
-    flat = list[str]()
-    for name, argument in zip(op.fields().operands, op.arguments, strict=False):
-        values = argument if isinstance(argument, tuple) else (argument,)
-        flat += ["" if value is None else name for value in values]
-    return flat
+    names = list(op.fields().operands)  # the last, a list, takes all that are left
+    names += names[-1:] * (len(op.arguments) - len(names))
+    return ["" if argument is None else name for name, argument in zip(names, op.arguments, strict=False)]
 
 
 def _name(value: Value, names: dict[DType, str]) -> str:

@@ -1,31 +1,42 @@
 // An expert layer in one parallel region: route, sort, both GEMMs, activation and combine.
 //
-// `Config` is generated: sizes, types, the activation, and the router if the layer has one. `Gemm` multiplies tiles.
+// `Config` is generated: sizes, types, the activation, the router and the tail if the layer has them. `Sweep` multiplies rows by weights.
 // Each chunk of an expert's rows goes through both GEMMs on one core, its activations staying in that core's cache.
 // Where there are too few chunks for the cores, all cores share each GEMM's columns instead, and wait between the two.
 #pragma once
 #include "call.h"
-#include "gemm.h"
+#include "panels.h"
 #include "sort.h"
 
-template <class Config, class Gemm>
+template <class Config>
 struct Layer {
-  typedef typename Gemm::Elem Elem;
-  static constexpr int V = 4 / sizeof(Elem), S = LANES * V;
+  typedef typename Config::Elem Elem;
+  typedef typename Config::Weights Weights;
+  typedef typename GemmOf<Elem>::type Gemm;
+  static constexpr int V = 4 / sizeof(Elem), S = LANES * V, PACKED = S * Weights::STEPS;  // k's of a step, a packed one
 
-  static constexpr int64_t UP_STEPS = ceil_div(Config::hidden, S), UP_PANEL = UP_STEPS * PAIR;
+  // Steps of activations along each GEMM's k, in whole packed steps; panels and their bytes; scales of a panel.
+  static constexpr int64_t UP_STEPS = ceil_div(Config::hidden, PACKED) * Weights::STEPS;
+  static constexpr int64_t DOWN_STEPS = ceil_div(Config::width, PACKED) * Weights::STEPS;
   static constexpr int UP_COLUMNS = Config::parts == 2 ? LANES : 2 * LANES;  // of the activated rows, per panel
   static constexpr int64_t UP_BLOCKS = ceil_div(Config::width, UP_COLUMNS);
-  static constexpr int64_t DOWN_STEPS = ceil_div(Config::width, S), DOWN_PANEL = DOWN_STEPS * PAIR;
   static constexpr int64_t DOWN_BLOCKS = ceil_div(Config::columns, 2 * LANES), COLUMNS = DOWN_BLOCKS * 2 * LANES;
+  static constexpr int64_t UP_PANEL = UP_STEPS / Weights::STEPS * PAIR, DOWN_PANEL = DOWN_STEPS / Weights::STEPS * PAIR;
+  static constexpr int64_t UP_SCALES = 2 * LANES * (Weights::grouped ? UP_STEPS / Weights::STEPS : 1);
+  static constexpr int64_t DOWN_SCALES = 2 * LANES * (Weights::grouped ? DOWN_STEPS / Weights::STEPS : 1);
 
   // A chunk's rows fill half of a 2 MB second-level cache, a slice of its activations a quarter.
-  static constexpr int ROWS_FIT = int((1 << 20) / (UP_STEPS * S * sizeof(Elem)) / 32 * 32);
-    static constexpr int MOST_ROWS = most(32, least(256, ROWS_FIT));
-  static constexpr int64_t STEPS_FIT = most<int64_t>(1, (512 << 10) / (MOST_ROWS * S * sizeof(Elem)));
-  static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, STEPS_FIT), SLICE = ceil_div(DOWN_STEPS, SLICES);
-  static constexpr int64_t STEP_BLOCKS = S / UP_COLUMNS ? S / UP_COLUMNS : 1;  // panels of `up` that fill one step
+  static constexpr int MOST_ROWS = most(32, least(256, int((1 << 20) / (UP_STEPS * 64) / 32 * 32)));
+  static constexpr int64_t UNIT = most(Weights::STEPS, UP_COLUMNS / S);  // steps that cannot be parted
+  static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (512 << 10) / (MOST_ROWS * 64)));
+  static constexpr int64_t SLICE = ceil_div(ceil_div(DOWN_STEPS, SLICES), UNIT) * UNIT;
   static constexpr int CHUNK_TILES = MOST_ROWS / ROWS;
+
+  // What one core works in.
+  struct Core {
+    char *rows, *activated, *expanded;
+    float* carried;
+  };
 
   const Call* call;
   const Elem* x;
@@ -34,7 +45,7 @@ struct Layer {
   Sorted sorted;
   Elem* results;  // of every pair, in sorted order [pairs, COLUMNS]
   char *rows, *activated;  // all chunks' tiles, where cores share them
-  char* own;               // each core's
+  char *own, *spare;       // each core's
   bool shared;
   int next_thread = 0, next_row = 0, next_chunk = 0, next_part = 0, next_token = 0;
 
@@ -42,7 +53,8 @@ struct Layer {
 
   static constexpr int64_t OWN_ROWS = CHUNK_TILES * UP_STEPS * TILE, OWN_ACTIVATED = CHUNK_TILES * SLICE * TILE;
   static constexpr int64_t OWN_SUMS = SLICES > 1 ? MOST_ROWS * COLUMNS * 4 : 0;
-  static constexpr int64_t OWN = OWN_ROWS + OWN_ACTIVATED + OWN_SUMS + 4096;
+  static constexpr int64_t OWN = ceil_div(OWN_ROWS + OWN_ACTIVATED + OWN_SUMS, 4096) * 4096;
+  static constexpr int64_t EXPANDED = Weights::STEPS > 1 ? most(UP_STEPS, DOWN_STEPS) * PAIR : 0;
 
   static int64_t most_chunks(int64_t pairs) { return ceil_div(pairs, MOST_ROWS) + least<int64_t>(pairs, Config::experts); }
   static int64_t most_tiles(int64_t pairs) { return ceil_div(pairs, ROWS) + least<int64_t>(pairs, Config::experts); }
@@ -58,6 +70,7 @@ struct Layer {
     sorted.bounds = (int32_t*)take((2 * Config::experts + 1) * 4);
     sorted.chunks = (Chunk*)take(most_chunks(pairs) * sizeof(Chunk));
     results = (Elem*)take(pairs * COLUMNS * sizeof(Elem));
+    spare = take(threads * EXPANDED);
     const int64_t begin = size, tiles = most_tiles(pairs);
     own = take(threads * OWN);
     const int64_t alone = size;
@@ -86,49 +99,44 @@ struct Layer {
           scale_into<Elem>(row, float_of(weights[pair]), Config::hidden, to + r * 64, TILE);
           continue;
         }
-        constexpr int64_t whole = Config::hidden / S, rest = Config::hidden % S;
-        for (int64_t s = 0; s < whole; ++s) memcpy(to + s * TILE + r * 64, row + s * S, 64);
-        if (rest) {
-          memset(to + whole * TILE + r * 64, 0, 64);
-          memcpy(to + whole * TILE + r * 64, row + whole * S, rest * sizeof(Elem));
+        for (int64_t s = 0; s < UP_STEPS; ++s) {
+          const int64_t left = least<int64_t>(S, Config::hidden - s * S) * int64_t(sizeof(Elem));
+          if (left == 64) {
+            memcpy(to + s * TILE + r * 64, row + s * S, 64);
+            continue;
+          }
+          memset(to + s * TILE + r * 64, 0, 64);
+          if (left > 0) memcpy(to + s * TILE + r * 64, row + s * S, left);
         }
       }
   }
 
-  const char* up_panel(int expert, int64_t block) const {
-    return (const char*)call->in[Config::up] + (expert * UP_BLOCKS + block) * UP_PANEL;
+  // Panels of an expert's banks from a block on; of the down-projection, from a step on.
+  Panels up_panels(int expert, int64_t begin, int64_t end) const {
+    const int64_t first = expert * UP_BLOCKS + begin;
+    return {(const char*)call->in[Config::up] + first * UP_PANEL, UP_PANEL, end - begin,
+            scales_of<Config::up_scale>(first * UP_SCALES), UP_SCALES};
   }
-  const char* down_panel(int expert, int64_t block, int64_t step) const {
-    return (const char*)call->in[Config::down] + (expert * DOWN_BLOCKS + block) * DOWN_PANEL + step * PAIR;
+  Panels down_panels(int expert, int64_t begin, int64_t end, int64_t step) const {
+    const int64_t first = expert * DOWN_BLOCKS + begin, packed = step / Weights::STEPS;
+    return {(const char*)call->in[Config::down] + first * DOWN_PANEL + packed * PAIR, DOWN_PANEL, end - begin,
+            scales_of<Config::down_scale>(first * DOWN_SCALES + (Weights::grouped ? packed * 2 * LANES : 0)),
+            DOWN_SCALES};
   }
-
-  // Multiply the rows of a chunk by `count` panels, and hand the sums of each row to `done(panel, row, sums, r)`: they
-  // are those of row r in their tile.
-  template <class Done>
-  static void sweep(const char* a, int64_t stride, int rows, const char* panel, int64_t panel_bytes, int64_t count,
-                    int steps, Done done) {
-    alignas(64) Sums sums[2];
-    for (int64_t p = 0; p < count; ++p, panel += panel_bytes)
-      for (int first = 0; first < rows; first += 2 * ROWS) {
-        const char* at = a + first / ROWS * stride;
-        const bool pair = rows - first > ROWS, cold = first == 0;
-        if (pair)
-          cold ? Gemm::template multiply<2, true>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums)
-               : Gemm::template multiply<2, false>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums);
-        else
-          cold ? Gemm::template multiply<1, true>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums)
-               : Gemm::template multiply<1, false>(at, stride, panel, steps, least(2 * ROWS, rows - first), sums);
-        for (int row = first; row < least(first + 2 * ROWS, rows); ++row) done(p, row, sums[row / ROWS % 2], row % ROWS);
-      }
+  template <int place>
+  const float* scales_of(int64_t offset) const {
+    if constexpr (place < 0) return nullptr;
+    return (const float*)call->in[place < 0 ? 0 : place] + offset;
   }
 
   // Up-projection and activation of some blocks. to: tiles of `steps` steps from `first_step` on.
-  void up(const Chunk& chunk, const char* a, int64_t begin, int64_t end, char* to, int64_t first_step,
+  void up(const Chunk& chunk, const Core& core, const char* a, int64_t begin, int64_t end, char* to, int64_t first_step,
           int64_t steps) const {
     const float* bias =
         Config::up_bias < 0 ? nullptr
                             : (const float*)call->in[Config::up_bias] + chunk.expert * UP_BLOCKS * 2 * LANES;
-    sweep(a, UP_STEPS * TILE, chunk.rows, up_panel(chunk.expert, begin), UP_PANEL, end - begin, UP_STEPS,
+    Sweep<Gemm, Weights>::run(
+        a, UP_STEPS * TILE, chunk.rows, up_panels(chunk.expert, begin, end), UP_STEPS, core.expanded,
           [&](int64_t panel, int row, const Sums& sums, int r) {
             const int64_t block = begin + panel, column = block * UP_COLUMNS, offset = column - first_step * S;
             char* at = to + row / ROWS * steps * TILE + offset / S * TILE + r * 64 + offset % S * sizeof(Elem);
@@ -144,17 +152,18 @@ struct Layer {
           });
   }
 
-  // Down-projection of some blocks over the steps of one slice; `carried` holds what earlier slices gave.
-  void down(const Chunk& chunk, const char* a, int64_t begin, int64_t end, int64_t first_step, int64_t steps,
-            float* carried) const {
+  // Down-projection of some blocks over the steps of one slice; what earlier slices gave is in `core.carried`.
+  void down(const Chunk& chunk, const Core& core, const char* a, int64_t begin, int64_t end, int64_t first_step,
+            int64_t steps) const {
     const bool starts = first_step == 0, ends = first_step + steps == DOWN_STEPS;
     const float* bias =
         Config::down_bias < 0 ? nullptr : (const float*)call->in[Config::down_bias] + chunk.expert * COLUMNS;
-    sweep(a, steps * TILE, chunk.rows, down_panel(chunk.expert, begin, first_step), DOWN_PANEL, end - begin, int(steps),
+    Sweep<Gemm, Weights>::run(
+        a, steps * TILE, chunk.rows, down_panels(chunk.expert, begin, end, first_step), int(steps), core.expanded,
           [&](int64_t panel, int row, const Sums& sums, int r) {
             const int64_t column = (begin + panel) * 2 * LANES;
             F32 y0 = load(sums.of[0][r]), y1 = load(sums.of[1][r]);
-            float* sum = carried + row * COLUMNS + column;
+            float* sum = core.carried + row * COLUMNS + column;
             if (bias && starts) y0 += load(bias + column), y1 += load(bias + column + LANES);
             if (!starts) y0 += load(sum), y1 += load(sum + LANES);
             if (ends)
@@ -165,22 +174,24 @@ struct Layer {
   }
 
   // A chunk through both GEMMs, slice by slice of the width.
-  void run_alone(const Chunk& chunk, char* memory) const {
-    char *a = memory, *h = memory + OWN_ROWS;
-    float* carried = (float*)(h + OWN_ACTIVATED);
-    gather(chunk, a);
+  void run_alone(const Chunk& chunk, const Core& core) const {
+    gather(chunk, core.rows);
     for (int64_t first = 0; first < DOWN_STEPS; first += SLICE) {
-      const int64_t steps = least(SLICE, DOWN_STEPS - first), end = least((first + steps) * STEP_BLOCKS, UP_BLOCKS);
-      if (end < (first + steps) * STEP_BLOCKS || Config::width % S) clear(chunk, h, steps);
-      up(chunk, a, first * STEP_BLOCKS, end, h, first, steps);
-      down(chunk, h, 0, DOWN_BLOCKS, first, steps, carried);
+      const int64_t steps = least(SLICE, DOWN_STEPS - first);
+      clear(chunk, core.activated, first, steps);
+      up(chunk, core, core.rows, blocks_to(first), blocks_to(first + steps), core.activated, first, steps);
+      down(chunk, core, core.activated, 0, DOWN_BLOCKS, first, steps);
     }
   }
 
-  // Zeros where the last step of the activated rows is not filled.
-  static void clear(const Chunk& chunk, char* h, int64_t steps) {
+  // How many panels of the up-projection fill the steps up to one.
+  static constexpr int64_t blocks_to(int64_t step) { return least(ceil_div(step * S, UP_COLUMNS), UP_BLOCKS); }
+
+  // Zeros in those of the given steps of activated rows that the width does not fill.
+  static void clear(const Chunk& chunk, char* h, int64_t first, int64_t steps) {
+    const int64_t filled = most<int64_t>(0, least(steps, Config::width / S - first));
     for (int64_t tile = 0; tile < ceil_div(chunk.rows, ROWS); ++tile)
-      memset(h + (tile * steps + steps - 1) * TILE, 0, TILE);
+      memset(h + (tile * steps + filled) * TILE, 0, (steps - filled) * TILE);
   }
 
   // ---- the layer ----------------------------------------------------------------------------------------------
@@ -190,11 +201,11 @@ struct Layer {
     if (call->barrier) call->barrier();
   }
 
-  void run_chunks(char* memory) {
-    for (int i = take(next_chunk); i < sorted.num_chunks; i = take(next_chunk)) run_alone(sorted.chunks[i], memory);
+  void run_chunks(const Core& core) {
+    for (int i = take(next_chunk); i < sorted.num_chunks; i = take(next_chunk)) run_alone(sorted.chunks[i], core);
   }
 
-  void run_shared() {
+  void run_shared(const Core& core) {
     // Each chunk's columns are cut so that there is work for every core several times over.
     const int cuts = int(ceil_div(int64_t(8) * call->threads, most(1, sorted.num_chunks)));
     auto parts = [&](int& counter, int64_t blocks, auto work) {
@@ -208,17 +219,16 @@ struct Layer {
     for (int i = take(next_row); i < sorted.num_chunks; i = take(next_row)) {
       const Chunk& chunk = sorted.chunks[i];
       gather(chunk, rows + chunk.tile * UP_STEPS * TILE);
-      if (DOWN_STEPS * STEP_BLOCKS > UP_BLOCKS || Config::width % S)
-        clear(chunk, activated + chunk.tile * DOWN_STEPS * TILE, DOWN_STEPS);
+      clear(chunk, activated + chunk.tile * DOWN_STEPS * TILE, 0, DOWN_STEPS);
     }
     wait();
     parts(next_chunk, UP_BLOCKS, [&](const Chunk& chunk, int64_t begin, int64_t end) {
-      up(chunk, rows + chunk.tile * UP_STEPS * TILE, begin, end, activated + chunk.tile * DOWN_STEPS * TILE, 0,
+      up(chunk, core, rows + chunk.tile * UP_STEPS * TILE, begin, end, activated + chunk.tile * DOWN_STEPS * TILE, 0,
          DOWN_STEPS);
     });
     wait();
     parts(next_part, DOWN_BLOCKS, [&](const Chunk& chunk, int64_t begin, int64_t end) {
-      down(chunk, activated + chunk.tile * DOWN_STEPS * TILE, begin, end, 0, DOWN_STEPS, nullptr);
+      down(chunk, core, activated + chunk.tile * DOWN_STEPS * TILE, begin, end, 0, DOWN_STEPS);
     });
   }
 
@@ -257,6 +267,7 @@ struct Layer {
   void run_thread() {
     const int thread = take(next_thread);
     char* memory = own + thread * OWN;
+    const Core core = {memory, memory + OWN_ROWS, spare + thread * EXPANDED, (float*)(memory + OWN_ROWS + OWN_ACTIVATED)};
     const int64_t tokens = call->tokens;
     if constexpr (Config::has_router) {
       for (int t = take(next_token, 16); t < tokens; t = take(next_token, 16))
@@ -271,9 +282,9 @@ struct Layer {
     wait();
     Gemm::begin();
     if (shared)
-      run_shared();
+      run_shared(core);
     else
-      run_chunks(memory);
+      run_chunks(core);
     Gemm::end();
     publish();
     wait();

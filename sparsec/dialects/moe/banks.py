@@ -53,6 +53,11 @@ class ExpertBank(OpDef):
     tail: OptBody
 
     @property
+    def k(self) -> int:
+        """How many experts a token takes."""
+        raise NotImplementedError
+
+    @property
     def num_experts(self) -> int:
         return known(self.up.tensor.shape[0])
 
