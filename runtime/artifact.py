@@ -36,6 +36,7 @@ from sparsec.runtime.context import Choice
 from sparsec.runtime.dtypes import SAFETENSORS
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.executor import Program
+from sparsec.runtime.huge_pages import InHugePages
 from sparsec.runtime.plan import Plan
 from sparsec.runtime.plan_json import from_json
 
@@ -93,13 +94,18 @@ class Artifact:
         return _parse(self.read(name), self.path, name) if name in self.manifest["files"] else None
 
     def program(
-        self, device: str | torch.device | None = None, allow: Collection[str] = (), trust_code: bool = False
+        self,
+        device: str | torch.device | None = None,
+        allow: Collection[str] = (),
+        trust_code: bool = False,
+        huge_pages: bool = False,
     ) -> Program:
         """Make the artifact ready to run.
 
         Args:
             device: where; the default is the kind of device that it was compiled for.
             allow, trust_code: as of `Program`.
+            huge_pages: as of `load`.
 
         Raises:
             ArtifactError: it was compiled for another kind of device, or this machine has none of the kind.
@@ -114,7 +120,8 @@ class Artifact:
         if kind == "cuda" and not torch.cuda.is_available():
             raise ArtifactError(f"{self.path} was compiled for {self.target}, and torch sees no GPU on this machine")
         files = {name: self.read(name) for name in self._names("kernels/")}
-        return Program(self.plan, self.weights, device, files=files, allow=allow, trust_code=trust_code)
+        weights = InHugePages(self.weights) if huge_pages and kind == "cpu" else self.weights
+        return Program(self.plan, weights, device, files=files, allow=allow, trust_code=trust_code)
 
     def _digest(self, name: str) -> str:
         if name not in self.manifest["files"]:
@@ -137,23 +144,26 @@ def load(
     verify: bool = True,
     allow: Collection[str] = (),
     trust_code: bool = False,
+    huge_pages: bool = False,
     progress: Progress | None = None,
 ) -> Program:
     """Load an artifact, ready to run.
 
-    Weights are mapped from the files. On a CPU the expert banks are then packed into memory of their own, one at a
-    time; the rest stays mapped.
+    Weights are mapped from the files, and kernels read them there. Banks of experts that PyTorch runs on a CPU are
+    packed into memory of their own, one at a time.
 
     Args:
         device: where to run; the default follows from the artifact's target.
         verify: compare every file's hash. Without it only sizes and headers are checked.
         allow: namespaces or operators beyond PyTorch's own that the model may call.
         trust_code: run the artifact's native CPU kernels even if they were compiled elsewhere.
+        huge_pages: read large weights into huge pages on a CPU instead of leaving them in the mapped files: loading
+            takes as long as reading them, and decoding is then up to 15 % faster.
 
     Raises:
         ArtifactError: not an artifact, damaged, of a newer format, for another target, or not allowed to run.
     """
-    return open_artifact(path, verify=verify, progress=progress).program(device, allow, trust_code)
+    return open_artifact(path, verify=verify, progress=progress).program(device, allow, trust_code, huge_pages)
 
 
 def open_artifact(path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Artifact:

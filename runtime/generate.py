@@ -71,8 +71,15 @@ class Generator:
         self._tokenizer: Any = None if tokenizer is None else _tokenizer(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None, *, trust_code: bool = False) -> Generator:
-        """From an artifact; `trust_code` is as of `Program`.
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        trust_code: bool = False,
+        huge_pages: bool = False,
+    ) -> Generator:
+        """From an artifact; the options are as of `sparsec.runtime.artifact.load`.
 
         Raises: ArtifactError, also where its model generates no text.
         """
@@ -81,7 +88,7 @@ class Generator:
         if settings is None:
             raise ArtifactError(f"{path} has no generation.json: it was not compiled for generating text")
         has_tokenizer = "tokenizer.json" in artifact.manifest["files"]
-        program = artifact.program(device, trust_code=trust_code)
+        program = artifact.program(device, trust_code=trust_code, huge_pages=huge_pages)
         return cls(program, settings, artifact.read("tokenizer.json") if has_tokenizer else None)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from sparsec.runtime import huge_pages
+
 GROUP = 128
 """Values of a column that share a scale in int4."""
 
@@ -61,9 +63,10 @@ def pack(
     values = 4 // lane.itemsize
     step = GROUP if packing == "int4" else 16 * values
     blocks = -(-columns // parts // (32 // parts))
-    out = weight.new_empty((experts, blocks, -(-inner // step), 2, 16, 16, values), dtype=lane)
+    shape = (experts, blocks, -(-inner // step), 2, 16, 16, values)
     if _has_no_values(weight):
-        return out
+        return weight.new_empty(shape, dtype=lane)
+    out = huge_pages.empty(shape, lane)
     if packing != "tiles" and scales is None:
         scales = find_scales(weight, parts, transposed, interleaved, packing)
     for e in range(experts):

@@ -321,7 +321,11 @@ def plain(attr: Any) -> Any:
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | torch.device | None = None, trust_code: bool = False
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    trust_code: bool = False,
+    huge_pages: bool = False,
 ) -> LoadedModel:
     """Load an artifact. Every file's hash is checked; nothing is compiled.
 
@@ -329,11 +333,13 @@ def load(
         device: where to run; the default follows from the artifact's target.
         trust_code: run its native CPU kernels even if they were compiled by somebody else or on another machine.
             Without it those are run by PyTorch, more slowly.
+        huge_pages: read large weights into huge pages on a CPU instead of leaving them in the mapped files: loading
+            takes as long as reading them, and decoding is then up to 15 % faster.
 
     Raises:
         ArtifactError: says in one sentence why the artifact cannot be run here.
     """
-    return LoadedModel(load_program(Path(path), device=device, trust_code=trust_code))
+    return LoadedModel(load_program(Path(path), device=device, trust_code=trust_code, huge_pages=huge_pages))
 
 
 def _leaves(tree: Any, outputs: Sequence[Any]) -> Any:

@@ -74,6 +74,7 @@ def compile_command(**options: Any) -> None:
     "-n", "--max-new-tokens", type=click.IntRange(min=1), help="Default: 64, or as many as there is room for."
 )
 @click.option("--trust-code", is_flag=True, help="Run the artifact's native code though it was not compiled here.")
+@click.option("--huge-pages", is_flag=True, help="Read weights into huge pages: loads slower, decodes faster.")
 @click.option("--json", "as_json", is_flag=True, help="Print tokens and speed as JSON.")
 def run_command(**options: Any) -> None:
     """Generate text with the language model in ARTIFACT."""

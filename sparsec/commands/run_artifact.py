@@ -20,13 +20,14 @@ def run(
     prompt_ids: str | None,
     max_new_tokens: int | None,
     trust_code: bool,
+    huge_pages: bool,
     as_json: bool,
 ) -> None:
     """Generate and print. Raises: ArtifactError, InputError, click.UsageError."""
     if (prompt is None) == (prompt_ids is None):
         raise click.UsageError("give one of --prompt and --prompt-ids")
     given: str | list[int] = prompt if prompt is not None else _ids(prompt_ids or "")
-    generator = Generator.load(artifact, trust_code=trust_code)
+    generator = Generator.load(artifact, trust_code=trust_code, huge_pages=huge_pages)
     if max_new_tokens is None:
         max_new_tokens = max(1, min(DEFAULT_TOKENS, generator.max_len - len(generator.encode(given))))
     tokens, texts = list[int](), list[str]()
