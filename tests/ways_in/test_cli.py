@@ -342,7 +342,7 @@ def test_a_full_disk(model: Path, tmp_path: Path, sparsec: Run, monkeypatch: pyt
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "write_shard", full)
     found = sparsec("compile", model, "-o", tmp_path / "x", "--max-length", 8)
     assert found.status == 1 and "No space left" in found.err
     assert list(tmp_path.iterdir()) == []
