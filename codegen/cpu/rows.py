@@ -8,7 +8,8 @@ from math import prod
 from typing import TypeAlias
 
 from sparsec.codegen.cpu.lanes import KINDS, NARROW, Kind, Lanes, Names, kind_of, number, unsupported
-from sparsec.codegen.cpu.pointwise import CONSTANTS, RULES, SAME, constant
+from sparsec.codegen.cpu.nonlinear import RULES
+from sparsec.codegen.cpu.pointwise import CONSTANTS, SAME, constant
 from sparsec.codegen.cpu.straight import Comments, pointwise
 from sparsec.ir.core import Block, Op, Value
 from sparsec.ir.types import Dim, DType, Sym

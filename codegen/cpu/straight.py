@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sparsec.codegen.cpu.lanes import KINDS, Lanes, unsupported
-from sparsec.codegen.cpu.pointwise import CONSTANTS, RULES, SAME, Operands, constant, write
+from sparsec.codegen.cpu.nonlinear import RULES
+from sparsec.codegen.cpu.pointwise import CONSTANTS, SAME, Operands, constant, write
 from sparsec.ir.core import Op
 from sparsec.ir.loc import Loc
 
