@@ -14,6 +14,7 @@ from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.derivations import Deriver
 
 WEIGHTS = {"model": "tiles", "int8": "int8", "int4": "int4"}
+ACTIVATIONS = ("model", "int8")
 
 _Key: TypeAlias = tuple[Value, str, tuple[Attr, ...]]
 
@@ -25,22 +26,28 @@ class PackBanks(Pass):
 
     Banks must be weights that nothing changes, of the dtype of the rows, bf16 or f32, and no other op may read them;
     else they stay as they are and a remark says why. A bank that is derived already, such as a stack of experts, is
-    packed by the function that makes it. The module's attribute `weights` (`model`, `int8`, `int4`) comes before the
-    option.
+    packed by the function that makes it. The module's attributes `weights` (`model`, `int8`, `int4`) and `activations`
+    (`model`, `int8`) come before the options.
     """
 
     name: ClassVar[str] = "pack-banks"
     weights: str = "model"  #: model packs values as they are; int8 and int4 quantise them
+    activations: str = "model"  #: int8 has quantised banks multiplied by rows that are rounded to int8 as they come
 
     def run(self, module: Module, ctx: PassContext) -> None:
         weights = str(module.attrs.get("weights", self.weights))
         if weights not in WEIGHTS:
             raise CompileError(f"weights are stored as {', '.join(WEIGHTS)}, not as '{weights}'")
+        activations = str(module.attrs.get("activations", self.activations))
+        if activations not in ACTIVATIONS:
+            raise CompileError(f"activations are {' or '.join(ACTIVATIONS)}, not '{activations}'")
+        if activations == "int8" and weights == "model":
+            raise CompileError("int8 activations go with int8 or int4 weights: choose those too (--weights int8)")
         if ctx.target != "cpu":
             if weights != "model":
                 raise CompileError(f"{weights} weights are for target cpu, not for {ctx.target}")
             return
-        packer = _Packer(Deriver(module), WEIGHTS[weights])
+        packer = _Packer(Deriver(module), WEIGHTS[weights], activations)
         count = 0
         for op in list(module.main.body.ops):
             if not isinstance(op, Experts | Layer) or op.packing != "plain":
@@ -63,6 +70,7 @@ class _Packer:
 
     deriver: Deriver
     packing: str
+    activations: str
     packed: dict[_Key, Value] = field(default_factory=dict[_Key, Value])
 
     def obstacles(self, op: ExpertBank) -> Iterator[str]:
@@ -98,8 +106,9 @@ class _Packer:
             arguments.pop()
         dropped = ("up_transposed", "down_transposed", *(["layout"] if interleaved else []))
         attrs = {name: value for name, value in op.attrs.items() if name not in dropped}
+        attrs |= {"packing": self.packing} | ({"activations": "int8"} if self.activations == "int8" else {})
         regions = [clone_block(region, {}) for region in op.regions]
-        new = type(op)(arguments, None, {**attrs, "packing": self.packing}, regions, op.loc)
+        new = type(op)(arguments, None, attrs, regions, op.loc)
         assert op.block is not None
         op.block.insert_before(op, new)
         for old, result in zip(op.results, new.results, strict=True):

@@ -93,12 +93,13 @@ def _config(op: ExpertBank) -> str:
     }
     flags = {"early": op.weight_on == "input", "has_router": isinstance(op, Layer), "has_tail": op.tail is not None}
     second = "p1" * (op.parts - 1)
+    weights_of = WEIGHTS[op.packing]
     lines = [
         "struct Config {",
         f"  typedef {_name(op.x, ELEMENTS)} Elem;",
         f"  typedef {_name(ids, IDS)} Id;",
         f"  typedef {_name(weights, ELEMENTS)} Weight;  // of the router",
-        f"  typedef {WEIGHTS[op.packing]} Weights;",
+        f"  typedef {f'ByInt8<{weights_of}>' if op.activations == 'int8' else weights_of} Weights;",
         *(f"  static constexpr int {name} = {size};" for name, size in sizes.items()),
         *(f"  static constexpr bool {name} = {str(flag).lower()};" for name, flag in flags.items()),
         f"  SPARSEC_INLINE F32 activation(F32 p0, F32 {second}) {{",

@@ -5,21 +5,24 @@
 // Where there are too few chunks for the cores, all cores share each GEMM's columns instead, and wait between the two.
 #pragma once
 #include "call.h"
-#include "panels.h"
+#include "panels8.h"
 #include "sort.h"
 
 template <class Config>
 struct Layer {
   typedef typename Config::Elem Elem;
   typedef typename Config::Weights Weights;
-  typedef typename GemmOf<Elem>::type Gemm;
-  static constexpr int V = 4 / sizeof(Elem), S = LANES * V, PACKED = S * Weights::STEPS;  // k's of a step, a packed one
+  typedef typename Weights::template Held<Elem> Held;  // what rows are multiplied as
+  typedef typename GemmOf<Held>::type Gemm;
+  static constexpr bool NARROW = sizeof(Held) == 1;
+  static constexpr int V = 4 / sizeof(Held), S = LANES * V, PACKED = S * Weights::STEPS;  // k's of a step, a packed one
 
   // Steps of activations along each GEMM's k, in whole packed steps; panels and their bytes; scales of a panel.
   static constexpr int64_t UP_STEPS = ceil_div(Config::hidden, PACKED) * Weights::STEPS;
   static constexpr int64_t DOWN_STEPS = ceil_div(Config::width, PACKED) * Weights::STEPS;
   static constexpr int UP_COLUMNS = Config::parts == 2 ? LANES : 2 * LANES;  // of the activated rows, per panel
   static constexpr int64_t UP_BLOCKS = ceil_div(Config::width, UP_COLUMNS);
+  static constexpr int64_t UP_GROUP = NARROW ? GROUP / UP_COLUMNS : 1;  // panels that cannot be parted
   static constexpr int64_t DOWN_BLOCKS = ceil_div(Config::columns, 2 * LANES), COLUMNS = DOWN_BLOCKS * 2 * LANES;
   static constexpr int64_t UP_PANEL = UP_STEPS / Weights::STEPS * PAIR, DOWN_PANEL = DOWN_STEPS / Weights::STEPS * PAIR;
   static constexpr int64_t UP_SCALES = 2 * LANES * (Weights::grouped ? UP_STEPS / Weights::STEPS : 1);
@@ -27,14 +30,21 @@ struct Layer {
 
   // A chunk's rows fill half of a 2 MB second-level cache, a slice of its activations a quarter.
   static constexpr int MOST_ROWS = most(32, least(256, int((1 << 20) / (UP_STEPS * 64) / 32 * 32)));
-  static constexpr int64_t UNIT = most(Weights::STEPS, UP_COLUMNS / S);  // steps that cannot be parted
+  static constexpr int64_t UNIT = NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S);  // steps that cannot be parted
   static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (512 << 10) / (MOST_ROWS * 64)));
   static constexpr int64_t SLICE = ceil_div(ceil_div(DOWN_STEPS, SLICES), UNIT) * UNIT;
   static constexpr int CHUNK_TILES = MOST_ROWS / ROWS;
 
+  // Bytes of 16 rows of x and, for so many steps, of 16 activated rows.
+  static constexpr int64_t ROW_BYTES = UP_STEPS * TILE + scale_bytes<Held>(Rows::given, UP_STEPS);
+  static constexpr int64_t activated_bytes(int64_t steps) {
+    return steps * TILE + scale_bytes<Held>(Rows::activated, steps);
+  }
+
   // What one core works in.
   struct Core {
     char *rows, *activated, *expanded;
+    Elem* group;  // activated rows that are yet to be quantised [MOST_ROWS, GROUP]
     float* carried;
   };
 
@@ -51,10 +61,11 @@ struct Layer {
 
   // ---- memory -------------------------------------------------------------------------------------------------
 
-  static constexpr int64_t OWN_ROWS = CHUNK_TILES * UP_STEPS * TILE, OWN_ACTIVATED = CHUNK_TILES * SLICE * TILE;
+  static constexpr int64_t OWN_ROWS = CHUNK_TILES * ROW_BYTES, OWN_ACTIVATED = CHUNK_TILES * activated_bytes(SLICE);
   static constexpr int64_t OWN_SUMS = SLICES > 1 ? MOST_ROWS * COLUMNS * 4 : 0;
   static constexpr int64_t OWN = ceil_div(OWN_ROWS + OWN_ACTIVATED + OWN_SUMS, 4096) * 4096;
   static constexpr int64_t EXPANDED = Weights::STEPS > 1 ? most(UP_STEPS, DOWN_STEPS) * PAIR : 0;
+  static constexpr int64_t SPARE = EXPANDED + (NARROW ? MOST_ROWS * GROUP * sizeof(Elem) : 0);
 
   static int64_t most_chunks(int64_t pairs) { return ceil_div(pairs, MOST_ROWS) + least<int64_t>(pairs, Config::experts); }
   static int64_t most_tiles(int64_t pairs) { return ceil_div(pairs, ROWS) + least<int64_t>(pairs, Config::experts); }
@@ -70,15 +81,15 @@ struct Layer {
     sorted.bounds = (int32_t*)take((2 * Config::experts + 1) * 4);
     sorted.chunks = (Chunk*)take(most_chunks(pairs) * sizeof(Chunk));
     results = (Elem*)take(pairs * COLUMNS * sizeof(Elem));
-    spare = take(threads * EXPANDED);
+    spare = take(threads * SPARE);
     const int64_t begin = size, tiles = most_tiles(pairs);
     own = take(threads * OWN);
     const int64_t alone = size;
     size = begin;  // one way or the other
     if (threads > 1) {
       const int64_t bounded = least<int64_t>(tiles, int64_t(4) * threads * CHUNK_TILES);
-      rows = take(bounded * UP_STEPS * TILE);
-      activated = take(bounded * DOWN_STEPS * TILE);
+      rows = take(bounded * ROW_BYTES);
+      activated = take(bounded * activated_bytes(DOWN_STEPS));
     }
     return most(size, alone);
   }
@@ -87,14 +98,21 @@ struct Layer {
 
   // The rows of x of a chunk, as tiles; rows beyond the last are zeros.
   void gather(const Chunk& chunk, char* to) const {
-    for (int first = 0; first < chunk.rows; first += ROWS, to += UP_STEPS * TILE)
+    for (int first = 0; first < chunk.rows; first += ROWS, to += ROW_BYTES)
       for (int r = 0; r < ROWS; ++r) {
         if (first + r >= chunk.rows) {
           for (int64_t s = 0; s < UP_STEPS; ++s) memset(to + s * TILE + r * 64, 0, 64);
+          if (NARROW) memset(to + UP_STEPS * TILE + r * 4, 0, 4);
           continue;
         }
         const int32_t pair = sorted.order[chunk.begin + first + r];
         const Elem* row = x + int64_t(pair / Config::slots) * Config::hidden;
+        if constexpr (NARROW) {
+          float scale = quantise_row(row, Config::hidden, UP_STEPS, Gemm::OFFSET, to + r * 64);
+          if (Config::early) scale *= float_of(weights[pair]);
+          memcpy(to + UP_STEPS * TILE + r * 4, &scale, 4);
+          continue;
+        }
         if (Config::early) {
           scale_into<Elem>(row, float_of(weights[pair]), Config::hidden, to + r * 64, TILE);
           continue;
@@ -129,27 +147,51 @@ struct Layer {
     return (const float*)call->in[place < 0 ? 0 : place] + offset;
   }
 
-  // Up-projection and activation of some blocks. to: tiles of `steps` steps from `first_step` on.
-  void up(const Chunk& chunk, const Core& core, const char* a, int64_t begin, int64_t end, char* to, int64_t first_step,
-          int64_t steps) const {
+  // Up-projection and activation of some blocks. place(row, column): where a row's values from there on go.
+  template <class Place>
+  void activate(const Chunk& chunk, const Core& core, const char* a, int64_t begin, int64_t end, Place place) const {
     const float* bias =
         Config::up_bias < 0 ? nullptr
                             : (const float*)call->in[Config::up_bias] + chunk.expert * UP_BLOCKS * 2 * LANES;
-    Sweep<Gemm, Weights>::run(
-        a, UP_STEPS * TILE, chunk.rows, up_panels(chunk.expert, begin, end), UP_STEPS, core.expanded,
-          [&](int64_t panel, int row, const Sums& sums, int r) {
-            const int64_t block = begin + panel, column = block * UP_COLUMNS, offset = column - first_step * S;
-            char* at = to + row / ROWS * steps * TILE + offset / S * TILE + r * 64 + offset % S * sizeof(Elem);
-            const int valid = int(least<int64_t>(UP_COLUMNS, Config::width - column));
-            F32 p0 = load(sums.of[0][r]), p1 = load(sums.of[1][r]);
-            if (bias) p0 += load(bias + block * 2 * LANES), p1 += load(bias + block * 2 * LANES + LANES);
-            if (Config::parts == 2) {
-              store((Elem*)at, Config::activation(p0, p1), valid);
-            } else {
-              store((Elem*)at, Config::activation(p0, p0), valid);
-              store((Elem*)(sizeof(Elem) == 2 ? at + 32 : at + TILE), Config::activation(p1, p1), most(0, valid - LANES));
-            }
-          });
+    Sweep<Gemm, Weights, Rows::given>::run(
+        a, ROW_BYTES, chunk.rows, up_panels(chunk.expert, begin, end), UP_STEPS, core.expanded,
+        [&](int64_t panel, int row, const Sums& sums, int r) {
+          const int64_t block = begin + panel, column = block * UP_COLUMNS;
+          const int valid = int(least<int64_t>(UP_COLUMNS, Config::width - column));
+          F32 p0 = load(sums.of[0][r]), p1 = load(sums.of[1][r]);
+          if (bias) p0 += load(bias + block * 2 * LANES), p1 += load(bias + block * 2 * LANES + LANES);
+          if (Config::parts == 2) {
+            store(place(row, column), Config::activation(p0, p1), valid);
+          } else {
+            store(place(row, column), Config::activation(p0, p0), valid);
+            store(place(row, column + LANES), Config::activation(p1, p1), most(0, valid - LANES));
+          }
+        });
+  }
+
+  // The same into tiles of `steps` steps from `first_step` on. int8 rows: `begin` begins a group.
+  void up(const Chunk& chunk, const Core& core, const char* a, int64_t begin, int64_t end, char* to, int64_t first_step,
+          int64_t steps) const {
+    const int64_t bytes = activated_bytes(steps), first_column = first_step * S;
+    if constexpr (!NARROW) {
+      activate(chunk, core, a, begin, end, [&](int row, int64_t column) {
+        const int64_t offset = column - first_column;
+        return (Elem*)(to + row / ROWS * bytes + offset / S * TILE + row % ROWS * 64 + offset % S * sizeof(Elem));
+      });
+      return;
+    }
+    if constexpr (NARROW) for (; begin < end; begin += UP_GROUP) {
+      const int64_t column = begin * UP_COLUMNS, first = (column - first_column) / S;
+      activate(chunk, core, a, begin, least(begin + UP_GROUP, end),
+               [&](int row, int64_t at) { return core.group + row * GROUP + (at - column); });
+      for (int row = 0; row < chunk.rows; ++row) {
+        char* tile = to + row / ROWS * bytes;
+        const float scale =
+            quantise_row(core.group + row * GROUP, least<int64_t>(GROUP, Config::width - column),
+                         least<int64_t>(GROUP_STEPS, steps - first), Gemm::OFFSET, tile + first * TILE + row % ROWS * 64);
+        memcpy(tile + steps * TILE + (first / GROUP_STEPS * ROWS + row % ROWS) * 4, &scale, 4);
+      }
+    }
   }
 
   // Down-projection of some blocks over the steps of one slice; what earlier slices gave is in `core.carried`.
@@ -158,8 +200,8 @@ struct Layer {
     const bool starts = first_step == 0, ends = first_step + steps == DOWN_STEPS;
     const float* bias =
         Config::down_bias < 0 ? nullptr : (const float*)call->in[Config::down_bias] + chunk.expert * COLUMNS;
-    Sweep<Gemm, Weights>::run(
-        a, steps * TILE, chunk.rows, down_panels(chunk.expert, begin, end, first_step), int(steps), core.expanded,
+    Sweep<Gemm, Weights, Rows::activated>::run(
+        a, activated_bytes(steps), chunk.rows, down_panels(chunk.expert, begin, end, first_step), int(steps), core.expanded,
           [&](int64_t panel, int row, const Sums& sums, int r) {
             const int64_t column = (begin + panel) * 2 * LANES;
             F32 y0 = load(sums.of[0][r]), y1 = load(sums.of[1][r]);
@@ -187,8 +229,9 @@ struct Layer {
   // How many panels of the up-projection fill the steps up to one.
   static constexpr int64_t blocks_to(int64_t step) { return least(ceil_div(step * S, UP_COLUMNS), UP_BLOCKS); }
 
-  // Zeros in those of the given steps of activated rows that the width does not fill.
+  // Zeros in those of the given steps of activated rows that the width does not fill; int8 groups are always filled.
   static void clear(const Chunk& chunk, char* h, int64_t first, int64_t steps) {
+    if (NARROW) return;
     const int64_t filled = most<int64_t>(0, least(steps, Config::width / S - first));
     for (int64_t tile = 0; tile < ceil_div(chunk.rows, ROWS); ++tile)
       memset(h + (tile * steps + filled) * TILE, 0, (steps - filled) * TILE);
@@ -208,8 +251,8 @@ struct Layer {
   void run_shared(const Core& core) {
     // Each chunk's columns are cut so that there is work for every core several times over.
     const int cuts = int(ceil_div(int64_t(8) * call->threads, most(1, sorted.num_chunks)));
-    auto parts = [&](int& counter, int64_t blocks, auto work) {
-      const int64_t size = ceil_div(blocks, cuts), each = ceil_div(blocks, size), all = each * sorted.num_chunks;
+    auto parts = [&](int& counter, int64_t blocks, int64_t unit, auto work) {
+      const int64_t size = ceil_div(ceil_div(blocks, cuts), unit) * unit, each = ceil_div(blocks, size), all = each * sorted.num_chunks;
       for (int i = take(counter); i < all; i = take(counter)) {
         const Chunk& chunk = sorted.chunks[i / each];
         const int64_t begin = i % each * size;
@@ -218,17 +261,17 @@ struct Layer {
     };
     for (int i = take(next_row); i < sorted.num_chunks; i = take(next_row)) {
       const Chunk& chunk = sorted.chunks[i];
-      gather(chunk, rows + chunk.tile * UP_STEPS * TILE);
-      clear(chunk, activated + chunk.tile * DOWN_STEPS * TILE, 0, DOWN_STEPS);
+      gather(chunk, rows + chunk.tile * ROW_BYTES);
+      clear(chunk, activated + chunk.tile * activated_bytes(DOWN_STEPS), 0, DOWN_STEPS);
     }
     wait();
-    parts(next_chunk, UP_BLOCKS, [&](const Chunk& chunk, int64_t begin, int64_t end) {
-      up(chunk, core, rows + chunk.tile * UP_STEPS * TILE, begin, end, activated + chunk.tile * DOWN_STEPS * TILE, 0,
+    parts(next_chunk, UP_BLOCKS, UP_GROUP, [&](const Chunk& chunk, int64_t begin, int64_t end) {
+      up(chunk, core, rows + chunk.tile * ROW_BYTES, begin, end, activated + chunk.tile * activated_bytes(DOWN_STEPS), 0,
          DOWN_STEPS);
     });
     wait();
-    parts(next_part, DOWN_BLOCKS, [&](const Chunk& chunk, int64_t begin, int64_t end) {
-      down(chunk, core, activated + chunk.tile * DOWN_STEPS * TILE, begin, end, 0, DOWN_STEPS);
+    parts(next_part, DOWN_BLOCKS, 1, [&](const Chunk& chunk, int64_t begin, int64_t end) {
+      down(chunk, core, activated + chunk.tile * activated_bytes(DOWN_STEPS), begin, end, 0, DOWN_STEPS);
     });
   }
 
@@ -267,7 +310,8 @@ struct Layer {
   void run_thread() {
     const int thread = take(next_thread);
     char* memory = own + thread * OWN;
-    const Core core = {memory, memory + OWN_ROWS, spare + thread * EXPANDED, (float*)(memory + OWN_ROWS + OWN_ACTIVATED)};
+    char* mine = spare + thread * SPARE;
+    const Core core = {memory, memory + OWN_ROWS, mine, (Elem*)(mine + EXPANDED), (float*)(memory + OWN_ROWS + OWN_ACTIVATED)};
     const int64_t tokens = call->tokens;
     if constexpr (Config::has_router) {
       for (int t = take(next_token, 16); t < tokens; t = take(next_token, 16))

@@ -1,7 +1,7 @@
 // Rows of activations times panels of weights, whatever the weights are stored as.
 #pragma once
+#include "activations8.h"
 #include "gemm.h"
-#include "quantised.h"
 
 // Some panels of one expert's bank, one after the other, and their scales if they have any.
 struct Panels {
@@ -12,7 +12,7 @@ struct Panels {
   int64_t scales_each;  // floats from one panel's scales to the next's
 };
 
-template <class Gemm, class Weights>
+template <class Gemm, class Weights, Rows>
 struct Sweep {
   static constexpr bool QUANTISED = Weights::STEPS > 1;
   static constexpr int FEW = 8;

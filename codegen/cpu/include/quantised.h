@@ -6,11 +6,15 @@
 #include "tile.h"
 
 struct Unquantised {
+  template <class Elem>
+  using Held = Elem;  // what rows are multiplied as
   static constexpr int STEPS = 1;  // steps of the activations that a packed step covers
   static constexpr bool grouped = false;
 };
 
 struct Int8 {
+  template <class Elem>
+  using Held = Elem;
   static constexpr int STEPS = 2, COUNT = 2;
   static constexpr bool grouped = false;  // one scale for each column
 
@@ -24,6 +28,8 @@ struct Int8 {
 };
 
 struct Int4 {
+  template <class Elem>
+  using Held = Elem;
   static constexpr int STEPS = 4, COUNT = 4;
   static constexpr bool grouped = true;  // one scale for each packed step
 

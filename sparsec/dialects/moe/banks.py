@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sparsec.dialects.moe.common import (
     TILE_DTYPES,
+    Activations,
     Layout,
     Packing,
     activation_problems,
@@ -23,9 +24,11 @@ from sparsec.dialects.moe.common import (
     tail_problems,
 )
 from sparsec.dialects.moe.references import (
+    GROUP,
     gather_gemm_reference,
     gemm_combine_reference,
     group_reference,
+    rounded_to_int8,
     unpack_reference,
 )
 from sparsec.dialects.moe.routing import route_problems
@@ -49,6 +52,7 @@ class ExpertBank(OpDef):
     down_transposed: bool
     weight_on: Literal["output", "input"]
     packing: Packing
+    activations: Activations
     activation: Body
     tail: OptBody
 
@@ -114,6 +118,8 @@ class ExpertBank(OpDef):
                 yield "has scales, but its banks are not quantised"
         else:
             yield from self._packed_problems()
+        if self.activations == "int8" and self.packing not in ("int8", "int4"):
+            yield f"activations are int8, but packing is '{self.packing}': only quantised banks are multiplied by them"
         yield from activation_problems(self.activation, self.layout, self.width)
         yield from tail_problems(self.tail, tail_params, self.y_type)
         if self.up.tensor.shape[0] != self.down.tensor.shape[0]:
@@ -153,8 +159,10 @@ class ExpertBank(OpDef):
         early, tail = self.weight_on == "input", self.tail
         h = gather_gemm_reference(
             env, self.activation, self.layout, x, order, offsets, up, up_bias, self.up_transposed, ids.shape[-1],
-            weights if early else None,
+            weights if early else None, self.activations == "int8",
         )  # fmt: skip
+        if self.activations == "int8":
+            h = rounded_to_int8(h, GROUP)
         finish = None if tail is None else lambda rows: env.run(tail, [rows, *params])[0]
         return gemm_combine_reference(
             h, order, offsets, weights, down, down_bias, self.down_transposed, x.dtype, not early, finish
@@ -187,6 +195,10 @@ class Experts(ExpertBank, name="moe.experts"):
 
     `packing` says how the banks lie in memory; all but "plain" are made by `moe.pack`, with scales by `moe.scales` if
     they are quantised. Packed banks are never transposed or interleaved, and biases of packed banks are packed too.
+
+    With `activations = "int8"`, for quantised banks, what they are multiplied by is rounded as well: each row of x to
+    multiples of max|row| / 127, and the activated rows so in each group of 128 columns. A row that is not finite
+    makes all of its results NaN.
     """
 
     x: Operand  #: [T, H]
@@ -205,6 +217,7 @@ class Experts(ExpertBank, name="moe.experts"):
     down_transposed: bool = False
     weight_on: Literal["output", "input"] = "output"
     packing: Packing = "plain"
+    activations: Activations = "model"
     activation: Body  #: pointwise over rows r: one [r, I] per part -> [r, I]
     tail: OptBody  #: over whole rows r: [r, H], *tail_params -> [r, H]
 
@@ -267,6 +280,7 @@ class Layer(ExpertBank, name="moe.layer"):
     down_transposed: bool = False
     weight_on: Literal["output", "input"] = "output"
     packing: Packing = "plain"
+    activations: Activations = "model"
     router: Body  #: as the body of moe.route
     activation: Body  #: as of moe.experts
     tail: OptBody  #: as of moe.experts

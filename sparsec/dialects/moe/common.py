@@ -15,6 +15,9 @@ Layout = Literal["concat", "interleaved", "single"]
 Packing = Literal["plain", "tiles", "int8", "int4"]
 """How a bank lies in memory: as the model has it, or in tiles (`sparsec.runtime.tiles`), which may be quantised."""
 
+Activations = Literal["model", "int8"]
+"""What banks are multiplied by: rows as the model has them, or rounded to int8 as they come."""
+
 TILE_DTYPES = (DType.bf16, DType.f32)
 """Dtypes of banks that there are tiles for."""
 

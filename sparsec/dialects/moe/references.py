@@ -11,6 +11,9 @@ from sparsec.ir.opdef import Body, Env
 if TYPE_CHECKING:
     from torch import Tensor
 
+GROUP = 128
+"""Columns of activated rows that share a scale where they are rounded to int8."""
+
 
 def group_reference(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """A stable counting sort of the pairs by expert, skipped ones last: `order` and `offsets`, i32."""
@@ -35,19 +38,24 @@ def gather_gemm_reference(
     transposed: bool,
     k: int,
     weights: Tensor | None = None,
+    narrow: bool = False,
 ) -> Tensor:
     """Expert by expert: activation(x[rows] @ up[e].T + bias), accumulated in f32, rounded to x's dtype.
 
     With `weights` [T, k] each row of x is multiplied by its pair's first.
+
+    Args:
+        narrow: whether rows of x are rounded to int8, each by a scale of its own.
     """
     import torch
 
     columns = up.shape[2 if transposed else 1]
     projected = torch.zeros(order.shape[0], columns, dtype=torch.float32, device=x.device)
+    wide = rounded_to_int8(x, x.shape[1]) if narrow else x.float()
     bounds = offsets.tolist()
     for e, (start, stop) in enumerate(pairwise(bounds)):
         pairs = order[start:stop].long()
-        rows = x[pairs // k].float()
+        rows = wide[pairs // k]
         if weights is not None:
             rows = rows * weights.reshape(-1, 1)[pairs].float()
         weight = up[e].float() if transposed else up[e].float().T
@@ -121,6 +129,22 @@ def unpack_reference(
 
     plain_bias = None if bias is None else unpack_bias(bias, parts, n)
     return unpack(packed, scales, packing, parts, n, k), plain_bias
+
+
+def rounded_to_int8(rows: Tensor, group: int) -> Tensor:
+    """Rows [n, K] whose values in each group of columns are multiples, -127 to 127, of their largest / 127; f32.
+
+    A group that is not finite becomes NaN; one too small for 127 / largest to be finite becomes zeros.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    groups = F.pad(rows.float(), (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+    largest = groups.abs().amax(-1, keepdim=True)
+    factor = 127 / largest
+    rounded = torch.where(factor.isfinite(), (groups * factor).round() * (largest / 127), 0.0)
+    rounded = torch.where(largest.isfinite(), rounded, torch.nan)
+    return rounded.flatten(1)[:, : rows.shape[1]]
 
 
 def split_parts(projected: Tensor, layout: str) -> list[Tensor]:
