@@ -42,7 +42,7 @@ PIPELINES: dict[str, str] = {
     "fuse": "fuse-layer,fuse-route-group,fuse-experts,cse,dce",
     "place": "",
     "schedule": "pack-banks,schedule",
-    "lower": "lower-kernels,dce",
+    "lower": "lower-kernels,flatten-linears,dce",
 }
 assert _dialects and _passes  # imported to register ops and passes
 

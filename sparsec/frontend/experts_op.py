@@ -97,8 +97,30 @@ def experts(*args: Any, **kwargs: Any) -> Tensor:
 
 @experts.register_fake
 def _fake(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+    fits(x, ids, up.shape[1 if kwargs.get("up_transposed") else 2], weights)
     columns = down.shape[2 if kwargs.get("down_transposed") else 1]
     return x.new_empty(x.shape[0], columns)
+
+
+def fits(x: Tensor, ids: Tensor, columns: int, weights: Tensor | None) -> None:
+    """Tell a trace with open sizes what the operands of experts say of each other: a weight fixes the columns of `x`.
+
+    How many experts a token has is fixed too, to what it has in the trace: kernels are made for a number of them.
+
+    Args:
+        columns: of the rows that the first projection takes.
+
+    Raises: RuntimeError for sizes that cannot be.
+    """
+    int(ids.shape[1])
+    torch._check(x.shape[-1] == columns, lambda: f"x has {x.shape[-1]} columns, the experts take {columns}")
+    pairs = [(x, "x", dim) for dim in range(x.dim() - 1)]
+    pairs += [] if weights is None else [(weights, "weights", dim) for dim in range(2)]
+    for tensor, name, dim in pairs:
+        torch._check(
+            tensor.shape[dim] == ids.shape[dim],
+            lambda: f"{name} has shape {list(tensor.shape)}, ids {list(ids.shape)}",  # noqa: B023 (called at once)
+        )
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsec.dialects.moe import capacity_reference, gemm_combine_reference, group_reference
+from sparsec.frontend.experts_op import fits
 
 
 @torch.library.custom_op(
@@ -43,6 +44,7 @@ def grouped_linear(
 def _fake_grouped_linear(
     x: Tensor, ids: Tensor, w: Tensor, bias: Any = None, weights: Any = None, *, transposed: bool = False
 ) -> Tensor:
+    fits(x, ids, w.shape[1 if transposed else 2], weights)
     columns = w.shape[2 if transposed else 1]
     return x.new_empty(*(ids.shape if weights is None else ids.shape[:1]), columns)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsec.hf
+from sparsec.diagnostics import CompileError
 from sparsec.dialects.moe import Experts
 from sparsec.frontend import experts_op, region
 from sparsec.frontend.capture import capture
@@ -173,6 +174,41 @@ def test_a_hand_written_layer_is_captured_with_its_region(tmp_path: Path) -> Non
     for tokens in (T, 1, 20):
         x = torch.randn(tokens, H)
         assert torch.equal(outputs(captured, x)[0], layer(x))
+
+
+class Bank(nn.Module):
+    """A layer without its router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = operands()
+        self.up, self.down = nn.Parameter(weights["up"]), nn.Parameter(weights["down"])
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.ops.sparsec.experts(x, ids, weights, self.up, self.down, activation=ACTIVATION)
+
+
+def test_weights_fix_the_columns_of_a_bank_alone() -> None:
+    given = operands()
+    captured = capture(Bank().eval(), (given["x"], given["ids"], given["weights"]), dynamic=True)
+    verify_module(captured.module)
+    shapes = [arg.tensor.shape for arg in captured.module.main.body.args[:3]]
+    assert shapes == [("s0", H), ("s0", K), ("s0", K)]
+    for tokens in (T, 1):
+        x, ids, weights = (given[name][:tokens] for name in ("x", "ids", "weights"))
+        torch.testing.assert_close(outputs(captured, x, ids, weights)[0], Bank()(x, ids, weights))
+
+
+def test_a_trace_refuses_operands_that_do_not_fit() -> None:
+    x, ids, weights = (operands()[name] for name in ("x", "ids", "weights"))
+    with torch.no_grad():
+        for wrong, said in (
+            ((x[:, 1:], ids, weights), f"x has {H - 1} columns, the experts take {H}"),
+            ((x[1:], ids, weights), r"x has shape \[6, 16\], ids \[7, 2\]"),
+            ((x, ids, weights[:, :1]), r"weights has shape \[7, 1\], ids \[7, 2\]"),
+        ):
+            with pytest.raises(CompileError, match=said):
+                capture(Bank().eval(), wrong, dynamic=False)
 
 
 class Finished(Layer):
