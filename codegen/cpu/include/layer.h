@@ -114,7 +114,7 @@ struct Layer {
           continue;
         }
         if (Config::early) {
-          scale_into<Elem>(row, float_of(weights[pair]), Config::hidden, to + r * 64, TILE);
+          scale_into<Elem>(row, float_of(weights[pair]), Config::hidden, UP_STEPS, to + r * 64, TILE);
           continue;
         }
         for (int64_t s = 0; s < UP_STEPS; ++s) {

@@ -47,13 +47,15 @@ SPARSEC_INLINE void publish() {
 #endif
 }
 
-// scale * row, each product rounded to the row's type, into tiles: 64 bytes of each, `stride` bytes apart.
+// scale * row, each product rounded to the row's type, into `steps` tiles: 64 bytes of each, `stride` bytes apart. Zeros
+// follow the row.
 template <class Elem>
-static void scale_into(const Elem* row, float scale, int64_t count, char* to, int64_t stride) {
+static void scale_into(const Elem* row, float scale, int64_t count, int64_t steps, char* to, int64_t stride) {
   constexpr int64_t S = 64 / sizeof(Elem);
-  for (int64_t s = 0; s * S < count; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
     Elem part[S] = {};
-    memcpy(part, row + s * S, sizeof(Elem) * (count - s * S < S ? count - s * S : S));
+    const int64_t left = count - s * S < S ? count - s * S : S;
+    if (left > 0) memcpy(part, row + s * S, sizeof(Elem) * left);
     for (int64_t i = 0; i < S; i += LANES) store((Elem*)(to + s * stride) + i, scale * load(part + i));
   }
 }
