@@ -41,6 +41,11 @@ struct Layer {
     return steps * TILE + scale_bytes<Held>(Rows::activated, steps);
   }
 
+  // Steps along the width.
+  struct Slice {
+    int64_t first, steps;
+  };
+
   // What one core works in.
   struct Core {
     char *rows, *activated, *expanded;
@@ -63,9 +68,10 @@ struct Layer {
 
   static constexpr int64_t OWN_ROWS = CHUNK_TILES * ROW_BYTES, OWN_ACTIVATED = CHUNK_TILES * activated_bytes(SLICE);
   static constexpr int64_t OWN_SUMS = SLICES > 1 ? MOST_ROWS * COLUMNS * 4 : 0;
-  static constexpr int64_t OWN = ceil_div(OWN_ROWS + OWN_ACTIVATED + OWN_SUMS, 4096) * 4096;
+  static constexpr int64_t OWN = ceil_div(OWN_ROWS + OWN_ACTIVATED, 4096) * 4096;
   static constexpr int64_t EXPANDED = Weights::STEPS > 1 ? most(UP_STEPS, DOWN_STEPS) * PAIR : 0;
-  static constexpr int64_t SPARE = EXPANDED + (NARROW ? MOST_ROWS * GROUP * sizeof(Elem) : 0);
+  static constexpr int64_t UNROUNDED = NARROW ? MOST_ROWS * GROUP * sizeof(Elem) : 0;
+  static constexpr int64_t SPARE = EXPANDED + UNROUNDED + OWN_SUMS;
 
   static int64_t most_chunks(int64_t pairs) { return ceil_div(pairs, MOST_ROWS) + least<int64_t>(pairs, Config::experts); }
   static int64_t most_tiles(int64_t pairs) { return ceil_div(pairs, ROWS) + least<int64_t>(pairs, Config::experts); }
@@ -154,7 +160,7 @@ struct Layer {
         Config::up_bias < 0 ? nullptr
                             : (const float*)call->in[Config::up_bias] + chunk.expert * UP_BLOCKS * 2 * LANES;
     Sweep<Gemm, Weights, Rows::given>::run(
-        a, ROW_BYTES, chunk.rows, up_panels(chunk.expert, begin, end), UP_STEPS, core.expanded,
+        a, ROW_BYTES, a + UP_STEPS * TILE, chunk.rows, up_panels(chunk.expert, begin, end), UP_STEPS, core.expanded,
         [&](int64_t panel, int row, const Sums& sums, int r) {
           const int64_t block = begin + panel, column = block * UP_COLUMNS;
           const int valid = int(least<int64_t>(UP_COLUMNS, Config::width - column));
@@ -194,25 +200,29 @@ struct Layer {
     }
   }
 
-  // Down-projection of some blocks over the steps of one slice; what earlier slices gave is in `core.carried`.
-  void down(const Chunk& chunk, const Core& core, const char* a, int64_t begin, int64_t end, int64_t first_step,
-            int64_t steps) const {
-    const bool starts = first_step == 0, ends = first_step + steps == DOWN_STEPS;
+  // Down-projection of some blocks over one slice; what earlier slices gave is in `core.carried`.
+  // a: rows activated over `held`, which has the slice in it.
+  void down(const Chunk& chunk, const Core& core, const char* a, Slice held, int64_t begin, int64_t end,
+            Slice slice) const {
+    const bool starts = slice.first == 0, ends = slice.first + slice.steps == DOWN_STEPS;
+    const int64_t before = slice.first - held.first;
+    const char* scales = a + held.steps * TILE + before / GROUP_STEPS * ROWS * int64_t(sizeof(float));
     const float* bias =
         Config::down_bias < 0 ? nullptr : (const float*)call->in[Config::down_bias] + chunk.expert * COLUMNS;
     Sweep<Gemm, Weights, Rows::activated>::run(
-        a, activated_bytes(steps), chunk.rows, down_panels(chunk.expert, begin, end, first_step), int(steps), core.expanded,
-          [&](int64_t panel, int row, const Sums& sums, int r) {
-            const int64_t column = (begin + panel) * 2 * LANES;
-            F32 y0 = load(sums.of[0][r]), y1 = load(sums.of[1][r]);
-            float* sum = core.carried + row * COLUMNS + column;
-            if (bias && starts) y0 += load(bias + column), y1 += load(bias + column + LANES);
-            if (!starts) y0 += load(sum), y1 += load(sum + LANES);
-            if (ends)
-              stream(results + (chunk.begin + row) * COLUMNS + column, y0, y1);
-            else
-              store(sum, y0), store(sum + LANES, y1);
-          });
+        a + before * TILE, activated_bytes(held.steps), scales, chunk.rows,
+        down_panels(chunk.expert, begin, end, slice.first), int(slice.steps), core.expanded,
+        [&](int64_t panel, int row, const Sums& sums, int r) {
+          const int64_t column = (begin + panel) * 2 * LANES;
+          F32 y0 = load(sums.of[0][r]), y1 = load(sums.of[1][r]);
+          float* sum = core.carried + row * COLUMNS + column;
+          if (bias && starts) y0 += load(bias + column), y1 += load(bias + column + LANES);
+          if (!starts) y0 += load(sum), y1 += load(sum + LANES);
+          if (ends)
+            stream(results + (chunk.begin + row) * COLUMNS + column, y0, y1);
+          else
+            store(sum, y0), store(sum + LANES, y1);
+        });
   }
 
   // A chunk through both GEMMs, slice by slice of the width.
@@ -222,7 +232,7 @@ struct Layer {
       const int64_t steps = least(SLICE, DOWN_STEPS - first);
       clear(chunk, core.activated, first, steps);
       up(chunk, core, core.rows, blocks_to(first), blocks_to(first + steps), core.activated, first, steps);
-      down(chunk, core, core.activated, 0, DOWN_BLOCKS, first, steps);
+      down(chunk, core, core.activated, {first, steps}, 0, DOWN_BLOCKS, {first, steps});
     }
   }
 
@@ -271,7 +281,12 @@ struct Layer {
     });
     wait();
     parts(next_part, DOWN_BLOCKS, 1, [&](const Chunk& chunk, int64_t begin, int64_t end) {
-      down(chunk, core, activated + chunk.tile * activated_bytes(DOWN_STEPS), begin, end, 0, DOWN_STEPS);
+      // Slices are added up as in `run_alone`, but panel by panel, which lie in memory so.
+      const int64_t panels = SLICES > 1 ? 1 : end - begin;
+      for (; begin < end; begin += panels)
+        for (int64_t first = 0; first < DOWN_STEPS; first += SLICE)
+          down(chunk, core, activated + chunk.tile * activated_bytes(DOWN_STEPS), {0, DOWN_STEPS}, begin, begin + panels,
+               {first, least(SLICE, DOWN_STEPS - first)});
     });
   }
 
@@ -311,7 +326,7 @@ struct Layer {
     const int thread = take(next_thread);
     char* memory = own + thread * OWN;
     char* mine = spare + thread * SPARE;
-    const Core core = {memory, memory + OWN_ROWS, mine, (Elem*)(mine + EXPANDED), (float*)(memory + OWN_ROWS + OWN_ACTIVATED)};
+    const Core core = {memory, memory + OWN_ROWS, mine, (Elem*)(mine + EXPANDED), (float*)(mine + EXPANDED + UNROUNDED)};
     const int64_t tokens = call->tokens;
     if constexpr (Config::has_router) {
       for (int t = take(next_token, 16); t < tokens; t = take(next_token, 16))

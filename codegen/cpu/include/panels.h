@@ -22,7 +22,7 @@ struct Sweep {
   //
   // stride: bytes from one 16 rows to the next. steps: of the activations. expanded: room for a panel of bf16.
   template <class Done>
-  static void run(const char* a, int64_t stride, int rows, const Panels& panels, int steps, char* expanded, Done done) {
+  static void run(const char* a, int64_t stride, const char*, int rows, const Panels& panels, int steps, char* expanded, Done done) {
     alignas(64) Sums sums[2];
     for (int64_t p = 0; p < panels.count; ++p) {
       const char* panel = panels.first + p * panels.bytes;
