@@ -1,6 +1,7 @@
 // Rows of activations times panels of weights, whatever the weights are stored as.
 #pragma once
 #include "activations8.h"
+#include "few.h"
 #include "gemm.h"
 
 // Some panels of one expert's bank, one after the other, and their scales if they have any.
@@ -15,23 +16,31 @@ struct Panels {
 template <class Gemm, class Weights, Rows>
 struct Sweep {
   static constexpr bool QUANTISED = Weights::STEPS > 1;
-  static constexpr int FEW = 8;
 
   // Multiply rows in tiles by panels, and hand the sums of each row to `done(panel, row, sums, r)`: they are those of
   // row r in their tile.
   //
   // stride: bytes from one 16 rows to the next. steps: of the activations. expanded: room for a panel of bf16.
   template <class Done>
-  static void run(const char* a, int64_t stride, const char*, int rows, const Panels& panels, int steps, char* expanded, Done done) {
+  static void run(const char* a, int64_t stride, const char*, int rows, const Panels& panels, int steps, char* expanded,
+                  Done done) {
     alignas(64) Sums sums[2];
+#if defined(__AVX512VNNI__)
+    if constexpr (QUANTISED)
+      if (rows <= FewRows::MOST) {
+        const FewRows few(a, rows, steps, Weights::STEPS, expanded);
+        for (int64_t p = 0; p < panels.count; ++p) {
+          const float* scales = panels.scales + p * panels.scales_each;
+          few.template multiply_all<Weights>(rows, panels.first + p * panels.bytes, scales, few.groups, sums[0]);
+          for (int row = 0; row < rows; ++row) done(p, row, sums[0], row);
+        }
+        return;
+      }
+#endif
     for (int64_t p = 0; p < panels.count; ++p) {
       const char* panel = panels.first + p * panels.bytes;
       const float* scales = panels.scales + p * panels.scales_each;
       if constexpr (QUANTISED) {
-        if (few(a, rows, panel, scales, steps, sums[0])) {
-          for (int row = 0; row < rows; ++row) done(p, row, sums[0], row);
-          continue;
-        }
         expand_panel<Weights>(panel, scales, steps / Weights::STEPS, expanded);
         panel = expanded;
       }
@@ -63,23 +72,5 @@ struct Sweep {
   SPARSEC_INLINE void scale_row(Sums& sums, int r, const float* scales) {
     if (Weights::grouped) return;
     for (int j = 0; j < 2; ++j) store(sums.of[j][r], load(sums.of[j][r]) * load(scales + j * LANES));
-  }
-
-  // A few rows by weights that are expanded in registers, where the processor can. Returns: whether it did.
-  static bool few(const char* a, int rows, const char* panel, const float* scales, int steps, Sums& sums) {
-#if defined(__AVX512BF16__)
-    if constexpr (QUANTISED) {
-      if (rows > FEW) return false;
-      const int packed = steps / Weights::STEPS;
-      int row = 0;
-      if (rows - row >= 8) multiply_few<Weights, 8>(a, panel, scales, packed, sums, row), row += 8;
-      if (rows - row >= 4) multiply_few<Weights, 4>(a, panel, scales, packed, sums, row), row += 4;
-      if (rows - row >= 2) multiply_few<Weights, 2>(a, panel, scales, packed, sums, row), row += 2;
-      if (rows - row >= 1) multiply_few<Weights, 1>(a, panel, scales, packed, sums, row);
-      for (int r = 0; r < rows; ++r) scale_row(sums, r, scales);
-      return true;
-    }
-#endif
-    return false;
   }
 };

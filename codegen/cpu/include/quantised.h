@@ -18,6 +18,12 @@ struct Int8 {
   static constexpr int STEPS = 2, COUNT = 2;
   static constexpr bool grouped = false;  // one scale for each column
 
+#if defined(__AVX512F__)
+  // The values of 64 k's, OFFSET added, as unsigned bytes.
+  static constexpr int OFFSET = 128;
+  SPARSEC_INLINE void bytes(__m512i x, __m512i* w) { w[0] = _mm512_xor_si512(x, _mm512_set1_epi8(int8_t(0x80))); }
+#endif
+
   SPARSEC_INLINE void expand(U32 x, U32* rows) {
     const I32 v = (I32)x;
     const U32 a = (U32)to_float((v << 24) >> 24), b = (U32)to_float((v << 16) >> 24);
@@ -32,6 +38,15 @@ struct Int4 {
   using Held = Elem;
   static constexpr int STEPS = 4, COUNT = 4;
   static constexpr bool grouped = true;  // one scale for each packed step
+
+#if defined(__AVX512F__)
+  static constexpr int OFFSET = 8;
+  SPARSEC_INLINE void bytes(__m512i x, __m512i* w) {
+    const __m512i low = _mm512_set1_epi8(15);
+    w[0] = _mm512_and_si512(x, low);
+    w[1] = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
+  }
+#endif
 
   SPARSEC_INLINE void expand(U32 x, U32* rows) {
     half(x, rows);
@@ -92,36 +107,3 @@ static void expand_panel(const char* b, const float* scales, int packed, char* t
     }
   }
 }
-
-#if defined(__AVX512BF16__)
-// sums = rows of one tile * a panel from memory, for a few rows: the weights are expanded in registers.
-template <class Weights, int rows>
-static void multiply_few(const char* a, const char* b, const float* scales, int packed, Sums& sums, int row) {
-  __m512 total[rows][2] = {};
-  a += row * 64;
-  for (int s = 0; s < packed; ++s, b += PAIR, a += Weights::STEPS * TILE) {
-    ask_ahead(b);
-    __m512 sum[rows][2] = {};
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-      for (int j = 0; j < 2; ++j) {
-        U32 wide[Weights::COUNT];
-        Weights::expand(load_bits(b + j * TILE + r * 64), wide);
-        for (int i = 0; i < Weights::COUNT; ++i)
-          for (int m = 0; m < rows; ++m) {
-            int32_t pair;
-            memcpy(&pair, a + step_of<Weights>(r, i) * TILE + m * 64 + row_of(r, i) * 4, 4);
-            sum[m][j] = _mm512_dpbf16_ps(sum[m][j], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)wide[i]);
-          }
-      }
-    for (int m = 0; m < rows; ++m)
-      for (int j = 0; j < 2; ++j) {
-        const __m512 scale = Weights::grouped ? _mm512_loadu_ps(scales + (s * 2 + j) * LANES) : _mm512_set1_ps(1.0f);
-        total[m][j] = Weights::grouped ? _mm512_fmadd_ps(sum[m][j], scale, total[m][j])
-                                       : _mm512_add_ps(sum[m][j], total[m][j]);
-      }
-  }
-  for (int m = 0; m < rows; ++m)
-    for (int j = 0; j < 2; ++j) _mm512_store_ps(sums.of[j][row + m], total[m][j]);
-}
-#endif
