@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparsec.runtime import cpu_dense
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.errors import InputError
 from sparsec.runtime.operators import CONSTANTS, dims_of, resolve, slots_of
@@ -57,6 +58,8 @@ class Runner:
         self._kept: dict[tuple[int, ...], list[Any]] = {}
         self._closures: list[Closure] = []
         self._names: list[str] = []
+        self._new = set[int]()  # slots of tensors that nobody else holds
+        self._visible: dict[int, int] = {}  # slot of a mask -> slot of what it shows
         for step in steps:
             if isinstance(step, Free):
                 self._add("free", _free(step.slots))
@@ -116,6 +119,13 @@ class Runner:
         named = {name: self._place(tree) for name, tree in step.kwargs.items() if not _is_fixed(tree)}
         several = len(step.outs) != 1 or any("List" in str(ret.type) for ret in op._schema.returns)
         flat = [place for place in places if isinstance(place, int)]
+        if self._device.type == "cpu":
+            if cpu_dense.is_new(step, op, self._new):
+                self._new.update(slot for slot in step.outs if slot is not None)
+            if step.op == cpu_dense.LINEAR and len(flat) == 2 and not step.kwargs:
+                return _one(cpu_dense.linear, flat, step.outs[0])
+            if (mask := cpu_dense.hides(step)) is not None and mask in self._new:
+                return self._attention(run, flat, mask, step.outs[0])
         if not named and len(flat) == len(places):
             return _several(run, flat, step.outs) if several else _one(run, flat, step.outs[0])
         outs = [(i, slot) for i, slot in enumerate(step.outs) if slot is not None]
@@ -129,6 +139,25 @@ class Runner:
                 values[slot] = result[i] if several else result
 
         return call
+
+    def _attention(self, run: Callable[..., Any], places: list[int], mask: int, out: int | None) -> Closure:
+        """Attention by what its mask shows, which all layers of a run find out once."""
+        if mask not in self._visible:
+            self.base.append(None)
+            self._visible[mask] = len(self.base) - 1
+        visible = self._visible[mask]
+        pick = itemgetter(*places)
+
+        def attention(values: Slots) -> None:
+            query, key, value, given = pick(values)
+            shown: cpu_dense.Visible | None = values[visible]
+            if shown is None or shown.mask is not given:
+                shown = values[visible] = cpu_dense.Visible.of(given)
+            result = shown.attend(run, query, key, value)
+            if out is not None:
+                values[out] = result
+
+        return attention
 
     def _place(self, tree: Any) -> Any:
         """Where an argument will be: a slot, or a list of slots for a list of tensors."""
