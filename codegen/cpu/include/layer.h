@@ -1,6 +1,7 @@
 // An expert layer in one parallel region: route, sort, both GEMMs, activation and combine.
 //
-// `Config` is generated: sizes, types, the activation, the router and the tail if the layer has them. `Sweep` multiplies rows by weights.
+// `Config` is generated: sizes, types, the activation, the router and the tail if the layer has them. `Sweep` multiplies
+// rows by weights.
 // Each chunk of an expert's rows goes through both GEMMs on one core, its activations staying in that core's cache.
 // Where there are too few chunks for the cores, all cores share each GEMM's columns instead, and wait between the two.
 #pragma once
@@ -28,10 +29,11 @@ struct Layer {
   static constexpr int64_t UP_SCALES = 2 * LANES * (Weights::grouped ? UP_STEPS / Weights::STEPS : 1);
   static constexpr int64_t DOWN_SCALES = 2 * LANES * (Weights::grouped ? DOWN_STEPS / Weights::STEPS : 1);
 
-  // A chunk's rows fill half of a 2 MB second-level cache, a slice of its activations a quarter.
-  static constexpr int MOST_ROWS = most(32, least(256, int((1 << 20) / (UP_STEPS * 64) / 32 * 32)));
+  // A chunk's rows fill most of a 2 MB second-level cache, or a slice of its activations half of it, not both at a time.
+  // As few experts as can be have more rows: the weights of those come twice.
+  static constexpr int MOST_ROWS = most(32, least(320, int((3 << 19) / (UP_STEPS * 64) / 32 * 32)));
   static constexpr int64_t UNIT = NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S);  // steps that cannot be parted
-  static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (512 << 10) / (MOST_ROWS * 64)));
+  static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (1 << 20) / (MOST_ROWS * 64)));
   static constexpr int64_t SLICE = ceil_div(ceil_div(DOWN_STEPS, SLICES), UNIT) * UNIT;
   static constexpr int CHUNK_TILES = MOST_ROWS / ROWS;
 
@@ -50,7 +52,7 @@ struct Layer {
   struct Core {
     char *rows, *activated, *expanded;
     Elem* group;  // activated rows that are yet to be quantised [MOST_ROWS, GROUP]
-    float* carried;
+    float* carried;  // sums of earlier slices [DOWN_BLOCKS, MOST_ROWS, 2 * LANES]
   };
 
   const Call* call;
@@ -215,7 +217,7 @@ struct Layer {
         [&](int64_t panel, int row, const Sums& sums, int r) {
           const int64_t column = (begin + panel) * 2 * LANES;
           F32 y0 = load(sums.of[0][r]), y1 = load(sums.of[1][r]);
-          float* sum = core.carried + row * COLUMNS + column;
+          float* sum = core.carried + ((begin + panel) * MOST_ROWS + row) * 2 * LANES;
           if (bias && starts) y0 += load(bias + column), y1 += load(bias + column + LANES);
           if (!starts) y0 += load(sum), y1 += load(sum + LANES);
           if (ends)
