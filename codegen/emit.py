@@ -125,7 +125,8 @@ class _Emitter:
         from sparsec.codegen.cpu.emit import emit_kernel
 
         try:
-            if isinstance(op, ExpertBank) and op.packing in ("int8", "int4") and op.x.tensor.dtype != DType.bf16:
+            widens = isinstance(op, ExpertBank) and op.packing in ("int8", "int4") and op.activations == "model"
+            if isinstance(op, ExpertBank) and widens and op.x.tensor.dtype != DType.bf16:
                 raise CompileError(f"{op.packing} weights have native code for rows of bf16, these are {op.x.type}")
             source = emit_kernel(func)
         except CompileError as error:

@@ -54,7 +54,8 @@ def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> Kerne
             context.paths[kernel.name] = path
             return launcher(kernel, library)
     if path not in context.paths.values():
-        _log.warning("experts run on %s", path)
+        kept = "; activations are not rounded to int8 there" if kernel.attrs.get("activations") == "int8" else ""
+        _log.warning("experts run on %s%s", path, kept)
     context.paths[kernel.name] = path
     return None
 

@@ -188,6 +188,7 @@ def compile(
     dynamic: bool | Any = True,
     target: str | None = None,
     weights: str | None = None,
+    activations: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -201,6 +202,8 @@ def compile(
         target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`; see `sparsec targets`.
         weights: how experts' weights are stored on a CPU: `model` (default, as they are), `int8` (a scale for each
             column) or `int4` (a scale for each 128 values); see `CompiledModel.weight_errors`.
+        activations: what quantised weights are multiplied by: `model` (default, rows as they are) or `int8` (rows that
+            are rounded as they come, by a scale for each row of x and for each 128 of an expert's inner values).
         dump: a folder for numbered IR texts, diffs and remarks.
         instruments: further watchers of the pipeline.
 
@@ -208,7 +211,9 @@ def compile(
         CompileError: the model cannot be captured or compiled; says where, in the user's lines.
     """
     captured = capture(model, args, kwargs, dynamic=dynamic)
-    return compile_captured(captured, target, weights=weights, dump=dump, instruments=instruments)
+    return compile_captured(
+        captured, target, weights=weights, activations=activations, dump=dump, instruments=instruments
+    )
 
 
 def compile_captured(
@@ -216,14 +221,15 @@ def compile_captured(
     target: str | None = None,
     *,
     weights: str | None = None,
+    activations: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
-    config = Config.read(target=target, weights=weights, dump=Path(dump) if dump else None)
+    config = Config.read(target=target, weights=weights, activations=activations, dump=Path(dump) if dump else None)
     parsed = Target.parse(config.target)
-    module = stored_as(config.weights, with_structure(captured).module)
+    module = stored_as(config, with_structure(captured).module)
     watching = list(instruments)
     if config.dump:
         watching.append(Dump(config.dump, name))
@@ -237,6 +243,7 @@ def compile_language_model(
     max_length: int | None = None,
     target: str | None = None,
     weights: str | None = None,
+    activations: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -249,12 +256,13 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
-        weights: as of `compile`.
+        weights, activations: as of `compile`.
 
     Raises: CompileError.
     """
     captured = capture_language_model(model, max_length)
-    return compile_captured(captured, target, weights=weights, dump=dump, name=name, instruments=instruments)
+    given = {"weights": weights, "activations": activations}
+    return compile_captured(captured, target, **given, dump=dump, name=name, instruments=instruments)
 
 
 def capture_language_model(model: Any, max_length: int | None = None) -> Captured:
@@ -289,11 +297,11 @@ def with_structure(captured: Captured) -> Captured:
     return captured
 
 
-def stored_as(weights: str, module: Module) -> Module:
-    """The module, saying how the weights of its experts are to be stored (`pack-banks`)."""
-    module.attrs.pop("weights", None)
-    if weights != "model":
-        module.attrs["weights"] = weights
+def stored_as(config: Config, module: Module) -> Module:
+    """The module, saying how the weights of its experts are to be stored and multiplied (`pack-banks`)."""
+    for name in ("weights", "activations"):
+        module.attrs.pop(name, None)
+    module.attrs.update(config.of_banks)
     return module
 
 

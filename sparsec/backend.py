@@ -46,6 +46,7 @@ def sparsec(
     Options:
         dense: "inductor" (default) or "aten": who runs the dense rest.
         weights: "model" (default), "int8" or "int4": how the experts' weights are stored on a CPU.
+        activations: "model" (default) or "int8": what quantised weights are multiplied by.
         free_weights: whether to give back the memory of weights on a CPU once they are packed, so that they are held
             once and not twice. The model's own tensors then hold NaN: it can be run by what was compiled, at any
             sizes, but not eagerly, and not be saved, changed or moved.
@@ -56,18 +57,18 @@ def sparsec(
     """
     given = dict(options or {})
     dense, free = given.pop("dense", "inductor"), given.pop("free_weights", False)
-    weights = Config.read(weights=given.pop("weights", None)).weights
+    config = Config.read(weights=given.pop("weights", None), activations=given.pop("activations", None))
     if given or dense not in ("inductor", "aten") or not isinstance(free, bool):
         raise SparsecError(
             "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8' or 'int4', "
-            f"'free_weights': False or True}}, was given {dict(options or {})}"
+            f"'activations': 'model' or 'int8', 'free_weights': False or True}}, was given {dict(options or {})}"
         )
     if _is_differentiated(graph_module, example_inputs):
         _logger.info("a graph that is differentiated is left to PyTorch")
         return _differentiable(graph_module, list(example_inputs), dense)
     forward, inference = (partial(_inductor, is_inference=False), _inductor) if dense == "inductor" else (_aten, _aten)
     backend = aot_autograd(
-        fw_compiler=forward, inference_compiler=_Compiler(inference, weights, free), decompositions={}
+        fw_compiler=forward, inference_compiler=_Compiler(inference, config, free), decompositions={}
     )
     return backend(graph_module, list(example_inputs))  # type: ignore[no-any-return]
 
@@ -91,12 +92,12 @@ def _differentiable(graph_module: GraphModule, example_inputs: list[Any], dense:
 class _Compiler:
     """Compiles a functional inference graph: experts by sparsec, the rest by `dense`."""
 
-    def __init__(self, dense: GraphCompiler, weights: str, free: bool) -> None:
-        self.dense, self.weights, self.free = dense, weights, free
+    def __init__(self, dense: GraphCompiler, config: Config, free: bool) -> None:
+        self.dense, self.config, self.free = dense, config, free
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
-            fused = fuse(graph_module, example_inputs, self.weights)
+            fused = fuse(graph_module, example_inputs, self.config)
         except (CompileError, ArtifactError) as error:  # the latter where a kernel cannot be bound
             warnings.warn(f"sparsec leaves this graph to PyTorch:\n{error}", stacklevel=2)
             fused = None
@@ -164,17 +165,16 @@ class Fused:
                 release(part(inputs))
 
 
-def fuse(graph_module: GraphModule, example_inputs: Sequence[Any], weights: str = "model") -> Fused | None:
+def fuse(graph_module: GraphModule, example_inputs: Sequence[Any], config: Config | None = None) -> Fused | None:
     """The graph with its expert layers as launches of kernels; None where it has none.
 
     Args:
-        weights: how the experts' weights are stored, as of `sparsec.compile`.
+        config: how the experts' weights are stored and multiplied.
 
     Raises: CompileError.
     """
     imported = import_graph(graph_module, _static_inputs())
-    if weights != "model":
-        imported.module.attrs["weights"] = weights
+    imported.module.attrs.update((config or Config()).of_banks)
     result = pipeline.run(imported.module, to="raise")
     for remark in result.remarks:
         if remark.kind == "missed":

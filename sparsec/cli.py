@@ -55,6 +55,9 @@ def cli() -> None:
     metavar="[int8|int4|ARTIFACT]",
     help="Store the experts' weights as int8 or int4. For a text: the artifact with its weights; both may be given.",
 )
+@click.option(
+    "--activations", type=click.Choice(["int8"]), help="Multiply int8 or int4 weights by activations rounded to int8."
+)
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
 @click.option("--dump", type=click.Path(path_type=Path), help="Folder for the IR after every pass, diffs, remarks.")

@@ -20,6 +20,7 @@ from typing import Any
 from sparsec.diagnostics import SparsecError
 
 WEIGHTS = ("model", "int8", "int4")
+ACTIVATIONS = ("model", "int8")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Config:
     dump: Path | None = None  #: folder that gets the IR after every pass, diffs and a manifest
     verify: bool = True  #: verify the IR after every pass
     weights: str = "model"  #: how experts' weights are stored: model (as they are), int8 or int4 (on a CPU)
+    activations: str = "model"  #: what int8 and int4 weights are multiplied by: model (as they are) or int8
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -41,7 +43,15 @@ class Config:
                 values[knob.name] = knob.read(text)
         if values.get("weights", "model") not in WEIGHTS:
             raise SparsecError(f"weights are stored as {', '.join(WEIGHTS)}, not as {values['weights']!r}")
+        if values.get("activations", "model") not in ACTIVATIONS:
+            raise SparsecError(f"activations are {' or '.join(ACTIVATIONS)}, not {values['activations']!r}")
         return cls(**values)
+
+    @property
+    def of_banks(self) -> dict[str, str]:
+        """The attributes by which a module says how its experts' weights are stored and multiplied (`pack-banks`)."""
+        values = {"weights": self.weights, "activations": self.activations}
+        return {name: value for name, value in values.items() if value != "model"}
 
 
 @dataclass(frozen=True)

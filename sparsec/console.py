@@ -95,7 +95,8 @@ def errors_table(rows: Sequence[Summary]) -> Table:
     table = Table("weights", "layers", "experts", "hidden", "width", "error: least", "median", "most", box=None)
     table.header_style = "dim"
     for row in rows:
-        sizes = (row.packing, *map(str, (row.layers, row.experts, row.hidden, row.width)))
+        kind = row.packing if row.activations == "model" else f"{row.packing} x {row.activations}"
+        sizes = (kind, *map(str, (row.layers, row.experts, row.hidden, row.width)))
         table.add_row(*sizes, *(f"{100 * error:.2f} %" for error in (row.least, row.median, row.most)))
     return table
 

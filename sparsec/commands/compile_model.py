@@ -39,6 +39,7 @@ def run(
     to: str,
     start: str | None,
     weights: Sequence[str],
+    activations: str | None,
     max_length: int | None,
     no_cache: bool,
     dump: Path | None,
@@ -46,7 +47,7 @@ def run(
 ) -> None:
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
     stored, held = _read_weights(weights)
-    config = Config.read(target=target, weights=stored, dump=dump)
+    config = Config.read(target=target, weights=stored, activations=activations, dump=dump)
     target, dump = config.target, config.dump
     Target.parse(target)
     if to == "emit":
@@ -54,7 +55,7 @@ def run(
     if (Path(model) / "manifest.json").is_file():
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
     if model.endswith(".sparsec"):
-        _from_text(Path(model), output, target, to, start, stored, held, dump, as_json)
+        _from_text(Path(model), output, target, to, start, (stored, activations), held, dump, as_json)
         return
     if start or held:
         raise SparsecError("--from and --weights ARTIFACT go with the text of a module (FILE.sparsec)")
@@ -68,7 +69,7 @@ def run(
         began = time.perf_counter()
         status.step("capture")
         if to != "emit":
-            module = api.stored_as(config.weights, _captured(loaded, max_length, no_cache))
+            module = api.stored_as(config, _captured(loaded, max_length, no_cache))
             instruments = [Watch(status), *([Dump(dump, loaded.name)] if dump else [])]
             result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
             _write_text(output, result.module)
@@ -111,8 +112,8 @@ def _is_language_model(loaded: LoadedModel, no_cache: bool) -> bool:
 def _compiled(
     loaded: LoadedModel, config: Config, max_length: int | None, no_cache: bool, watch: Watch
 ) -> api.CompiledModel:
-    given: dict[str, Any] = {"target": config.target, "weights": config.weights, "dump": config.dump}
-    given |= {"name": loaded.name, "instruments": [watch]}
+    given: dict[str, Any] = {"target": config.target, "weights": config.weights, "activations": config.activations}
+    given |= {"dump": config.dump, "name": loaded.name, "instruments": [watch]}
     if _is_language_model(loaded, no_cache):
         return api.compile_language_model(loaded.model, max_length=max_length, **given)
     return api.compile_captured(capture(loaded.model, loaded.args, loaded.kwargs), **given)
@@ -130,7 +131,7 @@ def _from_text(
     target: str,
     to: str,
     start: str | None,
-    stored: str | None,
+    stored: tuple[str | None, str | None],
     weights: Path | None,
     dump: Path | None,
     as_json: bool,
@@ -138,10 +139,12 @@ def _from_text(
     began = time.perf_counter()
     module = parse_module(source.read_text(), str(source))
     phase = start or str(module.attrs.get("phase", "capture"))
-    if stored is not None and stored != module.attrs.get("weights", "model"):
+    says = tuple(str(module.attrs.get(name, "model")) for name in ("weights", "activations"))
+    wanted = tuple(given or said for given, said in zip(stored, says, strict=True))
+    if wanted != says:
         if phase in ("schedule", "lower"):
             raise SparsecError(f"{source} is at phase '{phase}', where weights are packed already: go on from 'place'")
-        api.stored_as(stored, module)
+        api.stored_as(Config(weights=wanted[0], activations=wanted[1]), module)
     if to == "emit" and weights is None:
         raise SparsecError(
             "a text holds no weights: name an artifact of the same model with --weights, or stop earlier with --to"
@@ -170,7 +173,7 @@ def _from_text(
         )
     remarks = (*result.remarks, *emitted.remarks)
     seconds = {"compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
-    errors = layer_errors(result.ir("schedule"), held.weights) if stored and "schedule" in result.phases else []
+    errors = layer_errors(result.ir("schedule"), held.weights) if any(stored) and "schedule" in result.phases else []
     _report(path, result, remarks, seconds, errors, as_json)
 
 

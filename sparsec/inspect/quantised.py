@@ -1,7 +1,8 @@
 """How far quantised experts are from the experts they were made of.
 
 The measure is a block's relative error ||y' - y|| / ||y|| on random normal inputs and uniform routing, everything but
-the weights in f32. A few experts stand for each layer's, so a model takes seconds; no packed weight of it is needed.
+what is quantised in f32. A few experts stand for each layer's, so a model takes seconds; no packed weight of it is
+needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sparsec.ir.derived import Derivation, derivations
 from sparsec.ir.equal import ValueMap, clone_block, clone_op
 from sparsec.ir.interp import evaluate_func
 from sparsec.ir.types import DType, TensorType, Type
-from sparsec.runtime.tiles import find_scales, pack, unpack, unpack_bias
+from sparsec.runtime.tiles import find_scales, pack
 
 TOKENS = 64
 EXPERTS = 4
@@ -38,12 +39,14 @@ class LayerError:
     Attributes:
         scope: where the layer is in the model.
         packing: `int8` or `int4`.
+        activations: `model` or `int8`.
         experts, hidden, width: E, H and I.
         error: ||y' - y|| / ||y||.
     """
 
     scope: str
     packing: str
+    activations: str
     experts: int
     hidden: int
     width: int
@@ -56,6 +59,7 @@ class Summary:
 
     layers: int
     packing: str
+    activations: str
     experts: int
     hidden: int
     width: int
@@ -66,9 +70,10 @@ class Summary:
 
 def summarise(errors: Sequence[LayerError]) -> list[Summary]:
     """One row for all layers with as many experts of one size."""
-    kinds = dict[tuple[str, int, int, int], list[float]]()
+    kinds = dict[tuple[str, str, int, int, int], list[float]]()
     for layer in errors:
-        kinds.setdefault((layer.packing, layer.experts, layer.hidden, layer.width), []).append(layer.error)
+        kind = (layer.packing, layer.activations, layer.experts, layer.hidden, layer.width)
+        kinds.setdefault(kind, []).append(layer.error)
     return [Summary(len(found), *kind, min(found), median(found), max(found)) for kind, found in kinds.items()]
 
 
@@ -86,7 +91,8 @@ def layer_errors(module: Module, weights: Mapping[str, Tensor]) -> list[LayerErr
             error = _error(module, op, made, weights)
             if error is not None:
                 hidden = cast("int", op.x.tensor.shape[-1])
-                found.append(LayerError(op.loc.scope, op.packing, op.num_experts, hidden, op.width, error))
+                kind = (op.packing, op.activations, op.num_experts, hidden, op.width)
+                found.append(LayerError(op.loc.scope, *kind, error))
     return found
 
 
@@ -97,37 +103,38 @@ def _error(
     generator = torch.Generator().manual_seed(0)
     count = max(1, min(experts, EXPERTS, VALUES // ((op.parts + 1) * hidden * width)))
     chosen = torch.randperm(experts, generator=generator)[:count].sort().values
-    exact, rounded = list[Tensor | None](), list[Tensor | None]()
-    for value, parts, columns, inner in ((op.up, op.parts, op.parts * width, hidden), (op.down, 1, hidden, width)):
+    exact, rounded, scales = list[Tensor](), list[Tensor](), list[Tensor]()
+    for value in (op.up, op.down):
         derivation = made[str(module.main.arg_attrs[value]["source"])]
         if not all(name in weights or name in made for name in derivation.of):
             return None
         bank, how = _before_packing(module, derivation, weights)
         if bank.is_meta:
             return None
-        bank = bank[chosen]
-        order = (how.parts, how.transposed, how.interleaved)
-        exact.append(unpack(pack(bank.float(), *order), None, "tiles", parts, columns, inner))
-        scales = find_scales(bank, *order, op.packing)
-        rounded.append(unpack(pack(bank, *order, op.packing, scales), scales, op.packing, parts, columns, inner))
+        bank, order = bank[chosen].float(), (how.parts, how.transposed, how.interleaved)
+        exact.append(pack(bank, *order))
+        scales.append(find_scales(bank, *order, op.packing))
+        rounded.append(pack(bank, *order, op.packing, scales[-1]))
     biases = list[Tensor | None]()
-    for bias, parts, columns in ((op.up_bias, op.parts, op.parts * width), (op.down_bias, 1, hidden)):
+    for bias in (op.up_bias, op.down_bias):
         if bias is None:
             biases.append(None)
             continue
         derivation = made[str(module.main.arg_attrs[bias]["source"])]
         (packed,) = evaluate_func(module, derivation.func, [weights[name] for name in derivation.of])
-        biases.append(unpack_bias(packed[chosen], parts, columns))
+        biases.append(packed[chosen])
     k = min(op.k, count)
     x = torch.randn(TOKENS, hidden, generator=generator)
     ids = torch.rand(TOKENS, count, generator=generator).topk(k).indices
     shares = torch.rand(TOKENS, k, generator=generator)
     block = _wide_block(op)
-    results = list[Tensor]()
-    for banks in (exact, rounded):
-        given = [value for value in (x, ids, shares, *banks, *biases) if value is not None]
-        func = _alone(op, block, given, [bias is not None for bias in biases])
-        results += evaluate_func(Module([func]), func, given)
+    attrs: dict[str, Attr] = {"layout": op.layout, "weight_on": op.weight_on}
+    quantised: dict[str, Attr] = {**attrs, "packing": op.packing, "activations": op.activations}
+    shared = (x, ids, shares)
+    results = [
+        *_alone(block, {**attrs, "packing": "tiles"}, [*shared, *exact, *biases]),
+        *_alone(block, quantised, [*shared, *rounded, *biases, *scales]),
+    ]
     y, other = (result.double() for result in results)
     return float((other - y).norm() / y.norm()) if y.norm() else 0.0
 
@@ -162,16 +169,17 @@ def _wide_block(op: ExpertBank) -> Block:
     return clone_block(op.activation, {}, _wide, _wide_attr)
 
 
-def _alone(op: ExpertBank, activation: Block, given: Sequence[Tensor], biases: Sequence[bool]) -> Func:
-    """A function of plain banks that runs the experts alone, without what comes after them."""
+def _alone(activation: Block, attrs: dict[str, Attr], given: Sequence[Tensor | None]) -> list[Tensor]:
+    """What experts on packed banks give by themselves, without what comes after them."""
     names = {to_torch(dtype): dtype for dtype in DType}
-    body = Block([TensorType(tuple(value.shape), names[value.dtype]) for value in given])
-    rest = iter(body.args[5:])
-    arguments: list[Value | None] = [*body.args[:5], *(next(rest) if has else None for has in biases)]
+    values = [value for value in given if value is not None]
+    body = Block([TensorType(tuple(value.shape), names[value.dtype]) for value in values])
+    rest = iter(body.args)
+    arguments: list[Value | None] = [None if value is None else next(rest) for value in given]
     while arguments[-1] is None:
         arguments.pop()
-    attrs: dict[str, Attr] = {"layout": op.layout, "weight_on": op.weight_on}
     experts = Experts(arguments, None, attrs, [clone_block(activation, {})])
     body.append(experts)
     body.append(Return([experts.y]))
-    return Func("main", body)
+    func = Func("main", body)
+    return list(evaluate_func(Module([func]), func, values))
