@@ -79,7 +79,12 @@ func @main(
 def test_layers_share_what_a_mask_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list[Visible]()
     original = Visible.of
-    monkeypatch.setattr(Visible, "of", lambda mask: found.append(original(mask)) or found[-1])
+
+    def kept(mask: Tensor) -> Visible:
+        found.append(original(mask))
+        return found[-1]
+
+    monkeypatch.setattr(Visible, "of", kept)
     keys, hidden = torch.randn(1, 2, SLOTS, DIM), torch.rand(1, 1, 1, SLOTS) < 0.5
     hidden[..., 0] = True
     run = program(parse_module(CACHE), {"keys": keys, "hidden": hidden})
