@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ def write_shard(place: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     digest = hashlib.sha256()
     with place.open("wb", buffering=0) as file:
-        for content in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, map(tensors.__getitem__, order))):
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for content in (head, *map(_bytes_of, map(tensors.__getitem__, order))):
             for at in range(0, len(content), _PIECE):
                 piece = content[at : at + _PIECE]
                 digest.update(piece)
@@ -49,4 +51,4 @@ def _size(tensor: Tensor) -> int:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().data
+    return cast("memoryview", plain.view(torch.uint8).numpy().data)

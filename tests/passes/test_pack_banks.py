@@ -82,7 +82,12 @@ def test_scales_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsec.runtime import tiles
 
     calls, find = list[Any](), tiles.find_scales
-    monkeypatch.setattr(tiles, "find_scales", lambda *args: calls.append(args) or find(*args))
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return find(*args)
+
+    monkeypatch.setattr(tiles, "find_scales", counted)
     held = DerivedWeights(packed("int4"), weights())
     assert held["derived/e.*.up.int4"].dtype == torch.uint8
     assert held["derived/e.*.up.scales"] is held["derived/e.*.up.scales"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -216,7 +217,7 @@ def test_a_trusted_library_that_does_not_load_is_done_without(monkeypatch: pytes
 
 
 def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_library.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(native_library, "_libraries", dict[str, native_library.Library]())
     x, w = inputs(3)
     check(ready()([x, w, None]), x * w)
@@ -227,7 +228,7 @@ def test_where_the_temporary_folder_cannot_be_used_the_cache_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = next(iter(built(scaler.source(extra="7")).values()))
-    monkeypatch.setattr(native_library.tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     assert native_library.load(content).scratch(2, 1) == 64
 
 

@@ -85,8 +85,7 @@ def test_check_low_precision(model: Path, sparsec: Run) -> None:
 
 def test_check_fails_beyond_tolerance(model: Path, sparsec: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsec.runtime import executor
-
-    right = executor.bind
+    from sparsec.runtime.backends import bind as right
 
     def wrong(*args: Any) -> Any:
         kernel = right(*args)

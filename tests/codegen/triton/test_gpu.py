@@ -41,7 +41,7 @@ def bound(func: Func) -> Any:
     made, op = emit_kernel(func, gpu_driver.architecture(device)), func.body.ops[0]
     kernel = Kernel(
         func.name, op.name, "triton", tuple(tensor(value.type) for value in op.operands),
-        tuple(tensor(value.type) for value in op.results), "t", {}, [], [], list(made.variants),
+        tuple(tensor(value.type) for value in op.results), "t", {}, {}, list(made.variants),
     )  # fmt: skip
     return bind(kernel, range(len(op.operands)), Context(device, made.files, lambda slot: None))
 
@@ -127,7 +127,7 @@ def test_code_for_another_gpu_is_refused() -> None:
     made, op = emit_kernel(func, other), func.body.ops[0]
     kernel = Kernel(
         "group_0", op.name, "triton", (tensor(op.operands[0].type),), tuple(tensor(v.type) for v in op.results), "t",
-        {}, [], [], list(made.variants),
+        {}, {}, list(made.variants),
     )  # fmt: skip
     with pytest.raises(ArtifactError, match=f"compiled for {other}, this GPU is"):
         bind(kernel, [0], Context(torch.device("cuda", 0), made.files, lambda slot: None))

@@ -31,7 +31,7 @@ def kernel(**changes: Any) -> Kernel:
     variants = [Variant(4, CONFIG), Variant(None, {**CONFIG, "launches": [LAUNCH, LAUNCH]})]
     made = Kernel(
         "k", "moe.gemm_combine", "triton", (Tensor(("2*t", 3), "f32"), Tensor(("t", 2), "f32")),
-        (Tensor(("t", 3), "bf16"),), "t", {}, [], [], variants,
+        (Tensor(("t", 3), "bf16"),), "t", {}, {}, variants,
     )  # fmt: skip
     return replace(made, **changes)
 
