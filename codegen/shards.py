@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,4 +50,4 @@ def _size(tensor: Tensor) -> int:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     plain = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return cast("memoryview", plain.view(torch.uint8).numpy().data)
+    return plain.view(torch.uint8).numpy().data

@@ -101,7 +101,7 @@ def _read_weights(given: Sequence[str]) -> tuple[str | None, Path | None]:
     places = [value for value in given if value not in WEIGHTS]
     if len(formats) > 1 or len(places) > 1:
         raise SparsecError(f"--weights is given {' and '.join(formats if len(formats) > 1 else places)}: choose one")
-    return (formats or [None])[0], Path(places[0]) if places else None
+    return formats[0] if formats else None, Path(places[0]) if places else None
 
 
 def _is_language_model(loaded: LoadedModel, no_cache: bool) -> bool:

@@ -13,6 +13,9 @@ import torch
 import sparsec
 from sparsec.inspect.check import relative
 from sparsec.runtime import isa, live_weights, native
+from sparsec.runtime.context import KernelCall
+from sparsec.runtime.native_library import Library
+from sparsec.runtime.plan import Kernel
 from tests.codegen.cpu.experts import HERE
 from tests.ways_in import modules
 
@@ -60,9 +63,12 @@ def test_compiled_and_loaded_without_being_asked(model: Any, tmp_path: Path) -> 
 @needs_compiler
 def test_torch_compile(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bound, launcher = list[str](), native.launcher
-    monkeypatch.setattr(
-        native, "launcher", lambda kernel, library: bound.append(kernel.op) or launcher(kernel, library)
-    )
+
+    def counted(kernel: Kernel, library: Library) -> KernelCall:
+        bound.append(kernel.op)
+        return launcher(kernel, library)
+
+    monkeypatch.setattr(native, "launcher", counted)
     compiled = torch.compile(model, backend="sparsec", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for x in (X, X[:5], X[:1]):

@@ -9,6 +9,10 @@
 #include "panels8.h"
 #include "sort.h"
 
+#ifndef SPARSEC_WAKING_US
+#define SPARSEC_WAKING_US 20.0  // a thread that has less to do is left asleep; tests set it to next to nothing
+#endif
+
 template <class Config>
 struct Layer {
   typedef typename Config::Elem Elem;
@@ -354,16 +358,28 @@ struct Layer {
       for (int64_t token = t; token < least<int64_t>(t + 16, tokens); ++token) combine(token, out);
   }
 
-  static int32_t run(const Call* call) {
+  // How many threads have work for longer than it takes to wake them, by what memory and arithmetic take at the most.
+  static int worth_waking(int64_t tokens, int threads) {
+    const int64_t pairs = tokens * Config::slots, hit = least<int64_t>(pairs, Config::experts);
+    const double bytes = double(hit) * (UP_BLOCKS * UP_PANEL + DOWN_BLOCKS * DOWN_PANEL);
+    const double products = double(pairs) * Config::width * (Config::parts * Config::hidden + Config::columns);
+    const double us = bytes / 16e3 + products / 1e5;  // 16 GB/s, 0.1 T/s
+    return int(most(1.0, least(us / SPARSEC_WAKING_US, double(threads))));
+  }
+
+  static int32_t run(const Call* given) {
+    Call call = *given;
+    call.threads = worth_waking(call.tokens, call.threads);
+    if (call.threads == 1) call.barrier = nullptr;
     Layer layer = {};
-    layer.call = call;
-    layer.x = (const Elem*)call->in[0];
-    layer.ids = (const typename Config::Id*)(Config::has_router ? call->out[1] : call->in[1]);
-    layer.weights = (const typename Config::Weight*)(Config::has_router ? call->out[2] : call->in[2]);
-    layer.lay_out((char*)call->scratch, call->tokens, call->threads);
+    layer.call = &call;
+    layer.x = (const Elem*)call.in[0];
+    layer.ids = (const typename Config::Id*)(Config::has_router ? call.out[1] : call.in[1]);
+    layer.weights = (const typename Config::Weight*)(Config::has_router ? call.out[2] : call.in[2]);
+    layer.lay_out((char*)call.scratch, call.tokens, call.threads);
     auto body = [](void* data) { ((Layer*)data)->run_thread(); };
-    if (call->threads > 1)
-      call->parallel(body, &layer, call->threads, 0);
+    if (call.threads > 1)
+      call.parallel(body, &layer, call.threads, 0);
     else
       body(&layer);
     return 0;

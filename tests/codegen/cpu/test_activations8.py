@@ -19,6 +19,7 @@ from sparsec.dialects.moe.references import rounded_to_int8
 from sparsec.ir.interp import DerivedWeights, evaluate_func
 from sparsec.ir.parser import parse_module
 from sparsec.pipeline import run
+from sparsec.runtime.executor import Program
 from tests.codegen.cpu import experts
 from tests.ways_in import modules
 from tests.ways_in.test_weights import FACTORY, command
@@ -34,8 +35,8 @@ LAYERS = {
 
 
 def layer(name: str, weights: str) -> experts.Experts:
-    sizes: dict[str, Any] = {"dtype": "bf16", "experts": 5, "k": 2, **LAYERS[name]}
-    return experts.Experts(weights=weights, activations="int8", **sizes)
+    sizes: dict[str, Any] = {"dtype": "bf16", "experts": 5, "k": 2}
+    return experts.Experts(weights=weights, activations="int8", **(sizes | LAYERS[name]))
 
 
 def reference(layer: experts.Experts, values: Mapping[str, Tensor]) -> Tensor:
@@ -176,7 +177,7 @@ def test_without_native_code_activations_stay(
     made = experts.emitted(of, "amx" if experts.HERE[0] == "amx" else "avx512")
     monkeypatch.setenv("SPARSEC_ISAS", "avx2")
     with caplog.at_level(logging.WARNING, "sparsec"):
-        program = experts.Program(made.plan, DerivedWeights(lowered, values), files=made.files)
+        program = Program(made.plan, DerivedWeights(lowered, values), files=made.files)
     assert "activations are not rounded to int8 there" in caplog.text
     (got,) = program(*(values[name] for name in of.inputs))
     exact = replace(of, activations="model").plain(of.stored(values), torch.float64)
