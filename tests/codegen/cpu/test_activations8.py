@@ -26,7 +26,7 @@ from tests.ways_in.test_weights import FACTORY, command
 
 WEIGHTS = ("int8", "int4")
 ISAS = pytest.mark.parametrize("isa", experts.HERE)
-LAYERS = {
+LAYERS: dict[str, dict[str, Any]] = {
     "odd": {"hidden": 100, "width": 52, "up_bias": True, "down_bias": True},
     "parts of groups": {"hidden": 192, "width": 200, "parts": 1, "early": True},
     "f32": {"dtype": "f32", "hidden": 72, "width": 161, "router": True, "tail": True},
@@ -35,8 +35,8 @@ LAYERS = {
 
 
 def layer(name: str, weights: str) -> experts.Experts:
-    sizes: dict[str, Any] = {"dtype": "bf16", "experts": 5, "k": 2}
-    return experts.Experts(weights=weights, activations="int8", **(sizes | LAYERS[name]))
+    sizes: dict[str, Any] = {"dtype": "bf16", "experts": 5, "k": 2, **LAYERS[name]}
+    return experts.Experts(weights=weights, activations="int8", **sizes)
 
 
 def reference(layer: experts.Experts, values: Mapping[str, Tensor]) -> Tensor:
