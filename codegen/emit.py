@@ -12,7 +12,7 @@ from sparsec.dialects.moe import ExpertBank, GatherGemm
 from sparsec.ir.core import Block, Func, Module, Op, Value
 from sparsec.ir.derived import is_derivation
 from sparsec.ir.opdef import OpDef
-from sparsec.ir.types import DType, SymType
+from sparsec.ir.types import SymType
 from sparsec.runtime.operators import IN_PLACE
 from sparsec.runtime.plan import Arg, Json, Kernel, Output, Plan, Region, Variant
 
@@ -125,9 +125,6 @@ class _Emitter:
         from sparsec.codegen.cpu.emit import emit_kernel
 
         try:
-            widens = isinstance(op, ExpertBank) and op.packing in ("int8", "int4") and op.activations == "model"
-            if isinstance(op, ExpertBank) and widens and op.x.tensor.dtype != DType.bf16:
-                raise CompileError(f"{op.packing} weights have native code for rows of bf16, these are {op.x.type}")
             source = emit_kernel(func)
         except CompileError as error:
             self._missed(op, "prepacked oneDNN linears", error)

@@ -32,6 +32,9 @@ def emit_kernel(func: Func) -> str:
     op = func.body.ops[0]
     if not isinstance(op, ExpertBank) or op.packing not in WEIGHTS:
         raise CompileError(f"there is no C++ for {op.name} in @{func.name}", op.loc)
+    widened = op.packing != "tiles" and op.activations == "model"
+    if widened and op.x.tensor.dtype != DType.bf16:
+        raise CompileError(f"{op.packing} weights have native code for rows of bf16, these are {op.x.type}", op.loc)
     regions = [activation(op.activation)]
     if isinstance(op, Layer):
         regions.append(router(op.router))

@@ -367,8 +367,12 @@ struct Layer {
     return int(most(1.0, least(us / SPARSEC_WAKING_US, double(threads))));
   }
 
+  // Pairs are numbered in 32 bits.
+  static bool is_too_many(int64_t tokens) { return tokens > (INT32_MAX - 1) / Config::slots; }
+
   static int32_t run(const Call* given) {
     Call call = *given;
+    if (is_too_many(call.tokens)) return 1;
     call.threads = worth_waking(call.tokens, call.threads);
     if (call.threads == 1) call.barrier = nullptr;
     Layer layer = {};
@@ -386,6 +390,7 @@ struct Layer {
   }
 
   static int64_t scratch(int64_t tokens, int threads) {
+    if (is_too_many(tokens)) return -1;
     Layer layer = {};
     return layer.lay_out(nullptr, tokens, threads);
   }
