@@ -117,10 +117,17 @@ def fits(x: Tensor, ids: Tensor, columns: int, weights: Tensor | None) -> None:
     pairs = [(x, "x", dim) for dim in range(x.dim() - 1)]
     pairs += [] if weights is None else [(weights, "weights", dim) for dim in range(2)]
     for tensor, name, dim in pairs:
+        if not (_is_bare(tensor.shape[dim]) and _is_bare(ids.shape[dim])):
+            continue  # products of sizes are equal for reasons of the model's own, which torch.export cannot express
         torch._check(
             tensor.shape[dim] == ids.shape[dim],
             lambda: f"{name} has shape {list(tensor.shape)}, ids {list(ids.shape)}",  # noqa: B023 (called at once)
         )
+
+
+def _is_bare(size: int | torch.SymInt) -> bool:
+    """Whether a size is a number or one symbol, not an expression of several."""
+    return isinstance(size, int) or bool(size.node.expr.is_symbol or size.node.expr.is_number)
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:

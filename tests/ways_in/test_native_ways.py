@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sparsec
+from sparsec import launch
 from sparsec.inspect.check import relative
 from sparsec.runtime import isa, live_weights, native
 from sparsec.runtime.context import KernelCall
@@ -69,6 +70,7 @@ def test_torch_compile(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         return launcher(kernel, library)
 
     monkeypatch.setattr(native, "launcher", counted)
+    monkeypatch.setattr(launch, "_KERNELS", {})  # what other tests compiled is not bound again
     compiled = torch.compile(model, backend="sparsec", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for x in (X, X[:5], X[:1]):
