@@ -13,6 +13,7 @@ from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.derived import PREFIX, ROLE, Derivation, derivations, is_derivation
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.types import Sym, TensorType
+from sparsec.passes.row_slice import in_order
 
 _STORED = ("param", "constant", "buffer", "derived")
 
@@ -68,7 +69,7 @@ class Deriver:
             ending: of the name of the weight.
             keep: derived weights that are read as they are instead.
         """
-        main, ops = self.module.main, _slice(value)
+        main, ops = self.module.main, in_order([value])
         self._dead.update(ops)
         leaves = list(dict.fromkeys(v for op in ops for v in op.operands if v.op is None))
         self._replaced.update(leaves)
@@ -166,22 +167,6 @@ def _is_open(attr: Attr) -> bool:
 
 def _is_static(value: Value) -> bool:
     return isinstance(value.type, TensorType) and all(isinstance(dim, int) for dim in value.type.shape)
-
-
-def _slice(value: Value) -> list[Op]:
-    """The ops behind a value, each after those whose results it reads."""
-    done: dict[Op, None] = {}
-    stack = [(value.op, False)]
-    while stack:
-        op, ready = stack.pop()
-        if op is None or op in done:
-            continue
-        if ready:
-            done[op] = None
-        else:
-            stack.append((op, True))
-            stack += [(operand.op, False) for operand in reversed(op.operands)]
-    return list(done)
 
 
 def pattern(names: tuple[str, ...]) -> str:

@@ -81,7 +81,7 @@ class Slice:
             return ends[0] if ends else Problem(self.bank, "the ids and weights depend on no logits", "")
         self.sources.remove(logits)
         self.sources.insert(0, logits)
-        self.ops = in_order(ops, (self.ids, self.weights))
+        self.ops = in_order((self.ids, self.weights), ops)
         self.outside = [end for end in ends if _belongs(end.op, logits)]
         for param in self.params:
             if param.op is not None and _comes_from(param.op, logits):
@@ -167,7 +167,7 @@ class Slice:
                 break
             more = {op: None for op in more if op not in late}
         self.extras = [value for value in read if self._may_leave(value)]
-        kept = in_order({**inside, **more}, (self.ids, self.weights, *self.extras))
+        kept = in_order((self.ids, self.weights, *self.extras), {**inside, **more})
         for op in kept:
             for value in op.operands:
                 if value.op not in kept and value not in self.sources and value not in self.params:
@@ -256,13 +256,13 @@ def _comes_from(op: Op, logits: Value) -> bool:
     return False
 
 
-def in_order(ops: Container[Op], ends: Sequence[Value]) -> list[Op]:
-    """The ops behind `ends` such that each comes after those whose results it reads."""
+def in_order(ends: Sequence[Value], ops: Container[Op] | None = None) -> list[Op]:
+    """The ops behind `ends`, all or those in `ops`, such that each comes after those whose results it reads."""
     done: dict[Op, None] = {}
     stack = [(value.op, False) for value in reversed(ends)]
     while stack:
         op, ready = stack.pop()
-        if op is None or op in done or op not in ops:
+        if op is None or op in done or (ops is not None and op not in ops):
             continue
         if ready:
             done[op] = None

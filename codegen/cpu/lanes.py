@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from sparsec.codegen import names
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Attr, Op, Value
 from sparsec.ir.types import DType
@@ -137,21 +138,8 @@ KEYWORDS = frozenset(
 )
 
 
-class Names:
-    """Hands out C++ variables, each once; none that a header of `include` or the language uses."""
+class Names(names.Names):
+    """Hands out C++ variables; none that a header of `include` or the language uses."""
 
     def __init__(self, *reserved: str) -> None:
-        self.taken = {*KEYWORDS, *reserved}
-
-    def fresh(self, wanted: str) -> str:
-        base = re.sub(r"\W|_+$", "_", wanted).strip("_").lower() or "v"
-        base = base if base[0].isalpha() else f"v{base}"
-        name, n = base, 1
-        while name in self.taken:
-            n += 1
-            name = f"{base}_{n}"
-        self.taken.add(name)
-        return name
-
-    def of(self, value: Value) -> str:
-        return self.fresh(value.name or (value.op.name.split(".")[1] if value.op is not None else "arg"))
+        super().__init__(*KEYWORDS, *reserved)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import keyword
-import re
 from dataclasses import dataclass
 
+from sparsec.codegen import names
 from sparsec.diagnostics import CompileError
-from sparsec.ir.core import Op, Value
+from sparsec.ir.core import Op
 from sparsec.ir.types import DType, TensorType
 
 NARROW = {DType.f16: "tl.float16", DType.bf16: "tl.bfloat16"}
@@ -94,21 +94,8 @@ def unsupported(op: Op | None, why: str) -> CompileError:
     )
 
 
-class Names:
-    """Hands out Python variables, each once."""
+class Names(names.Names):
+    """Hands out Python variables."""
 
     def __init__(self, reserved: tuple[str, ...]) -> None:
-        self.taken = {*reserved, *keyword.kwlist, "tl", "triton"}
-
-    def fresh(self, wanted: str) -> str:
-        base = re.sub(r"\W", "_", wanted).lower() or "v"
-        base = base if base[0].isalpha() else f"v{base}"
-        name, n = base, 1
-        while name in self.taken:
-            n += 1
-            name = f"{base}_{n}"
-        self.taken.add(name)
-        return name
-
-    def of(self, value: Value) -> str:
-        return self.fresh(value.name or (value.op.name.split(".")[1] if value.op is not None else "arg"))
+        super().__init__(*reserved, *keyword.kwlist, "tl", "triton")

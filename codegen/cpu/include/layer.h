@@ -1,8 +1,7 @@
 // An expert layer in one parallel region: route, sort, both GEMMs, activation and combine.
 //
 // `Config` is generated: sizes, types, the activation, the router and the tail if the layer has them. `Sweep` multiplies
-// rows by weights.
-// Each chunk of an expert's rows goes through both GEMMs on one core, its activations staying in that core's cache.
+// rows by weights. Each chunk of an expert's rows goes through both GEMMs on one core, its activations staying in that core's cache.
 // Where there are too few chunks for the cores, all cores share each GEMM's columns instead, and wait between the two.
 #pragma once
 #include "call.h"
@@ -34,9 +33,10 @@ struct Layer {
   static constexpr int64_t DOWN_SCALES = 2 * LANES * (Weights::grouped ? DOWN_STEPS / Weights::STEPS : 1);
 
   // A chunk's rows fill most of a 2 MB second-level cache, or a slice of its activations half of it, not both at a time.
-  // As few experts as can be have more rows: the weights of those come twice.
+  // Weights of an expert that has more rows are read once for each of its chunks.
   static constexpr int MOST_ROWS = most(32, least(320, int((3 << 19) / (UP_STEPS * 64) / 32 * 32)));
-  static constexpr int64_t UNIT = NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S);  // steps that cannot be parted
+  // Steps that cannot be parted.
+  static constexpr int64_t UNIT = NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S);
   static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (1 << 20) / (MOST_ROWS * 64)));
   static constexpr int64_t SLICE = ceil_div(ceil_div(DOWN_STEPS, SLICES), UNIT) * UNIT;
   static constexpr int CHUNK_TILES = MOST_ROWS / ROWS;
@@ -55,7 +55,7 @@ struct Layer {
   // What one core works in.
   struct Core {
     char *rows, *activated, *expanded;
-    Elem* group;  // activated rows that are yet to be quantised [MOST_ROWS, GROUP]
+    Elem* group;     // activated rows that are yet to be quantised [MOST_ROWS, GROUP]
     float* carried;  // sums of earlier slices [DOWN_BLOCKS, MOST_ROWS, 2 * LANES]
   };
 
@@ -79,7 +79,9 @@ struct Layer {
   static constexpr int64_t UNROUNDED = NARROW ? MOST_ROWS * GROUP * sizeof(Elem) : 0;
   static constexpr int64_t SPARE = EXPANDED + UNROUNDED + OWN_SUMS;
 
-  static int64_t most_chunks(int64_t pairs) { return ceil_div(pairs, MOST_ROWS) + least<int64_t>(pairs, Config::experts); }
+  static int64_t most_chunks(int64_t pairs) {
+    return ceil_div(pairs, MOST_ROWS) + least<int64_t>(pairs, Config::experts);
+  }
   static int64_t most_tiles(int64_t pairs) { return ceil_div(pairs, ROWS) + least<int64_t>(pairs, Config::experts); }
   static bool is_shared(int64_t chunks, int threads) { return chunks < 4 * threads && threads > 1; }
 
@@ -268,7 +270,8 @@ struct Layer {
     // Each chunk's columns are cut so that there is work for every core several times over.
     const int cuts = int(ceil_div(int64_t(8) * call->threads, most(1, sorted.num_chunks)));
     auto parts = [&](int& counter, int64_t blocks, int64_t unit, auto work) {
-      const int64_t size = ceil_div(ceil_div(blocks, cuts), unit) * unit, each = ceil_div(blocks, size), all = each * sorted.num_chunks;
+      const int64_t size = ceil_div(ceil_div(blocks, cuts), unit) * unit, each = ceil_div(blocks, size);
+      const int64_t all = each * sorted.num_chunks;
       for (int i = take(counter); i < all; i = take(counter)) {
         const Chunk& chunk = sorted.chunks[i / each];
         const int64_t begin = i % each * size;
@@ -367,8 +370,8 @@ struct Layer {
     return int(most(1.0, least(us / SPARSEC_WAKING_US, double(threads))));
   }
 
-  // Pairs are numbered in 32 bits.
-  static bool is_too_many(int64_t tokens) { return tokens > (INT32_MAX - 1) / Config::slots; }
+  // Tokens and pairs are counted in 32 bits, a little beyond the last.
+  static bool is_too_many(int64_t tokens) { return tokens > (1 << 30) / Config::slots; }
 
   static int32_t run(const Call* given) {
     Call call = *given;

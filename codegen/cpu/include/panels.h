@@ -21,8 +21,9 @@ struct Sweep {
   // row r in their tile.
   //
   // stride: bytes from one 16 rows to the next. steps: of the activations. expanded: room for a panel of bf16.
+  // Rows have no scales here: those of int8 do (panels8.h).
   template <class Done>
-  static void run(const char* a, int64_t stride, const char*, int rows, const Panels& panels, int steps, char* expanded,
+  static void run(const char* a, int64_t stride, const char* /* row_scales */, int rows, const Panels& panels, int steps, char* expanded,
                   Done done) {
     alignas(64) Sums sums[2];
 #if defined(__AVX512VNNI__)

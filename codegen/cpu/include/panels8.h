@@ -22,7 +22,8 @@ struct Sweep<Gemm, ByInt8<Format>, kind> {
 
   // As of Sweep. row_scales: those of the first 16 rows. `done` gets sums that are multiplied by all scales.
   template <class Done>
-  static void run(const char* a, int64_t stride, const char* row_scales, int rows, const Panels& panels, int steps, char* expanded, Done done) {
+  static void run(const char* a, int64_t stride, const char* row_scales, int rows, const Panels& panels, int steps,
+                  char* expanded, Done done) {
     alignas(64) Sums sums[2];
     for (int64_t p = 0; p < panels.count; ++p) {
       const char* panel = panels.first + p * panels.bytes;

@@ -41,6 +41,7 @@ class ExpertBank(OpDef):
     """What the ops over a bank of expert MLPs share."""
 
     x: Operand
+    ids: Operand  # of moe.layer a result
     up: Operand
     down: Operand
     up_bias: OptOperand
@@ -59,7 +60,7 @@ class ExpertBank(OpDef):
     @property
     def k(self) -> int:
         """How many experts a token takes."""
-        raise NotImplementedError
+        return known(self.ids.tensor.shape[-1])
 
     @property
     def num_experts(self) -> int:
@@ -221,10 +222,6 @@ class Experts(ExpertBank, name="moe.experts"):
     activation: Body  #: pointwise over rows r: one [r, I] per part -> [r, I]
     tail: OptBody  #: over whole rows r: [r, H], *tail_params -> [r, H]
 
-    @property
-    def k(self) -> int:
-        return known(self.ids.tensor.shape[-1])
-
     def infer(self) -> tuple[Type, ...]:
         return (self.y_type,)
 
@@ -284,10 +281,6 @@ class Layer(ExpertBank, name="moe.layer"):
     router: Body  #: as the body of moe.route
     activation: Body  #: as of moe.experts
     tail: OptBody  #: as of moe.experts
-
-    @property
-    def k(self) -> int:
-        return known(self.ids.tensor.shape[-1])
 
     @property
     def router_params(self) -> Operands:
