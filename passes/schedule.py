@@ -9,7 +9,8 @@ from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
 from sparsec.ir.core import Module, Op
 from sparsec.ir.types import DType
 from sparsec.passes.base import Pass, PassContext, register
-from sparsec.passes.cost import Chip, Gemm, best, chip
+from sparsec.passes.chips import Chip, chip
+from sparsec.passes.cost import Gemm, best
 
 BUCKETS = (1, 16, 64, 256, 1024, 4096)
 MANY = 16384  # tokens that stand for all larger numbers

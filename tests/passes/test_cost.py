@@ -11,7 +11,8 @@ from sparsec import pipeline
 from sparsec.diagnostics import CompileError
 from sparsec.ir.parser import parse_module
 from sparsec.ir.types import DType
-from sparsec.passes.cost import CHIPS, Gemm, Tile, best, candidates, chip, predict
+from sparsec.passes.chips import CHIPS, chip
+from sparsec.passes.cost import Gemm, Tile, best, candidates, predict
 
 H100 = CHIPS["cuda:sm_90"]
 

@@ -1,0 +1,57 @@
+"""The GPUs that the cost model knows: rates, sizes and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsec.diagnostics import CompileError
+from sparsec.ir.types import DType
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU. Rates are the vendor's for dense matrices, in 1/s.
+
+    Args:
+        bandwidth: memory, bytes/s.
+        cache_bandwidth: L2 to the SMs, bytes/s.
+        flops: tensor-core (or matrix-core) rate by dtype.
+        sms: multiprocessors (compute units).
+        shared: bytes of shared memory that one block may use.
+        lanes: threads of a warp (wavefront).
+        wide: rows below which the fast matrix instruction cannot be used (0: no such limit).
+    """
+
+    name: str
+    bandwidth: float
+    cache_bandwidth: float
+    flops: dict[DType, float]
+    sms: int
+    shared: int
+    lanes: int = 32
+    wide: int = 0
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _flops(half: float, single: float) -> dict[DType, float]:
+    return {DType.bf16: half, DType.f16: half, DType.f32: single}
+
+
+# Data sheets: NVIDIA A100 (NVIDIA-1758950), H100 SXM (2287922), Blackwell B200 (DGX B200), AMD MI300X (MI300X data
+# sheet, CDNA 3 white paper). L2: A100 5,120 B/clock (white paper); H100 and B200 scaled by SMs and clock; MI300X is
+# its Infinity Cache.
+CHIPS = {
+    "cuda:sm_80": Chip("NVIDIA A100 SXM 80 GB", 2.04e12, 5.5e12, _flops(312e12, 19.5e12), 108, 163 << 10),
+    "cuda:sm_90": Chip("NVIDIA H100 SXM", 3.35e12, 7.5e12, _flops(989e12, 67e12), 132, 227 << 10, wide=64),
+    "cuda:sm_100": Chip("NVIDIA B200", 8.0e12, 11e12, _flops(2250e12, 80e12), 148, 227 << 10, wide=64),
+    "hip:gfx942": Chip("AMD MI300X", 5.3e12, 17.2e12, _flops(1307e12, 163e12), 304, 64 << 10, lanes=64),
+}
+
+
+def chip(target: str) -> Chip:
+    """The chip of a GPU target. Raises: CompileError for one that is not known."""
+    if target not in CHIPS:
+        raise CompileError(f"there is no target '{target}' (there are: cpu, {', '.join(CHIPS)})")
+    return CHIPS[target]
