@@ -57,6 +57,7 @@ class Binary:
         symbol: its name in the image.
         image: the cubin or hsaco.
         assembly: PTX or AMD assembly, for people and tests.
+        ttir: Triton's own IR, which says what one program loads, multiplies and stores.
         threads: threads of one program.
         shared: dynamic shared memory, in bytes.
         num_stages: pipeline stages, lowered where the variant's did not fit.
@@ -66,6 +67,7 @@ class Binary:
     symbol: str
     image: bytes
     assembly: str
+    ttir: str
     threads: int
     shared: int
     num_stages: int
@@ -145,10 +147,11 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
     if any(getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")):
         raise CompileError(f"{what}: '{entry.name}' wants scratch memory of Triton's own, which no artifact provides")
     cuda = target.backend == "cuda"
-    image, assembly = compiled.asm["cubin" if cuda else "hsaco"], compiled.asm["ptx" if cuda else "amdgcn"]
+    text: Any = compiled.asm
+    image, assembly = text["cubin" if cuda else "hsaco"], text["ptx" if cuda else "amdgcn"]
     registers, spills = _usage_cuda(image, metadata.name) if cuda else _usage_hip(assembly)
     threads = metadata.num_warps * target.warp_size
-    return Binary(metadata.name, image, assembly, threads, metadata.shared, stages, registers, spills)
+    return Binary(metadata.name, image, assembly, text["ttir"], threads, metadata.shared, stages, registers, spills)
 
 
 def _triton() -> Any:
