@@ -7,10 +7,13 @@ With one choice per token there is nothing to add, and the GEMM writes the resul
 
 from __future__ import annotations
 
-from sparsec.codegen.triton.gemm import GROUP_M, GroupedGemm, masked, narrowed, step
-from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Schedule, Sketch, Wiring
+from collections.abc import Mapping
+from typing import Any
+
+from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed, step
+from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Wiring
 from sparsec.codegen.triton.region import RegionCode
-from sparsec.codegen.triton.source import indent, library, module_text
+from sparsec.codegen.triton.source import indent, library
 from sparsec.codegen.triton.tile import FLOATS, INTEGERS, POINTERS, Names, Tile, known_sizes, padded, unsupported
 from sparsec.dialects.moe import GemmCombine
 from sparsec.ir.core import Func, Value
@@ -20,74 +23,107 @@ MAX_ROW = 16384
 """Most lanes of a row that a tail can hold in registers."""
 
 
-def gemm_combine(func: Func, op: GemmCombine) -> Sketch:
-    """Text and launches of the down-projection and the weighted sum. Raises: CompileError."""
-    gemm = GroupedGemm(func, op, op.h, op.down, op.down_bias)
-    hidden = gemm.known(op.y.tensor.shape[-1])
-    wiring = Wiring(op)
-    y = Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))
-    alone = op.k == 1 and op.tail is None
-    out = y if alone else Parameter("partial", "*fp32", wiring.buffer(f"t * {op.k * hidden * 4}"))
-    kept = Parameter("kept", I32, wiring.buffer(f"t * {op.k * 4}")) if op.tail is not None else None
-    weights = [gemm.pointer("weights", op.weights, wiring)] if op.weighted else []
-    parameters = [
-        *(gemm.pointer(name, value, wiring) for name, value in (("h", op.h), ("order", op.order))),
-        gemm.pointer("offsets", op.offsets, wiring),
-        *(weights if kept is None else []),
-        gemm.pointer("down", op.down, wiring),
-        *([gemm.pointer("down_bias", op.down_bias, wiring)] if op.down_bias is not None else []),
-        out,
-        *([kept] if kept is not None else []),
-        TOKENS,
-    ]
-    texts = [gemm.signature(f"{func.name}_gemm", parameters) + "\n" + indent(_gemm_lines(gemm, op, hidden, out.name))]
-    entries = list[Entry]()
-    if not alone:
-        rest = [gemm.pointer(f"param_{i}", value, wiring) for i, value in enumerate(op.tail_params)]
-        given = (out, y) if kept is None else (out, kept, *weights, *rest, y)
-        text, entry = (_combine if kept is None else _finish)(func, op, hidden, given)
-        texts.append(text)
-        entries.append(entry)
-    constants = {"E": gemm.experts, "E_PAD": padded(gemm.experts + 1), "K": op.k, "H": hidden, "I": gemm.inner}
+class Tiles:
+    """The family `tiles`: a program for each block of an expert's rows and of columns. Any element type.
+
+    A row's sum over I is taken in steps of BLOCK_K, and a token's in the order of its slots, whatever the batch.
+    """
+
+    def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.func, self.op, self.gemm = func, op, gemm
+        self.down = Down(func, op, gemm, wiring)
+
+    def functions(self) -> list[str]:
+        body = indent(_gemm_lines(self.gemm, self.op, self.down))
+        signature = self.gemm.signature(f"{self.func.name}_gemm", self.down.parameters)
+        return [f"{signature}\n{body}", *self.down.functions()]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        sizes = self.gemm.sizes(variant)
+        name = f"{self.func.name}_gemm"
+        first = self.gemm.entry(name, self.down.parameters, variant, sizes, self.gemm.grid(sizes))
+        return (first, *self.down.launches())
+
+
+class Down:
+    """What every down-projection that leaves a row for each pair shares: its parameters, and the launch that adds rows.
+
+    Attributes:
+        parameters: `h, order, offsets, (weights), down, (down_bias), out, (kept), tokens`.
+        out: `partial` [pairs, H] f32, or `y` itself where there is nothing to add.
+        weighs: whether the GEMM weighs its rows.
+        kept: `kept` [pairs], which the GEMM sets to 0 for a skipped pair and to 1 else, where a tail has to know.
+    """
+
+    def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.dtype = op.y.tensor.dtype
+        y = Parameter("y", POINTERS[self.dtype], wiring.result(op.y))
+        alone = op.k == 1 and op.tail is None
+        size = op.k * gemm.columns * 4
+        self.out = out = y if alone else Parameter("partial", "*fp32", wiring.buffer(f"t * {size}"))
+        self.kept = Parameter("kept", I32, wiring.buffer(f"t * {op.k * 4}")) if op.tail is not None else None
+        self.weighs = op.weighted and op.tail is None
+        kept = [self.kept] if self.kept is not None else []
+        weights = [gemm.pointer("weights", op.weights, wiring)] if op.weighted else []
+        self.parameters = [
+            *(gemm.pointer(name, value, wiring) for name, value in (("h", op.h), ("order", op.order))),
+            gemm.pointer("offsets", op.offsets, wiring),
+            *(weights if self.weighs else []),
+            gemm.pointer("down", op.down, wiring),
+            *([gemm.pointer("down_bias", op.down_bias, wiring)] if op.down_bias is not None else []),
+            out,
+            *kept,
+            TOKENS,
+        ]
+        self._sum: tuple[str, Entry] | None = None
+        if not alone:
+            rest = [gemm.pointer(f"param_{i}", value, wiring) for i, value in enumerate(op.tail_params)]
+            given = (out, y) if self.kept is None else (out, *kept, *weights, *rest, y)
+            self._sum = (_combine if self.kept is None else _finish)(func, op, gemm.columns, given)
+
+    def functions(self) -> list[str]:
+        return [] if self._sum is None else [self._sum[0]]
+
+    def launches(self) -> list[Entry]:
+        return [] if self._sum is None else [self._sum[1]]
+
+    def doc(self) -> str:
+        """The GEMM's docstring."""
+        does = f"Row p of {self.out.name} is the down-projection of pair p by its expert"
+        return f'"""{does}{", times its weight" if self.weighs else ""}; 0 if skipped."""'
+
+    def rounded(self, text: str) -> str:
+        """An f32 tile in the element type of `out`."""
+        return narrowed(text, self.dtype) if self.out.name == "y" else text
+
+
+def down_summary(op: GemmCombine) -> str:
+    """What the kernels of a down-projection compute."""
     does = ["rows of h times their expert's down-projection"]
     does += ["finished"] if op.tail is not None else []
     does += ["weighed"] if op.weighted else []
-    does += [] if alone else ["and added per token in the order of slots"]
-    summary = f"{', '.join(does)}."
-    source = module_text(func, op, summary, {**constants, "GROUP_M": GROUP_M}, texts)
-    schedules = list[Schedule]()
-    for variant in gemm.variants:
-        sizes = gemm.sizes(variant, hidden)
-        grid = gemm.grid(sizes, hidden, gemm.experts + 1)
-        first = gemm.entry(f"{func.name}_gemm", parameters, variant, sizes, grid)
-        schedules.append(Schedule(variant.get("up_to"), (first, *entries), tuple(wiring.scratch)))
-    return Sketch(source, tuple(schedules))
+    does += [] if op.k == 1 and op.tail is None else ["and added per token in the order of slots"]
+    return f"{', '.join(does)}."
 
 
-def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, hidden: int, out: str) -> list[str]:
-    """The body of the GEMM, which writes to `out`: `partial`, or `y` itself."""
-    bound = [] if gemm.even(hidden, "BLOCK_N", hidden) else ["columns < H"]
+def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, down: Down) -> list[str]:
+    """The body of the GEMM."""
+    bound = [] if gemm.even(gemm.columns, "BLOCK_N") else ["columns < H"]
     at = "depth[:, None] * H + columns[None, :]" if op.down_transposed else "columns[None, :] * I + depth[:, None]"
     bias = "tl.load(down_bias + expert.to(tl.int64) * H + columns" + masked(bound) + ").to(tl.float32)"
     out_mask = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
-    weigh = op.weighted and op.tail is None
-
-    def rounded(text: str) -> str:
-        return narrowed(text, op.y.tensor.dtype) if out == "y" else text
-
     kept = "tl.full([BLOCK_M], 0, tl.int32) + (expert < E).to(tl.int32)"
     return [
-        f'"""Row p of {out} is the down-projection of pair p by its expert{", times its weight" if weigh else ""}; '
-        '0 if skipped."""',
+        down.doc(),
         *gemm.head("H"),
         "if expert > E:",
         "    return",
         *gemm.rows(),
         "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
-        f"out = {out} + pair.to(tl.int64)[:, None] * H + columns[None, :]",
-        *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if op.tail is not None else []),
+        f"out = {down.out.name} + pair.to(tl.int64)[:, None] * H + columns[None, :]",
+        *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if down.kept is not None else []),
         "if expert == E:",
-        f"    tl.store(out, {rounded('tl.zeros([BLOCK_M, BLOCK_N], tl.float32)')}, mask={out_mask})",
+        f"    tl.store(out, {down.rounded('tl.zeros([BLOCK_M, BLOCK_N], tl.float32)')}, mask={out_mask})",
         "    return",
         "depth = tl.arange(0, BLOCK_K)",
         "a_at = h + rows.to(tl.int64)[:, None] * I + depth[None, :]",
@@ -96,8 +132,8 @@ def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, hidden: int, out: str) -> li
         *gemm.loop("I", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in bound]}, {"down_at": "acc"},
                    step(op.down_transposed, "H")),
         *([f"acc += {bias}[None, :]"] if op.down_bias is not None else []),
-        *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if weigh else []),
-        f"tl.store(out, {rounded('acc')}, mask={out_mask})",
+        *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if down.weighs else []),
+        f"tl.store(out, {down.rounded('acc')}, mask={out_mask})",
     ]  # fmt: skip
 
 

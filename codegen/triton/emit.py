@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsec.codegen.triton import combine, experts, pointwise, reduce, route, rowwise
+from sparsec.codegen.triton import experts, families, pointwise, reduce, route, rowwise
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
 from sparsec.codegen.triton.tile import unsupported
@@ -51,10 +51,8 @@ def sketch_kernel(func: Func) -> Sketch:
     match op:
         case Route() | RouteGroup() | Group():
             return route.sketch(func, op)
-        case GatherGemm():
-            return experts.gather_gemm(func, op)
-        case GemmCombine():
-            return combine.gemm_combine(func, op)
+        case GatherGemm() | GemmCombine():
+            return families.gemm_sketch(func, op)
         case _:
             raise unsupported(op, "it is not one of the fused ops")
 

@@ -2,55 +2,70 @@
 
 from __future__ import annotations
 
-from sparsec.codegen.triton.gemm import GROUP_M, GroupedGemm, masked, narrowed, step
-from sparsec.codegen.triton.launch import TOKENS, Parameter, Schedule, Sketch, Wiring
+from collections.abc import Mapping
+from typing import Any
+
+from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed, step
+from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring
 from sparsec.codegen.triton.region import RegionCode
-from sparsec.codegen.triton.source import indent, library, module_text
-from sparsec.codegen.triton.tile import POINTERS, Names, Tile, padded, unsupported
+from sparsec.codegen.triton.source import indent, library
+from sparsec.codegen.triton.tile import POINTERS, Names, Tile, unsupported
 from sparsec.dialects.moe import GatherGemm
 from sparsec.ir.core import Func, Op
 
 
-def gather_gemm(func: Func, op: GatherGemm) -> Sketch:
-    """Text and launches of the up-projection. Raises: CompileError for what no kernel can hold."""
-    gemm = GroupedGemm(func, op, op.x, op.up, op.up_bias)
-    width, wide = op.width, op.layout == "interleaved"
-    wiring = Wiring(op)
-    parameters = [
-        *(gemm.pointer(name, value, wiring) for name, value in (("x", op.x), ("order", op.order))),
-        *(gemm.pointer(name, value, wiring) for name, value in (("offsets", op.offsets), ("up", op.up))),
-        *([gemm.pointer("up_bias", op.up_bias, wiring)] if op.up_bias is not None else []),
-        *([gemm.pointer("weights", op.weights, wiring)] if op.weights is not None else []),
-        Parameter("h", POINTERS[op.h.tensor.dtype], wiring.result(op.h)),
-        TOKENS,
-    ]
-    bound = [] if gemm.even(width, "BLOCK_N", width) else ["columns < I"]
-    lines = [
-        '"""Row i of h is the activated up-projection of the token of pair order[i], by the expert that owns row i."""',
-        *gemm.head("I"),
-        "if expert >= E:",
-        "    return",
-        *gemm.rows(),
-        "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
-        "depth = tl.arange(0, BLOCK_K)",
-        "a_at = x + (pair // K).to(tl.int64)[:, None] * H + depth[None, :]",
-        *_up_pointers(op),
-        *gemm.loop("H", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in _wide(bound, wide)]},
-                   _accumulators(op), step(op.up_transposed, "I" if op.layout == "single" else "2 * I")),
-    ]  # fmt: skip
-    lines += _up_epilogue(op, bound)
-    keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
-    lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {_result(op, lines)}, mask={keep})")
-    text = gemm.signature(func.name, parameters) + "\n" + indent(lines)
-    constants = {"E": gemm.experts, "E_PAD": padded(gemm.experts + 1), "K": op.k, "H": gemm.inner, "I": width}
-    summary = f"rows of x gathered by expert, times the expert's up-projection ({op.layout}), activated."
-    source = module_text(func, op, summary, {**constants, "GROUP_M": GROUP_M}, [text])
-    schedules = list[Schedule]()
-    for variant in gemm.variants:
-        sizes = gemm.sizes(variant, width)
-        entry = gemm.entry(func.name, parameters, variant, sizes, gemm.grid(sizes, width, gemm.experts))
-        schedules.append(Schedule(variant.get("up_to"), (entry,), tuple(wiring.scratch)))
-    return Sketch(source, tuple(schedules))
+class Tiles:
+    """The family `tiles`: a program for each block of an expert's rows and of columns. Any element type and layout.
+
+    A row's sum over H is taken in steps of BLOCK_K, whatever the batch it comes in.
+    """
+
+    def __init__(self, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.func, self.op, self.gemm = func, op, gemm
+        self.parameters = up_parameters(gemm, op, wiring)
+
+    def functions(self) -> list[str]:
+        op, gemm, wide = self.op, self.gemm, self.op.layout == "interleaved"
+        bound = [] if gemm.even(op.width, "BLOCK_N") else ["columns < I"]
+        lines = [
+            f'"""{ROWS_OF_H}"""',
+            *gemm.head("I"),
+            "if expert >= E:",
+            "    return",
+            *gemm.rows(),
+            "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
+            "depth = tl.arange(0, BLOCK_K)",
+            "a_at = x + (pair // K).to(tl.int64)[:, None] * H + depth[None, :]",
+            *_up_pointers(op),
+            *gemm.loop("H", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in _wide(bound, wide)]},
+                       _accumulators(op), step(op.up_transposed, "I" if op.layout == "single" else "2 * I")),
+            *_up_epilogue(op, bound),
+        ]  # fmt: skip
+        keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
+        result = activated(op, lines)
+        lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
+        return [gemm.signature(self.func.name, self.parameters) + "\n" + indent(lines)]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        sizes = self.gemm.sizes(variant)
+        return (self.gemm.entry(self.func.name, self.parameters, variant, sizes, self.gemm.grid(sizes)),)
+
+
+ROWS_OF_H = "Row i of h is the activated up-projection of the token of pair order[i], by the expert that owns row i."
+
+
+def up_parameters(gemm: GroupedGemm, op: GatherGemm, wiring: Wiring) -> list[Parameter]:
+    """What an up-projection reads and writes: `x, order, offsets, up, (up_bias), (weights), h, tokens`."""
+    operands = {"x": op.x, "order": op.order, "offsets": op.offsets, "up": op.up}
+    operands |= {"up_bias": op.up_bias} if op.up_bias is not None else {}
+    operands |= {"weights": op.weights} if op.weights is not None else {}
+    h = Parameter("h", POINTERS[op.h.tensor.dtype], wiring.result(op.h))
+    return [*(gemm.pointer(name, value, wiring) for name, value in operands.items()), h, TOKENS]
+
+
+def up_summary(op: GatherGemm) -> str:
+    """What the kernels of an up-projection compute."""
+    return f"rows of x gathered by expert, times the expert's up-projection ({op.layout}), activated."
 
 
 def _up_pointers(op: GatherGemm) -> list[str]:
@@ -116,9 +131,12 @@ RESERVED = tuple(
 """Variables of the kernel itself, which the activation's must not shadow."""
 
 
-def _result(op: GatherGemm, lines: list[str]) -> str:
-    """Write the activation; the text of what it yields, in h's element type."""
-    code = RegionCode(Names((*RESERVED, *library())), rounds=False)
+def activated(op: GatherGemm, lines: list[str], reserved: tuple[str, ...] = ()) -> str:
+    """Write the activation of `gate` and `linear`, or of `acc`, to `lines`; its result's text, in h's element type.
+
+    `reserved`: variables of the kernel beside those of `tiles`.
+    """
+    code = RegionCode(Names((*RESERVED, *reserved, *library())), rounds=False)
     parts = ["acc"] if op.layout == "single" else ["gate", "linear"]
     tiles = [
         Tile(part, (op.width,), True, arg.tensor.dtype) for part, arg in zip(parts, op.activation.args, strict=True)

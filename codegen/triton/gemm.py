@@ -27,36 +27,54 @@ DEFAULTS: tuple[Mapping[str, Any], ...] = (
 
 
 class GroupedGemm:
-    """What both kernels share: tile sizes, the loop over the inner dimension, the grid."""
+    """What the kernels of a GEMM share: sizes, tiles, the loop over the inner dimension, the grid.
 
-    def __init__(self, func: Func, op: GatherGemm | GemmCombine, a: Value, bank: Value, bias: Value | None) -> None:
-        self.func, self.op, self.bank, self.bias = func, op, bank, bias
-        for value in (a, bank, *([bias] if bias is not None else [])):
+    Args:
+        func, op: the kernel function and its fused op.
+        family: if given, only the variants that name this family are kept.
+
+    Attributes: `a` [rows, inner], `bank` and `bias` are the op's operands; `inner` and `columns` (of the result) its
+    sizes, `experts` and `k` its counts.
+    """
+
+    def __init__(self, func: Func, op: GatherGemm | GemmCombine, family: str | None = None) -> None:
+        self.func, self.op = func, op
+        up = isinstance(op, GatherGemm)
+        self.a, self.bank, self.bias = (op.x, op.up, op.up_bias) if up else (op.h, op.down, op.down_bias)
+        for value in (self.a, self.bank, *([self.bias] if self.bias is not None else [])):
             if value.tensor.dtype not in FLOATS:
                 raise unsupported(op, f"%{value.name} is {value.type}: GEMMs take f32, f16 and bf16")
-        if a.tensor.dtype is not bank.tensor.dtype:
-            raise unsupported(op, f"%{a.name} is {a.tensor.dtype}, %{bank.name} {bank.tensor.dtype}: they must agree")
-        self.inner = self.known(a.tensor.shape[-1])
+        if self.a.tensor.dtype is not self.bank.tensor.dtype:
+            dtypes = f"%{self.a.name} is {self.a.tensor.dtype}, %{self.bank.name} {self.bank.tensor.dtype}"
+            raise unsupported(op, f"{dtypes}: they must agree")
+        self.inner = self.known(self.a.tensor.shape[-1])
+        self.columns = op.width if up else self.known(op.y.tensor.shape[-1])
         self.experts, self.k = op.num_experts, op.k
-        given = op.variants or func.attrs.get("variants") or DEFAULTS
-        self.variants = list(cast("Sequence[Mapping[str, Any]]", given))
+        given = cast("Sequence[Mapping[str, Any]]", op.variants or func.attrs.get("variants") or DEFAULTS)
+        self.variants = [variant for variant in given if family is None or family_of(variant) == family]
+
+    def constants(self) -> dict[str, int]:
+        """Sizes by the names that the kernels' text uses; H and I are the layer's, whichever GEMM this is."""
+        hidden, width = (self.inner, self.columns) if isinstance(self.op, GatherGemm) else (self.columns, self.inner)
+        e_pad = padded(self.experts + 1)
+        return {"E": self.experts, "E_PAD": e_pad, "K": self.k, "H": hidden, "I": width, "GROUP_M": GROUP_M}
 
     def known(self, dim: object) -> int:
         if not isinstance(dim, int):
             raise unsupported(self.op, f"the size {dim!r} must be known")
         return dim
 
-    def sizes(self, variant: Mapping[str, Any], columns: int) -> dict[str, int]:
+    def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
         """Tile sizes of a variant, no larger than the problem and no smaller than a tensor core's."""
         return {
             "BLOCK_M": max(16, padded(int(variant.get("block_m", 64)))),
-            "BLOCK_N": max(16, min(padded(int(variant.get("block_n", 64))), padded(columns))),
+            "BLOCK_N": max(16, min(padded(int(variant.get("block_n", 64))), padded(self.columns))),
             "BLOCK_K": max(16, min(padded(int(variant.get("block_k", 64))), padded(self.inner))),
         }
 
-    def even(self, size: int, block: str, columns: int) -> bool:
+    def even(self, size: int, block: str) -> bool:
         """Whether `block` divides `size` in every variant, so that no mask is needed."""
-        return all(size % self.sizes(variant, columns)[block] == 0 for variant in self.variants)
+        return all(size % self.sizes(variant)[block] == 0 for variant in self.variants)
 
     def head(self, columns: str) -> list[str]:
         """Find the tile; leave if there is none."""
@@ -83,7 +101,7 @@ class GroupedGemm:
             banks: accumulator by pointer.
             step: what the banks' pointers advance by.
         """
-        tail = self.inner % max(self.sizes(v, 1 << 30)["BLOCK_K"] for v in self.variants) != 0
+        tail = not self.even(self.inner, "BLOCK_K")
         a = [*masks["a"], *(["(depth < " + inner + " - k)[None, :]"] if tail else [])]
         b = [*masks["bank"], *(["(depth < " + inner + " - k)[:, None]"] if tail else [])]
         precision = ', input_precision="ieee"' if self.bank.tensor.dtype is DType.f32 else ""
@@ -93,10 +111,14 @@ class GroupedGemm:
         lines.append("    a_at += BLOCK_K")
         return [*lines, *(f"    {pointer} += {step}" for pointer in banks)]
 
-    def grid(self, sizes: Mapping[str, int], columns: int, groups: int) -> tuple[str, str]:
-        """At most this many tiles: every row block is full but one for each group that has rows."""
+    def grid(self, sizes: Mapping[str, int]) -> tuple[str, str]:
+        """At most this many tiles: every row block is full but one for each group that has rows.
+
+        GEMM2 has the skipped pairs as one group more, whose rows it zeroes.
+        """
+        groups = self.experts + (not isinstance(self.op, GatherGemm))
         pairs = f"t * {self.k}" if self.k > 1 else "t"
-        blocks = -(-columns // sizes["BLOCK_N"])
+        blocks = -(-self.columns // sizes["BLOCK_N"])
         return f"({pairs} // {sizes['BLOCK_M']} + min({groups}, {pairs})) * {blocks}", "1"
 
     def entry(self, name: str, parameters: Sequence[Parameter], variant: Mapping[str, Any], sizes: Mapping[str, int],
@@ -111,6 +133,11 @@ class GroupedGemm:
 
     def pointer(self, name: str, value: Value, wiring: Wiring) -> Parameter:
         return Parameter(name, POINTERS[value.tensor.dtype], wiring.operand(value))
+
+
+def family_of(variant: Mapping[str, Any]) -> str:
+    """The family of kernels that a variant names."""
+    return str(variant.get("kernel", "tiles"))
 
 
 def step(transposed: bool, columns: str) -> str:
