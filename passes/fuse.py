@@ -96,7 +96,7 @@ def split_experts(op: Op, rw: Rewriter) -> bool:
     attrs: dict[str, Attr] = {"down_transposed": True} if op.down_transposed else {}
     if early:
         attrs["weighted"] = False
-    inputs = _trimmed(gemm.result, order, offsets, op.weights, op.down, op.down_bias, *op.tail_params)
+    inputs = _trimmed(gemm.result, order, offsets, op.weights, op.down, op.down_bias, None, None, *op.tail_params)
     combine = GemmCombine(inputs, None, attrs, [clone_block(op.tail, {})] if op.tail is not None else [])
     rw.insert(combine, op)
     rw.replace(op, combine.results)

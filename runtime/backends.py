@@ -104,7 +104,7 @@ def _gemm_combine(kernel: Kernel, slots: Sequence[int | None], context: Context)
 
     def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
         h, order, offsets, weights = _tensors(*ins[:4])
-        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins), weighted, tail_of(ins[6:])),)
+        return (cpu_kernels.gemm_combine(h, order, offsets, weights, bank_of(ins), weighted, tail_of(ins[8:])),)
 
     return run
 

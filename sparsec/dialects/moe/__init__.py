@@ -12,8 +12,10 @@ from __future__ import annotations
 from sparsec.dialects.moe.banks import ExpertBank, Experts, GroupedLinear, Layer
 from sparsec.dialects.moe.common import (
     TILE_DTYPES,
+    BlockPacking,
     Layout,
     Packing,
+    bank_columns,
     bytes_of,
     experts_hit,
     packed_bias_type,
@@ -33,6 +35,7 @@ from sparsec.dialects.moe.routing import Capacity, Group, Route, RouteGroup, gro
 
 __all__ = [
     "TILE_DTYPES",
+    "BlockPacking",
     "Capacity",
     "ExpertBank",
     "Experts",
@@ -48,6 +51,7 @@ __all__ = [
     "Route",
     "RouteGroup",
     "Scales",
+    "bank_columns",
     "bytes_of",
     "capacity_reference",
     "experts_hit",

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from sparsec.ir.core import Value
-from sparsec.ir.opdef import Body, Cost, OpDef, Operand
-from sparsec.ir.types import Dim, DType, TensorType, Type, evaluate, product
+from sparsec.ir.opdef import Body, Cost, OpDef, Operand, OptOperand
+from sparsec.ir.types import Dim, DType, Sym, TensorType, Type, evaluate, product
 
 Layout = Literal["concat", "interleaved", "single"]
 """How the up-projection's columns feed the activation: gate half then up half, alternating, or one undivided part."""
@@ -15,8 +15,14 @@ Layout = Literal["concat", "interleaved", "single"]
 Packing = Literal["plain", "tiles", "int8", "int4"]
 """How a bank lies in memory: as the model has it, or in tiles (`sparsec.runtime.tiles`), which may be quantised."""
 
+BlockPacking = Literal["plain", "fp8", "mxfp4"]
+"""How a bank lies in a GPU's memory: as the model has it, or in blocks that share scales (`sparsec.runtime.blocks`)."""
+
 Activations = Literal["model", "int8"]
 """What banks are multiplied by: rows as the model has them, or rounded to int8 as they come."""
+
+TILE_ROWS = (16, 32, 64, 128)
+"""Rows of a tile that there is a list of tiles for."""
 
 TILE_DTYPES = (DType.bf16, DType.f32)
 """Dtypes of banks that there are tiles for."""
@@ -24,6 +30,10 @@ TILE_DTYPES = (DType.bf16, DType.f32)
 
 def packed_type(packing: str, parts: int, experts: int, n: int, k: int, dtype: DType) -> TensorType:
     """The type of a packed bank [experts, n, k] whose n columns are those of `parts` parts (1 or 2)."""
+    if packing == "fp8":
+        return TensorType((experts, n, k), DType.f8E4M3FN)
+    if packing == "mxfp4":
+        return TensorType((experts, -(-k // 64), n, 32), DType.ui8)
     blocks = _blocks(parts, n)
     if packing == "int4":
         return TensorType((experts, blocks, -(-k // 128), 2, 16, 16, 4), DType.ui8)
@@ -34,6 +44,10 @@ def packed_type(packing: str, parts: int, experts: int, n: int, k: int, dtype: D
 
 def scale_type(packing: str, parts: int, experts: int, n: int, k: int) -> TensorType | None:
     """The type of the scales of such a bank; None where it is not quantised."""
+    if packing == "fp8":
+        return TensorType((experts, -(-n // 128), -(-k // 128)), DType.f32)
+    if packing == "mxfp4":
+        return TensorType((experts, 2 * -(-k // 64), n), DType.ui8)
     if packing not in ("int8", "int4"):
         return None
     groups = 1 if packing == "int8" else -(-k // 128)
@@ -92,6 +106,32 @@ def results_are(op: OpDef, types: tuple[Type, ...]) -> Iterator[str]:
             yield f"result '{name}' is {result.type}, must be {type}"
 
 
+def bank_columns(bank: Operand, transposed: bool, packing: str) -> Dim:
+    """N of a bank [E, N, K] as it lies in memory."""
+    return bank.tensor.shape[2 if transposed or packing == "mxfp4" else 1]
+
+
+def block_problems(
+    name: str, bank: Operand, scale: OptOperand, inner: Dim, transposed: bool, packing: str
+) -> Iterator[str]:
+    """Problems of a bank's packing; `name` is the bank's operand, `inner` what it takes."""
+    if packing == "plain":
+        if scale is not None:
+            yield f"has '{name}_scale', but its bank is not packed"
+        return
+    if transposed:
+        yield f"packing '{packing}': '{name}' cannot be transposed"
+    if bank.tensor.rank != (3 if packing == "fp8" else 4):
+        yield f"packing '{packing}': '{name}' is {bank.type}"
+        return
+    sizes = known(bank.tensor.shape[0]), known(bank_columns(bank, False, packing)), known(inner)
+    wanted = (packed_type(packing, 1, *sizes, DType.f32), scale_type(packing, 1, *sizes))
+    given = (bank.type, None if scale is None else scale.type)
+    for field, has, must in zip((name, f"{name}_scale"), given, wanted, strict=True):
+        if has != must:
+            yield f"packing '{packing}': '{field}' is {has or 'left out'}, must be {must}"
+
+
 def bank_problems(hidden: Dim, up: Operand, transposed: bool, layout: str, width: int) -> Iterator[str]:
     if up.tensor.rank != 3:
         yield f"up is {up.type}: an expert bank has three dimensions"
@@ -116,6 +156,20 @@ def activation_problems(body: Body, layout: str, width: int) -> Iterator[str]:
 def offsets_problems(offsets: Operand, num_experts: int) -> Iterator[str]:
     if offsets.tensor.shape != (num_experts + 1,):
         yield f"offsets are {offsets.type}, {num_experts} experts need tensor<{num_experts + 1}xi32>"
+
+
+def tiles_type(pairs: Dim, num_experts: int) -> TensorType:
+    """The type of the tile lists of so many pairs: one list for each of TILE_ROWS."""
+    if isinstance(pairs, int):
+        length: Dim = pairs // TILE_ROWS[0] + num_experts + 2
+    else:
+        length = Sym(f"({pairs})//{TILE_ROWS[0]} + {num_experts + 2}")
+    return TensorType((len(TILE_ROWS), length, 4), DType.i32)
+
+
+def tiles_problems(tiles: OptOperand, order: Operand, num_experts: int) -> Iterator[str]:
+    if tiles is not None and tiles.type != (wanted := tiles_type(order.tensor.shape[0], num_experts)):
+        yield f"tiles are {tiles.type}, must be {wanted}"
 
 
 def tail_problems(tail: Body | None, params: Sequence[Value], row: TensorType) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""Banks as kernels for CPUs read them. Computed once, when a model is compiled: see `sparsec.ir.derived`."""
+"""Banks as kernels read them: in tiles on CPUs, in blocks on GPUs.
+
+Computed once, when a model is compiled: see `sparsec.ir.derived`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from sparsec.dialects.moe.common import (
 from sparsec.ir.opdef import Cost, Env, OpDef, Operand, OptOperand, Result
 from sparsec.ir.types import TensorType, Type
 
-Tiling = Literal["tiles", "int8", "int4"]
+Tiling = Literal["tiles", "int8", "int4", "fp8", "mxfp4"]
+BLOCKS = ("fp8", "mxfp4")
 Parts = Literal[1, 2]
 
 
@@ -48,6 +52,8 @@ class _OfBank(OpDef):
             yield f"w is {self.w.type}: tiles are for {' and '.join(map(str, TILE_DTYPES))}"
         elif not self.w.tensor.dtype.is_float:
             yield f"w is {self.w.type}: only floats are packed"
+        elif self.packing in BLOCKS and (self.parts != 1 or self.interleaved):
+            yield f"packing '{self.packing}' keeps the columns in order: it has one part, not interleaved"
         else:
             yield from part_problems(self.parts, self.interleaved, self.sizes[1])
             yield from results_are(self, self.infer())
@@ -72,11 +78,17 @@ class Pack(_OfBank, name="moe.pack"):
 
         %s = moe.scales(%up) {packing = "int4", parts = 2} : tensor<8x3x1x2x16xf32>
         %p = moe.pack(%up, %s) {packing = "int4", parts = 2} : tensor<8x3x1x2x16x16x4xui8>
+
+    Kernels for GPUs read blocks (`sparsec.runtime.blocks`): fp8 with a scale for 128 x 128 values, or mxfp4 with one
+    for each 32 of a column. Their columns stay in order.
+
+        %s = moe.scales(%down) {packing = "mxfp4"} : tensor<8x2x64xui8>
+        %p = moe.pack(%down, %s) {packing = "mxfp4"} : tensor<8x1x64x32xui8>
     """
 
     w: Operand  #: [E, N, K], or [E, K, N] if transposed; bf16 or f32 for tiles
-    scales: OptOperand  #: as `moe.scales` gives them, for int8 and int4
-    packed: Result  #: [E, NB, KB, 2, 16, 16, V], dtype of w; i8 for int8 and ui8 for int4
+    scales: OptOperand  #: as `moe.scales` gives them, but for tiles
+    packed: Result  #: [E, NB, KB, 2, 16, 16, V]; for fp8 [E, N, K], for mxfp4 [E, K / 64, N, 32]
     packing: Tiling
     parts: Parts = 1
     transposed: bool = False
@@ -96,8 +108,11 @@ class Pack(_OfBank, name="moe.pack"):
         return self.moved()
 
     def reference(self, env: Env, *args: Any) -> Any:
+        from sparsec.runtime import blocks
         from sparsec.runtime.tiles import pack
 
+        if self.packing in BLOCKS:
+            return blocks.pack(args[0], args[1], self.transposed, self.packing)
         return pack(args[0], self.parts, self.transposed, self.interleaved, self.packing, *args[1:])
 
 
@@ -106,12 +121,13 @@ class Scales(_OfBank, name="moe.scales"):
 
         %s = moe.scales(%down) {packing = "int8"} : tensor<8x2x1x2x16xf32>
 
-    int8 has one scale for each column, int4 one for each 128 values of a column. They may be negative.
+    int8 has one scale for each column, int4 one for each 128 values of a column; those may be negative. fp8 has one for
+    each block of 128 x 128 values, mxfp4 a power of two for each 32 values of a column, its exponent plus 127.
     """
 
     w: Operand  #: as of `moe.pack`, as all that follow
-    scales: Result  #: [E, NB, G, 2, 16], f32
-    packing: Tiling  #: int8 or int4
+    scales: Result  #: f32 [E, NB, G, 2, 16]; for fp8 f32 [E, N / 128, K / 128], for mxfp4 ui8 [E, 2 K / 64, N]
+    packing: Tiling  #: any but tiles
     parts: Parts = 1
     transposed: bool = False
     interleaved: bool = False
@@ -129,8 +145,11 @@ class Scales(_OfBank, name="moe.scales"):
         return self.moved()
 
     def reference(self, env: Env, *args: Any) -> Any:
+        from sparsec.runtime import blocks
         from sparsec.runtime.tiles import find_scales
 
+        if self.packing in BLOCKS:
+            return blocks.find_scales(args[0], self.transposed, self.packing)
         return find_scales(args[0], self.parts, self.transposed, self.interleaved, self.packing)
 
 

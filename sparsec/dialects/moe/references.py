@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from sparsec.dialects.moe.common import TILE_ROWS
 from sparsec.ir.opdef import Body, Env
 
 if TYPE_CHECKING:
@@ -24,6 +25,26 @@ def group_reference(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return torch.argsort(flat, stable=True).int(), offsets.int()
+
+
+def tiles_reference(offsets: Tensor, pairs: int) -> Tensor:
+    """The tile lists of `moe.group`, [4, pairs // 16 + E + 2, 4] i32; entries that it does not define are -1."""
+    import torch
+
+    bounds = [*offsets.tolist(), pairs]
+    experts = len(bounds) - 2
+    tiles = torch.full((len(TILE_ROWS), pairs // TILE_ROWS[0] + experts + 2, 4), -1, dtype=torch.int32)
+    for found, rows in zip(tiles, TILE_ROWS, strict=True):
+        entries = [
+            (e, start, stop, block)
+            for e, (start, stop) in enumerate(pairwise(bounds))
+            for block in range(-(-(stop - start) // rows))
+        ]
+        listed = sum(e < experts for e, *_ in entries)
+        unused = pairs // rows + min(experts + 1, pairs) - len(entries)
+        entries = [(listed, len(entries), 0, 0), *entries, *[(experts + 1, pairs, pairs, 0)] * unused]
+        found[: len(entries)] = torch.tensor(entries)
+    return tiles.to(offsets.device)
 
 
 def gather_gemm_reference(
@@ -129,6 +150,15 @@ def unpack_reference(
 
     plain_bias = None if bias is None else unpack_bias(bias, parts, n)
     return unpack(packed, scales, packing, parts, n, k), plain_bias
+
+
+def unblock_reference(bank: Tensor, scales: Tensor | None, packing: str, inner: int) -> Tensor:
+    """A bank of `packing` as [E, N, inner] in f32; a plain one as it is."""
+    if scales is None:
+        return bank
+    from sparsec.runtime.blocks import unpack
+
+    return unpack(bank, scales, packing, inner)
 
 
 def rounded_to_int8(rows: Tensor, group: int) -> Tensor:

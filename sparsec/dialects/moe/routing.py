@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from sparsec.dialects.moe.common import bytes_of, region_takes, region_yields, results_are
-from sparsec.dialects.moe.references import capacity_reference, group_reference
+from sparsec.dialects.moe.common import bytes_of, region_takes, region_yields, results_are, tiles_type
+from sparsec.dialects.moe.references import capacity_reference, group_reference, tiles_reference
+from sparsec.ir.core import Value
 from sparsec.ir.opdef import Body, Cost, Env, OpDef, Operand, Operands, Result, Results
 from sparsec.ir.types import Dim, DType, TensorType, Type, evaluate, product
 
@@ -66,16 +67,32 @@ class Group(OpDef, name="moe.group"):
     For example:
 
         %order, %offsets = moe.group(%ids) {num_experts = 8} : tensor<(2*s0)xi32>, tensor<9xi32>
+
+    With `listed`, it also lists the tiles that kernels cut the pairs of an expert into, for tiles of 16, 32, 64 and 128
+    rows: tiles[j] is for those of 16 << j. Its entry 0 holds the number of tiles of experts, the number of tiles of all
+    pairs, and two zeros. Entry 1 + i is tile i, in the order of experts: the expert, where its pairs start and stop in
+    `order`, and which of its row blocks the tile is. Skipped pairs count as those of expert E. Past the last tile the
+    expert is E + 1, as far as T * k // rows + min(E + 1, T * k) entries go; those beyond are not defined.
+
+        %order, %offsets, %tiles = moe.group(%ids) {num_experts = 8, listed = true}
+            : tensor<(2*s0)xi32>, tensor<9xi32>, tensor<4x((2*s0)//16 + 10)x4xi32>
     """
 
     ids: Operand  #: [T, k], integer
     order: Result  #: [T * k], i32: pair numbers, expert by expert
     offsets: Result  #: [E + 1], i32: expert e owns order[offsets[e]:offsets[e + 1]]
+    lists: Results  #: if listed, [4, T * k // 16 + E + 2, 4], i32
     num_experts: int
+    listed: bool = False
     variants: tuple[dict[str, Any], ...] = ()  #: as of moe.gather_gemm
 
+    @property
+    def tiles(self) -> Value | None:
+        """The tile lists."""
+        return self.lists[0] if self.listed else None
+
     def infer(self) -> tuple[Type, ...]:
-        return group_types(self.ids.tensor, self.num_experts)
+        return group_types(self.ids.tensor, self.num_experts, self.listed)
 
     def verify(self) -> Iterator[str]:
         yield from results_are(self, self.infer())
@@ -84,7 +101,7 @@ class Group(OpDef, name="moe.group"):
         return Cost(sum(bytes_of(value.type, env) for value in (*self.operands, *self.results)), 0)
 
     def reference(self, env: Env, *args: Any) -> Any:
-        return group_reference(args[0], self.num_experts)
+        return group_results(args[0], self.num_experts, self.listed)
 
 
 class RouteGroup(OpDef, name="moe.route_group"):
@@ -107,14 +124,26 @@ class RouteGroup(OpDef, name="moe.route_group"):
     weights: Result  #: [T, k], float
     order: Result  #: [T * k], i32, as of moe.group
     offsets: Result  #: [experts + 1], i32, as of moe.group
-    extras: Results  #: [T, n] each, as of moe.route
+    others: Results  #: the extras, [T, n] each, as of moe.route; then, if listed, the tile lists, as of moe.group
     num_experts: int  #: of the expert bank that the offsets are for; logits may have further columns
+    listed: bool = False
     variants: tuple[dict[str, Any], ...] = ()  #: as of moe.gather_gemm
     body: Body  #: as of moe.route
 
+    @property
+    def extras(self) -> tuple[Value, ...]:
+        """What else the region yields, [T, n] each."""
+        return tuple(self.others[: len(self.others) - self.listed])
+
+    @property
+    def tiles(self) -> Value | None:
+        """The tile lists."""
+        return self.others[-1] if self.listed else None
+
     def infer(self) -> tuple[Type, ...]:
         ids, weights, *extras = self.body.terminator.operands
-        return (ids.type, weights.type, *group_types(ids.tensor, self.num_experts), *(value.type for value in extras))
+        order, offsets, *lists = group_types(ids.tensor, self.num_experts, self.listed)
+        return (ids.type, weights.type, order, offsets, *(value.type for value in extras), *lists)
 
     def verify(self) -> Iterator[str]:
         yield from region_takes(self.body, [value.type for value in self.operands])
@@ -129,7 +158,8 @@ class RouteGroup(OpDef, name="moe.route_group"):
 
     def reference(self, env: Env, *args: Any) -> Any:
         ids, weights, *extras = env.run(self.body, args)
-        return (ids, weights, *group_reference(ids, self.num_experts), *extras)
+        order, offsets, *lists = group_results(ids, self.num_experts, self.listed)
+        return (ids, weights, order, offsets, *extras, *lists)
 
 
 class Capacity(OpDef, name="moe.capacity"):
@@ -165,9 +195,17 @@ class Capacity(OpDef, name="moe.capacity"):
         return capacity_reference(args[0], self.num_experts, capacity, self.order == "slot", groups)
 
 
-def group_types(ids: TensorType, num_experts: int) -> tuple[TensorType, TensorType]:
-    """Types of `order` and `offsets`."""
-    return TensorType((product(ids.shape),), DType.i32), TensorType((num_experts + 1,), DType.i32)
+def group_types(ids: TensorType, num_experts: int, listed: bool = False) -> tuple[TensorType, ...]:
+    """Types of `order` and `offsets`, and of the tile lists where there are any."""
+    pairs = product(ids.shape)
+    found = TensorType((pairs,), DType.i32), TensorType((num_experts + 1,), DType.i32)
+    return (*found, tiles_type(pairs, num_experts)) if listed else found
+
+
+def group_results(ids: Any, num_experts: int, listed: bool) -> tuple[Any, ...]:
+    """`order` and `offsets` of ids [T, k], and the tile lists where they are asked for."""
+    order, offsets = group_reference(ids, num_experts)
+    return (order, offsets, tiles_reference(offsets, order.shape[0])) if listed else (order, offsets)
 
 
 def route_problems(logits: Operand, ids: Result, weights: Result, extras: Results) -> Iterator[str]:

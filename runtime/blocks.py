@@ -1,0 +1,166 @@
+"""Expert banks in the block formats that the generated GPU kernels read: fp8 and mxfp4.
+
+    fp8     float8_e4m3fn [E, N, K]; scales f32 [E, NB, KB], one for each block of 128 x 128 values: w = q * scale
+    mxfp4   uint8 [E, KB, N, 32]; scales uint8 [E, 2 KB, N], one for each 32 values of a column: w = q * 2^(scale - 127)
+
+A value of mxfp4 is a sign over one of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, in four bits. Byte j of block b of a column holds
+its value 64 b + j in the lower half and 64 b + 32 + j in the upper one, so that either half of a tile of bytes shares
+one scale for each column, and meets 32 neighbouring values of a row. Zeros fill what lies beyond K.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+BLOCK = 128
+"""Rows and columns of a block of fp8."""
+
+GROUP = 32
+"""Values of a column that share a scale in mxfp4."""
+
+PACKINGS = ("fp8", "mxfp4")
+
+LARGEST = 448.0
+"""The largest number in float8_e4m3fn."""
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of four-bit floats (e2m1), by their lower three bits; the fourth is the sign."""
+
+_HALFWAY = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+@torch.no_grad()
+def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") -> Tensor:
+    """Scales of a bank to be stored in blocks.
+
+    Those of fp8 take the largest value of a block to 448. Those of mxfp4 are the power of two that takes the largest of
+    its 32 to 4 up to 8, or the next one, whichever leaves the smaller squared error.
+
+    Args:
+        weight: [E, N, K], or [E, K, N] if transposed; any floats.
+
+    Raises: ValueError for a packing that is none, and for weights that are not finite.
+    """
+    _check(weight, packing)
+    experts, columns, inner = _sizes(weight, transposed)
+    if packing == "fp8":
+        out = weight.new_empty((experts, -(-columns // BLOCK), -(-inner // BLOCK)), dtype=torch.float32)
+    else:
+        out = weight.new_empty((experts, 2 * -(-inner // (2 * GROUP)), columns), dtype=torch.uint8)
+    for e in range(0 if _has_no_values(weight) else experts):
+        rows = _rows(weight[e], transposed)
+        if not rows.isfinite().all():
+            raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
+        if packing == "fp8":
+            largest = _blocks(rows).abs().amax((1, 3))
+            out[e] = torch.where(largest == 0, 1.0, largest / LARGEST)
+        else:
+            out[e] = _exponents(_groups(rows)).t()
+    return out
+
+
+@torch.no_grad()
+def pack(weight: Tensor, scales: Tensor, transposed: bool = False, packing: str = "fp8") -> Tensor:
+    """A bank in blocks, each value the nearest that there is with the scales that `find_scales` gives.
+
+    Raises: ValueError, as of `find_scales`.
+    """
+    _check(weight, packing)
+    experts, columns, inner = _sizes(weight, transposed)
+    if packing == "fp8":
+        out = weight.new_empty((experts, columns, inner), dtype=torch.float8_e4m3fn)
+    else:
+        out = weight.new_empty((experts, -(-inner // (2 * GROUP)), columns, GROUP), dtype=torch.uint8)
+    for e in range(0 if _has_no_values(weight) else experts):
+        rows = _rows(weight[e], transposed)
+        if packing == "fp8":
+            scaled = (rows / _over(scales[e], columns, inner)).clamp_(-LARGEST, LARGEST)
+            out[e] = scaled.to(torch.float8_e4m3fn)
+        else:
+            low, high = _codes(_groups(rows), scales[e].t()).unflatten(1, (-1, 2)).unbind(2)
+            out[e] = (low | high << 4).transpose(0, 1)
+    return out
+
+
+@torch.no_grad()
+def unpack(packed: Tensor, scales: Tensor, packing: str, inner: int) -> Tensor:
+    """The bank [E, N, K] that blocks stand for, in f32; `inner` is K."""
+    if packing not in PACKINGS:
+        raise ValueError(f"banks in blocks are {' or '.join(PACKINGS)}, not '{packing}'")
+    experts, columns = packed.shape[0], packed.shape[1 if packing == "fp8" else 2]
+    out = packed.new_empty((experts, columns, inner), dtype=torch.float32)
+    for e in range(experts):
+        if packing == "fp8":
+            out[e] = packed[e].float() * _over(scales[e], columns, inner)
+        else:
+            bytes_ = packed[e].transpose(0, 1)  # [N, KB, 32]
+            codes = torch.stack([bytes_ & 15, bytes_ >> 4], 2).flatten(1, 2)  # [N, 2 KB, 32]
+            out[e] = torch.ldexp(_values(codes), scales[e].t().int().unsqueeze(-1) - 127).flatten(1)[:, :inner]
+    return out
+
+
+def _check(weight: Tensor, packing: str) -> None:
+    if packing not in PACKINGS:
+        raise ValueError(f"banks in blocks are {' or '.join(PACKINGS)}, not '{packing}'")
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise ValueError(f"a bank has three sizes above zero, this one is {list(weight.shape)}")
+    if not weight.dtype.is_floating_point:
+        raise ValueError(f"weights of {weight.dtype} cannot be quantised")
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _sizes(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
+    """E, N and K."""
+    experts, columns, inner = weight.shape
+    return (experts, inner, columns) if transposed else (experts, columns, inner)
+
+
+def _rows(weight: Tensor, transposed: bool) -> Tensor:
+    """One expert's weight as [N, K] in f32."""
+    return (weight.t() if transposed else weight).float()
+
+
+def _blocks(rows: Tensor) -> Tensor:
+    """[N, K] as [NB, 128, KB, 128], zeros beyond."""
+    beyond = (0, -rows.shape[1] % BLOCK, 0, -rows.shape[0] % BLOCK)
+    return F.pad(rows, beyond).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+
+
+def _over(scales: Tensor, columns: int, inner: int) -> Tensor:
+    """The scale of each value: [NB, KB] -> [N, K]."""
+    return scales.repeat_interleave(BLOCK, 0)[:columns].repeat_interleave(BLOCK, 1)[:, :inner]
+
+
+def _groups(rows: Tensor) -> Tensor:
+    """[N, K] as [N, 2 KB, 32], zeros beyond."""
+    return F.pad(rows, (0, -rows.shape[1] % (2 * GROUP))).unflatten(1, (-1, GROUP))
+
+
+def _exponents(groups: Tensor) -> Tensor:
+    """The scales of [N, G, 32], uint8 [N, G]: for each the better of two."""
+    largest = groups.abs().amax(-1)
+    _, exponent = torch.frexp(largest)  # largest < 2^exponent <= 2 largest
+    low = torch.where(largest == 0, 127, (exponent - 3 + 127).clamp(0, 253)).to(torch.uint8)
+    errors = [(torch.ldexp(_values(_codes(groups, s)), s.int().unsqueeze(-1) - 127) - groups).square().sum(-1)
+              for s in (low, low + 1)]  # fmt: skip
+    return torch.where(errors[1] < errors[0], low + 1, low)
+
+
+def _codes(groups: Tensor, scales: Tensor) -> Tensor:
+    """The nearest four-bit floats to [N, G, 32] over 2^(scales - 127), uint8 below 16."""
+    scaled = torch.ldexp(groups, 127 - scales.int().unsqueeze(-1))
+    halfway = torch.tensor(_HALFWAY, device=groups.device)
+    size = torch.bucketize(scaled.abs(), halfway).to(torch.uint8)
+    return size | (scaled < 0).to(torch.uint8) << 3
+
+
+def _values(codes: Tensor) -> Tensor:
+    """What four-bit floats mean, f32."""
+    numbers = torch.tensor([*FP4, *(-value for value in FP4)], device=codes.device)
+    return numbers[codes.long()]
