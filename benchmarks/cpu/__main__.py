@@ -27,7 +27,8 @@ from benchmarks.cpu.layers import Settings, measure_shape, set_roof
 from benchmarks.cpu.model import measure_model
 from benchmarks.cpu.report import render, write_readme
 from benchmarks.cpu.roof import Meter, Roof
-from benchmarks.cpu.shapes import SHAPES, Shape
+from benchmarks.figures import save
+from benchmarks.shapes import CPU_SHAPES, SHAPES, Shape
 
 RESULTS = Path(__file__).parents[1] / "results"
 README = Path(__file__).parents[2] / "README.md"
@@ -91,11 +92,7 @@ def _save(results: dict[str, Any], roof: Roof, output: Path) -> None:
     results["roof"] = roof.json()
     set_roof(results["layers"], roof)
     results["machine"]["load_after"] = machine.load()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(results, indent=1) + "\n"), (".md", render(results))):
-        partial = output.with_name(output.name + suffix + ".part")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output.with_name(output.name + suffix))
+    save(output, results, render(results))
 
 
 def _shape(parser: argparse.ArgumentParser, text: str) -> Shape:
@@ -111,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cores = os.cpu_count() or 1
     add = parser.add_argument
-    add("--shapes", nargs="+", default=list(SHAPES), help=f"{', '.join(SHAPES)}, or ExHxIxk")
+    add("--shapes", nargs="+", default=list(CPU_SHAPES), help=f"{', '.join(SHAPES)}, or ExHxIxk")
     add("--tokens", nargs="+", type=int, default=[1, 8, 64, 512, 2048])
     add("--routing", nargs="+", choices=["uniform", "zipf"], default=["uniform", "zipf"])
     add("--zipf-tokens", nargs="+", type=int, default=[512], help="numbers of tokens that are routed by Zipf's law")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cpu import machine
-from benchmarks.cpu.shapes import Case
+from benchmarks.figures import one_line
+from benchmarks.shapes import Case
 from sparsec.runtime.executor import Program
 
 Prepared = tuple[Tensor, ...]
@@ -156,14 +157,6 @@ def engines(
         else:
             print(f"  {name}: {ready[name].path}, set up in {time.perf_counter() - start:.1f} s", flush=True)
     return ready, missing
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, short, without paths."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    words = [Path(word).name if word.startswith("/") else word for word in first.split()]
-    text = " ".join(words)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _ours(module: Any, example: Case, kind: str) -> Callable[[], Engine]:

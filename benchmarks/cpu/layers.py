@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu.engines import OURS, TRANSFORMERS, Engine, engines, one_line
+from benchmarks.cpu.engines import OURS, TRANSFORMERS, Engine, engines
 from benchmarks.cpu.roof import Roof
-from benchmarks.cpu.shapes import Case, Routing, Shape, bank, cases, reference
-from benchmarks.cpu.timing import Foreign, clock_for, interleave, spread
+from benchmarks.cpu.timing import Foreign, clock_for, interleave
+from benchmarks.figures import one_line, spread
+from benchmarks.shapes import Case, Routing, Shape, bank, cases, reference
 
 CHECKED_ROWS = 16  #: of the output, compared with f32
 UNIFORM = f"{OURS}, uniform"  #: the row of a skewed table that says what the same number of tokens costs unskewed

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import load, slug, software
+from benchmarks.machine import text_of as _text
+
+__all__ = [
+    "cache_bytes", "compiler", "compiler_version", "cpu_flags", "cpu_name", "describe", "free_bytes", "load", "slug"
+]  # fmt: skip
 
 FLAGS = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
@@ -33,11 +38,8 @@ def describe() -> dict[str, Any]:
         "caches": caches,
         "memory_gib": round(int(total[1]) / 2**20, 1) if total else None,
         "huge_pages": huge[1] if huge else None,
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        **software(PACKAGES),
         "compiler": compiler_version(),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "load_before": load(),
     }
 
@@ -51,11 +53,6 @@ def cpu_name() -> str:
 def cpu_flags() -> frozenset[str]:
     found = re.search(r"^flags\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return frozenset(found[1].split()) if found else frozenset()
-
-
-def slug(name: str) -> str:
-    """A processor's name in a file name: `Intel(R) Xeon(R) Processor` is `intel-xeon-processor`."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*", " ", name.lower())).strip("-") or "unknown"
 
 
 def cache_bytes() -> int:
@@ -86,29 +83,3 @@ def compiler_version() -> str | None:
     done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
     first = done.stdout.split("\n", 1)[0]
     return re.sub(r"^\S*/", "", first).strip() or None
-
-
-def load() -> float:
-    """Processes that wanted to run, on average of the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False, shell=False
-    )
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cpu import machine
-from benchmarks.cpu.engines import COMPILED, OURS, PEERS, TRANSFORMERS, one_line, path_of
-from benchmarks.cpu.timing import Foreign, clock_for, interleave, spread
+from benchmarks.cpu.engines import COMPILED, OURS, PEERS, TRANSFORMERS, path_of
+from benchmarks.cpu.timing import Foreign, clock_for, interleave
+from benchmarks.figures import one_line, spread
 
 LAYERS = 16  #: of OLMoE-1B-7B
 SIZES: dict[str, Any] = {

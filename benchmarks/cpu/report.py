@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.cpu.engines import COMPILED, OURS, TRANSFORMERS, VLLM
 from benchmarks.cpu.layers import UNIFORM, best_of_transformers
-from benchmarks.cpu.shapes import SHAPES
-
-Row = dict[str, Any]
+from benchmarks.figures import (
+    Row,
+    error_of,
+    grouped,
+    percent,
+    put_between,
+    table,
+    times_faster,
+    with_quartiles,
+)  # fmt: skip
+from benchmarks.shapes import SHAPES
 
 TARGETS: dict[str, dict[int, float]] = {
     "transformers": {1: 1.9, 8: 1.9, 64: 2.1, 512: 2.3, 2048: 2.0},
@@ -35,7 +41,7 @@ def render(results: Row) -> str:
     for section in (_targets, _skew, _quantised):
         parts += section(layers)
     parts += ["## Times", "Milliseconds: median [quartiles]."] if layers else []
-    for (shape, threads, clock), rows in _grouped(layers, "shape", "threads", "clock"):
+    for (shape, threads, clock), rows in grouped(layers, "shape", "threads", "clock"):
         parts += [f"### {_title(shape)}, {_clock(threads, clock)}", _times(rows)]
     parts += _errors(layers)
     parts += ["## Whole model", _models(models)] if models else []
@@ -58,10 +64,7 @@ def summary(results: Row) -> str:
 
 def put_into(text: str, results: Row, link: str) -> str:
     """A document with the summary between its two marks. Raises: ValueError if it has no marks."""
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"the document needs the marks {START} and {END} once")
-    block = f"{START}\n{summary(results)}\n\nAll times, spreads and errors: [{link}]({link}).\n{END}"
-    return re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: block, text, flags=re.DOTALL)
+    return put_between(text, START, END, f"{summary(results)}\n\nAll times, spreads and errors: [{link}]({link}).")
 
 
 def write_readme(readme: Path, results: Row, link: str) -> None:
@@ -95,7 +98,7 @@ def _machine(results: Row) -> Iterator[str]:
         f"{threads} thread{'s' * (threads != '1')} {rate['gbps']:.1f} GB/s, {rate['tflops']:.2f} TFLOP/s"
         for threads, rate in roof["threads"].items()
     )
-    yield _table(
+    yield table(
         ["", ""],
         [
             ["processor", f"{found['cpu']}, {found['cores']} cores, {' '.join(found['flags'])}"],
@@ -133,13 +136,13 @@ def _ratios(rows: Sequence[Row]) -> str:
             return ""
         ratios = [ours_against(row, best_of_transformers(row)), against_vllm(row)]
         busy = "\\*" if (row["other_load"] or 0) > BUSY else ""
-        return " / ".join([*map(_times_faster, ratios), _percent(share_of_roof(row))]) + busy
+        return " / ".join([*map(times_faster, ratios), percent(share_of_roof(row))]) + busy
 
     lines = list[list[str]]()
-    for (shape,), found in _grouped(rows, "shape"):
+    for (shape,), found in grouped(rows, "shape"):
         by_count = {row["tokens"]: row for row in found}
         lines.append([_title(shape), *(cell(by_count.get(count)) for count in counts)])
-    return _table(["transformers / vLLM / roof", *(f"T = {count}" for count in counts)], lines)
+    return table(["transformers / vLLM / roof", *(f"T = {count}" for count in counts)], lines)
 
 
 def _targets(layers: Sequence[Row]) -> Iterator[str]:
@@ -163,7 +166,7 @@ def _targets(layers: Sequence[Row]) -> Iterator[str]:
                 here = [row for row in rows if row["tokens"] == count and belongs(row["shape"])]
                 values = [(found, row["shape"]) for row in here if (found := value(row)) is not None]
                 target = TARGETS[kind][count]
-                spelled = _percent if kind == "roof" else _times_faster
+                spelled = percent if kind == "roof" else times_faster
                 if values:
                     worst, shape = min(values)
                     met = "met" if worst >= target else "**missed**"
@@ -174,7 +177,7 @@ def _targets(layers: Sequence[Row]) -> Iterator[str]:
     if counts and any(cell for line in lines for cell in line[1:]):
         yield "## Targets"
         yield "The worst of the shapes that each target is for."
-        yield _table(["", *(f"T = {count}" for count in counts)], lines)
+        yield table(["", *(f"T = {count}" for count in counts)], lines)
 
 
 def _skew(layers: Sequence[Row]) -> Iterator[str]:
@@ -186,8 +189,8 @@ def _skew(layers: Sequence[Row]) -> Iterator[str]:
         ratio = skewed["median"] / uniform["median"]
         met = "" if ratio <= SKEW_TARGET else " **missed**"
         where = [_title(row["shape"]), str(row["tokens"]), _clock(row["threads"], row["clock"])]
-        peers = [_times_faster(ours_against(row, best_of_transformers(row))), _times_faster(against_vllm(row))]
-        lines.append([*where, _spread(skewed), _spread(uniform), f"{ratio:.2f}{met}", *peers])
+        peers = [times_faster(ours_against(row, best_of_transformers(row))), times_faster(against_vllm(row))]
+        lines.append([*where, with_quartiles(skewed), with_quartiles(uniform), f"{ratio:.2f}{met}", *peers])
     if lines:
         yield "## Skewed routing"
         yield f"Experts asked for by Zipf's law, beside as many rows spread evenly: to be at most {SKEW_TARGET} of it."
@@ -201,7 +204,7 @@ def _skew(layers: Sequence[Row]) -> Iterator[str]:
             "transformers",
             "vLLM",
         ]
-        yield _table(head, lines)
+        yield table(head, lines)
 
 
 def _quantised(layers: Sequence[Row]) -> Iterator[str]:
@@ -213,10 +216,10 @@ def _quantised(layers: Sequence[Row]) -> Iterator[str]:
                 faster = row["engines"][OURS]["median"] / figures["median"]
                 where = [_title(row["shape"]), kind, str(row["tokens"]), _clock(row["threads"], row["clock"])]
                 share, error = share_of_roof(row, f"{OURS} {kind}"), figures.get("error")
-                lines.append([*where, _spread(figures), _times_faster(faster), _percent(share), _error(error)])
+                lines.append([*where, with_quartiles(figures), times_faster(faster), percent(share), error_of(error)])
     if lines:
         yield "## Quantised weights"
-        yield _table(["", "weights", "T", "time", "ms", "against own bf16", "of the roof", "error"], lines)
+        yield table(["", "weights", "T", "time", "ms", "against own bf16", "of the roof", "error"], lines)
 
 
 def _times(rows: Sequence[Row]) -> str:
@@ -225,24 +228,24 @@ def _times(rows: Sequence[Row]) -> str:
     lines = [
         [str(row["tokens"]), row["routing"], f"{row['experts_hit']:.1f}", _load(row)]
         + [_roof_ms(row)]
-        + [_spread(row["engines"][name]) if name in row["engines"] else "failed" for name in names]
+        + [with_quartiles(row["engines"][name]) if name in row["engines"] else "failed" for name in names]
         + ["missing" for name in missing if name not in names]
         for row in rows
     ]
     gone = [name for name in missing if name not in names]
-    return _table(["T", "routing", "experts hit", "other load", "roof", *names, *gone], lines)
+    return table(["T", "routing", "experts hit", "other load", "roof", *names, *gone], lines)
 
 
 def _errors(layers: Sequence[Row]) -> Iterator[str]:
     names = list(dict.fromkeys(name for row in layers for name in row["engines"] if name != UNIFORM))
     lines = list[list[str]]()
-    for (shape,), rows in _grouped(layers, "shape"):
+    for (shape,), rows in grouped(layers, "shape"):
         worst = [[row["engines"].get(name, {}).get("error") for row in rows] for name in names]
         found = [max((error for error in errors if error is not None), default=None) for errors in worst]
-        lines.append([_title(shape), *map(_error, found)])
+        lines.append([_title(shape), *map(error_of, found)])
     if lines:
         yield "## Largest error"
-        yield _table(["", *names], lines)
+        yield table(["", *names], lines)
 
 
 def _models(models: Sequence[Row]) -> str:
@@ -254,11 +257,11 @@ def _models(models: Sequence[Row]) -> str:
         ratios = [ours_against(row, best_of_transformers(row)), ours_against(row, compiled and compiled["median"])]
         lines.append(
             [row["model"], f"{row['phase']} {row['tokens']}", _clock(row["threads"], row["clock"]), _load(row)]
-            + [_spread(row["engines"][name]) if name in row["engines"] else "missing" for name in names]
-            + [_times_faster(ratio) for ratio in ratios]
+            + [with_quartiles(row["engines"][name]) if name in row["engines"] else "missing" for name in names]
+            + [times_faster(ratio) for ratio in ratios]
         )
     head = ["", "tokens", "time", "other load", *names, "against transformers", "against torch.compile"]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _missing(rows: Iterable[Row], more: dict[str, str]) -> Iterator[str]:
@@ -268,18 +271,12 @@ def _missing(rows: Iterable[Row], more: dict[str, str]) -> Iterator[str]:
     reasons |= {(name, why): None for name, why in more.items()}
     if reasons:
         yield "## Not measured"
-        yield _table(["", "reason"], [[name, why.replace("|", "\\|")] for name, why in reasons])
+        yield table(["", "reason"], [[name, why.replace("|", "\\|")] for name, why in reasons])
 
 
 def _by_threads(layers: Sequence[Row]) -> Iterator[tuple[tuple[int, str], list[Row]]]:
     for threads, clock in sorted({(row["threads"], row["clock"]) for row in layers}):
         yield (threads, clock), [row for row in layers if row["threads"] == threads]
-
-
-def _grouped(rows: Sequence[Row], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
-    """Rows that have the same values of some keys, in the order of the first of each."""
-    for values in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        yield values, [row for row in rows if tuple(row[key] for key in keys) == values]
 
 
 def _paths(layers: Sequence[Row]) -> list[str]:
@@ -295,12 +292,6 @@ def _clock(threads: int, clock: str) -> str:
     return "one thread, CPU time" if clock == "cpu" else f"{threads} threads, wall time"
 
 
-def _spread(figures: Row) -> str:
-    digits = 0 if figures["median"] >= 100 else 1 if figures["median"] >= 10 else 2
-    low, middle, high = (f"{figures[name]:.{digits}f}" for name in ("q1", "median", "q3"))
-    return f"{middle} [{low}, {high}]"
-
-
 def _roof_ms(row: Row) -> str:
     plain = (figures for figures in row["engines"].values() if figures["weights"] == "bf16")
     return next((f"{figures['roof_ms']:.2f}" for figures in plain if "roof_ms" in figures), "")
@@ -308,20 +299,3 @@ def _roof_ms(row: Row) -> str:
 
 def _load(row: Row) -> str:
     return "" if row["other_load"] is None else f"{row['other_load']:.0%}"
-
-
-def _times_faster(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def _error(error: float | None) -> str:
-    return "-" if error is None else f"{error:.2%}"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

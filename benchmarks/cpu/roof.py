@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.cpu import machine
-from benchmarks.cpu.shapes import Shape
+from benchmarks.shapes import Shape
 
 SOURCE = Path(__file__).with_name("roof.cpp")
 OPTIONS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,13 +42,6 @@ def interleave(
 def clock_for(threads: int) -> tuple[str, Callable[[], float]]:
     """What is measured: CPU time of the process for one thread, which other load does not change; wall time else."""
     return ("cpu", time.process_time) if threads == 1 else ("wall", time.perf_counter)
-
-
-def spread(taken: list[float]) -> dict[str, float]:
-    """Median, quartiles, least and most of some milliseconds, and how many there are."""
-    low, median, high = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else taken * 3
-    figures = {"median": median, "q1": low, "q3": high, "min": min(taken), "max": max(taken)}
-    return {name: round(value, 4) for name, value in figures.items()} | {"rounds": len(taken)}
 
 
 class Foreign:

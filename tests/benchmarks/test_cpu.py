@@ -17,8 +17,9 @@ from benchmarks.cpu.engines import Engine, Missing
 from benchmarks.cpu.layers import UNIFORM, Settings, measure_shape, set_roof
 from benchmarks.cpu.report import END, START, put_into, render, summary
 from benchmarks.cpu.roof import Meter, Roof
-from benchmarks.cpu.shapes import SHAPES, Shape, bank, cases, reference
-from benchmarks.cpu.timing import Foreign, interleave, spread
+from benchmarks.cpu.timing import Foreign, interleave
+from benchmarks.figures import one_line, spread
+from benchmarks.shapes import SHAPES, Shape, bank, cases, reference
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
@@ -153,8 +154,8 @@ def test_a_wrong_engine_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_errors_are_told_without_paths() -> None:
-    assert engines.one_line(RuntimeError("\ncannot open /some/where/file.so: no\nmore")) == "cannot open file.so: no"
-    assert engines.one_line(ValueError()) == "ValueError"
+    assert one_line(RuntimeError("\ncannot open /some/where/file.so: no\nmore")) == "cannot open file.so: no"
+    assert one_line(ValueError()) == "ValueError"
 
 
 def timed(median: float, error: float = 0.004, **more: Any) -> dict[str, Any]:

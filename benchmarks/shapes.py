@@ -1,4 +1,4 @@
-"""Expert layers to be measured: sizes, random weights, routing, and what comes out in f32."""
+"""Expert layers to be measured: sizes, random weights, routing, and what comes out in higher precision."""
 
 from __future__ import annotations
 
@@ -54,8 +54,15 @@ SHAPES = {
         Shape("qwen3", 128, 2048, 768, 8),
         Shape("mixtral", 8, 4096, 14336, 2),
         Shape("e256", 256, 2048, 512, 8),
+        Shape("gpt-oss-20b", 32, 2880, 2880, 4),
+        Shape("gpt-oss-120b", 128, 2880, 2880, 4),
+        Shape("deepseek-v3", 256, 7168, 2048, 8),
     )
 }
+CPU_SHAPES = ("olmoe", "qwen3", "mixtral", "e256")
+GPU_SHAPES = ("qwen3", "mixtral", "olmoe", "gpt-oss-20b", "gpt-oss-120b", "deepseek-v3")
+"""What is measured where, by default; the most important first. Sizes are all that a shape takes of its model: every
+layer here has the same gated SiLU and no biases, so that every engine can run it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,11 @@ class Case:
         return int(self.ids.unique().numel())
 
 
-def bank(shape: Shape) -> Any:
-    """transformers' module of OLMoE's experts at this shape: random weights, bf16, loop over experts."""
+def bank(shape: Shape, device: str | torch.device = "cpu") -> Any:
+    """transformers' module of OLMoE's experts at this shape: random weights, bf16, loop over experts.
+
+    On the meta device it has no numbers.
+    """
     from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
@@ -81,42 +91,49 @@ def bank(shape: Shape) -> Any:
     config._experts_implementation = "eager"
     with torch.device("meta"):
         module: Any = OlmoeExperts(config)
-    module = module.to(torch.bfloat16).requires_grad_(False).to_empty(device="cpu")
+    module = module.to(torch.bfloat16).requires_grad_(False)
+    device = torch.device(device)
+    if device.type == "meta":
+        return module
+    module = module.to_empty(device=device)
     for weight in (module.gate_up_proj, module.down_proj):
         for expert in weight:  # one at a time: random numbers are made in f32
-            expert.copy_(torch.randn(expert.shape) * expert.shape[1] ** -0.5)
+            expert.copy_(torch.randn(expert.shape, device=device) * expert.shape[1] ** -0.5)
     return module
 
 
-def cases(shape: Shape, tokens: int, routing: Routing, count: int, seed: int = 0) -> list[Case]:
+def cases(
+    shape: Shape, tokens: int, routing: Routing, count: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> list[Case]:
     """Inputs of `tokens` rows. A single token takes the experts in turn, so that their weights come from memory.
 
     With `zipf`, expert number r of a fixed random order is asked for 1/r as often as the first.
     """
-    made = torch.Generator().manual_seed(seed)
-    popular = torch.zeros(shape.experts)
+    made = torch.Generator(device).manual_seed(seed)
+    popular = torch.zeros(shape.experts, device=device)
     if routing == "zipf":
-        popular[torch.randperm(shape.experts, generator=made)] = -torch.arange(1, shape.experts + 1).float().log()
+        ranks = torch.arange(1, shape.experts + 1, device=device)
+        popular[torch.randperm(shape.experts, generator=made, device=device)] = -ranks.float().log()
     drawn = list[Case]()
     for turn in range(count):
         if tokens == 1 and routing == "uniform":
-            ids = (torch.arange(shape.k) + turn * shape.k).remainder(shape.experts).view(1, -1)
+            ids = (torch.arange(shape.k, device=device) + turn * shape.k).remainder(shape.experts).view(1, -1)
         else:  # the k largest of log p + Gumbel noise: k draws without putting back
-            noise = -torch.empty(tokens, shape.experts).exponential_(generator=made).log()
+            noise = -torch.empty(tokens, shape.experts, device=device).exponential_(generator=made).log()
             ids = (popular + noise).topk(shape.k, 1).indices
-        x = torch.randn(tokens, shape.hidden, generator=made).bfloat16()
-        weights = torch.rand(tokens, shape.k, generator=made).softmax(-1).bfloat16()
+        x = torch.randn(tokens, shape.hidden, generator=made, device=device).bfloat16()
+        weights = torch.rand(tokens, shape.k, generator=made, device=device).softmax(-1).bfloat16()
         drawn.append(Case(x, ids, weights))
     return drawn
 
 
-def reference(module: Any, case: Case, rows: Tensor) -> Tensor:
-    """What some rows of the output are in f32: [len(rows), H]."""
-    x, ids, weights = (value[rows] for value in (case.x.float(), case.ids, case.weights.float()))
+def reference(module: Any, case: Case, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What some rows of the output are in a higher precision: [len(rows), H]."""
+    x, ids, weights = case.x[rows].to(dtype), case.ids[rows], case.weights[rows].to(dtype)
     out = torch.zeros_like(x)
     for expert in ids.unique().tolist():
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[tokens], module.gate_up_proj[expert].float()).chunk(2, -1)
-        part = F.linear(F.silu(gate) * up, module.down_proj[expert].float())
-        out.index_add_(0, tokens, part * weights[tokens, slots, None])
+        gate, up = F.linear(x[tokens], module.gate_up_proj[expert].to(dtype)).chunk(2, -1)
+        part = F.linear(F.silu(gate) * up, module.down_proj[expert].to(dtype))
+        out = out.index_add(0, tokens, part * weights[tokens, slots, None])
     return out
