@@ -73,7 +73,7 @@ def write_artifact(
             is held at once, so a mapping that makes tensors on demand bounds the memory.
         target: what the plan was compiled for.
         text: the IR after `lower`.
-        stored: how the experts' weights are stored: `model`, `int8` or `int4`.
+        stored: how the experts' weights are stored: `model`, `int8`, `int4`, `fp8` or `mxfp4`.
         generation: how text is generated with it, as of `sparsec.runtime.generate`.
         tokenizer: a `tokenizer.json` to take along.
         shard: most bytes of tensors in one file, unless a single tensor has more.

@@ -199,11 +199,13 @@ def compile(
         args, kwargs: example inputs, as for `torch.export.export`.
         dynamic: True leaves batch, sequence and every other size open that the model leaves open; False fixes all;
             anything else is `dynamic_shapes` as of torch.export.
-        target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`; see `sparsec targets`.
-        weights: how experts' weights are stored on a CPU: `model` (default, as they are), `int8` (a scale for each
-            column) or `int4` (a scale for each 128 values); see `CompiledModel.weight_errors`.
-        activations: what quantised weights are multiplied by: `model` (default, rows as they are) or `int8` (rows that
-            are rounded as they come, by a scale for each row of x and for each 128 of an expert's inner values).
+        target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`,
+            `hip:gfx950`; see `sparsec targets`.
+        weights: how experts' weights are stored: `model` (default, as they are); on a CPU `int8` (a scale for each
+            column) or `int4` (a scale for each 128 values); on a GPU `fp8` (a scale for each block of 128 x 128) or
+            `mxfp4` (a power of two for each 32 values); see `CompiledModel.weight_errors`.
+        activations: what `int8` and `int4` weights are multiplied by: `model` (default, rows as they are) or `int8`
+            (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).
         dump: a folder for numbered IR texts, diffs and remarks.
         instruments: further watchers of the pipeline.
 

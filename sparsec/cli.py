@@ -52,8 +52,9 @@ def cli() -> None:
 @click.option(
     "--weights",
     multiple=True,
-    metavar="[int8|int4|ARTIFACT]",
-    help="Store the experts' weights as int8 or int4. For a text: the artifact with its weights; both may be given.",
+    metavar="[int8|int4|fp8|mxfp4|ARTIFACT]",
+    help="Store the experts' weights as int8 or int4 (CPU), fp8 or mxfp4 (GPU). "
+    "For a text: the artifact with its weights; both may be given.",
 )
 @click.option(
     "--activations", type=click.Choice(["int8"]), help="Multiply int8 or int4 weights by activations rounded to int8."

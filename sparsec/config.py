@@ -19,7 +19,7 @@ from typing import Any
 
 from sparsec.diagnostics import SparsecError
 
-WEIGHTS = ("model", "int8", "int4")
+WEIGHTS = ("model", "int8", "int4", "fp8", "mxfp4")
 ACTIVATIONS = ("model", "int8")
 
 
@@ -27,10 +27,10 @@ ACTIVATIONS = ("model", "int8")
 class Config:
     """The knobs. `Config.read(target="cpu")` takes what is not given from the environment."""
 
-    target: str = "cpu"  #: what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942
+    target: str = "cpu"  #: what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942, hip:gfx950
     dump: Path | None = None  #: folder that gets the IR after every pass, diffs and a manifest
     verify: bool = True  #: verify the IR after every pass
-    weights: str = "model"  #: how experts' weights are stored: model (as they are), int8 or int4 (on a CPU)
+    weights: str = "model"  #: how experts' weights are stored: model (as is), int8 or int4 (CPU), fp8 or mxfp4 (GPU)
     activations: str = "model"  #: what int8 and int4 weights are multiplied by: model (as they are) or int8
 
     @classmethod

@@ -108,7 +108,11 @@ def test_the_modules_own_attribute_comes_first() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "target", "said"),
-    [("int3", "cpu", "model, int8, int4, not as 'int3'"), ("int4", "cuda:sm_90", "int4 weights are for target cpu")],
+    [
+        ("int3", "cpu", "model, int8, int4, fp8, mxfp4, not as 'int3'"),
+        ("int4", "cuda:sm_90", "int4 weights are for target cpu"),
+        ("fp8", "cpu", "fp8 weights are for GPUs, not for cpu, which has int8 and int4"),
+    ],
 )
 def test_what_is_refused(kind: str, target: str, said: str) -> None:
     with pytest.raises(CompileError, match=said):

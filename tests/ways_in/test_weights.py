@@ -70,7 +70,7 @@ def test_the_environment_asks_too(model: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_cannot_be_quantised_so(model: Any) -> None:
-    with pytest.raises(SparsecError, match="stored as model, int8, int4, not as 'int3'"):
+    with pytest.raises(SparsecError, match="stored as model, int8, int4, fp8, mxfp4, not as 'int3'"):
         sparsec.compile(model, (X,), weights="int3")
     with pytest.raises(SparsecError, match="int8 weights are for target cpu"):
         sparsec.compile(model, (X,), weights="int8", target="cuda:sm_90")
