@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.tensor_maps import ELEMENTS, TensorMap
 
 Grid: TypeAlias = tuple[int, int]
 
@@ -26,7 +27,7 @@ _PLAIN_SHARED = 48 * 1024  # what a program may use without asking
 class Program(Protocol):
     """An entry point on its device."""
 
-    def __call__(self, grid: Grid, args: Sequence[Tensor | int]) -> None:
+    def __call__(self, grid: Grid, args: Sequence[Tensor | int | TensorMap]) -> None:
         """Launch on the current stream of the device; an int is passed with 32 bits."""
         ...
 
@@ -61,8 +62,14 @@ class Driver(ABC):
         if code:
             raise ArtifactError(f"{self.prefix}{function} failed: {self.message(code)}")
 
-    def load(self, image: bytes, symbol: str, threads: int, shared: int, device: torch.device) -> Program:
-        """Load an entry point. Raises: ArtifactError if the driver refuses the image."""
+    def load(
+        self, image: bytes, symbol: str, threads: int, shared: int, device: torch.device, *, early: bool = False
+    ) -> Program:
+        """Load an entry point. Raises: ArtifactError if the driver refuses the image.
+
+        Args:
+            early: launch it before the launch in front of it has ended; it waits by itself.
+        """
         with torch.cuda.device(device):
             torch.cuda.current_stream(device)  # torch has made its context by now
             self.activate(device)
@@ -72,21 +79,60 @@ class Driver(ABC):
             if shared > _PLAIN_SHARED:
                 self.call("FuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
 
-        def launch(grid: Grid, args: Sequence[Tensor | int]) -> None:
-            values = [ctypes.c_int32(arg) if isinstance(arg, int) else ctypes.c_void_p(arg.data_ptr()) for arg in args]
+        def launch(grid: Grid, args: Sequence[Tensor | int | TensorMap]) -> None:
+            values = [value for arg in args for value in self.values(arg)]
             # Triton's programs end their parameters with two scratch pointers; ours were compiled to need neither.
             values += [ctypes.c_void_p(), ctypes.c_void_p()]
             pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
             with torch.cuda.device(device):
                 stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
                 self.activate(device)
-                self.launch(function, grid, threads, shared, stream, pointers)
+                self.launch(function, grid, threads, shared, stream, pointers, early)
 
         return launch
 
+    def values(self, arg: Tensor | int | TensorMap) -> list[Any]:
+        """One argument as the parameters that Triton makes of it."""
+        if isinstance(arg, int):
+            return [ctypes.c_int32(arg)]
+        if isinstance(arg, Tensor):
+            return [ctypes.c_void_p(arg.data_ptr())]
+        sizes, strides = map(ctypes.c_int32, arg.shape), map(ctypes.c_int64, arg.strides)
+        return [self.encode(arg), *sizes, *strides]
+
+    def encode(self, map: TensorMap) -> Any:
+        """A tensor map in the hardware's own form. Raises: ArtifactError."""
+        raise ArtifactError("this kernel takes tensor maps, which GPUs of this vendor do not have")
+
     @abstractmethod
-    def launch(self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any) -> None:
+    def launch(
+        self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any, early: bool
+    ) -> None:
         """Put one launch on a stream; `shared` is in bytes."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number and a union of 64 bytes, of which we use an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = _Attribute(6, 0, (1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MAP_SIZE, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap, in bytes
+_L2_PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 
 
 class Cuda(Driver):
@@ -99,6 +145,8 @@ class Cuda(Driver):
         super().__init__()
         self.call("Init", 0)
         self.contexts: dict[int, ctypes.c_void_p] = {}
+        # A map says where and how, not what: equal numbers make equal maps, whoever owns the memory.
+        self.encoded = lru_cache(4096)(self._encode)
 
     def activate(self, device: torch.device) -> None:
         index = device.index or 0
@@ -114,8 +162,31 @@ class Cuda(Driver):
         self.library.cuGetErrorString(code, ctypes.byref(text))
         return (text.value or b"error %d" % code).decode()
 
-    def launch(self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any) -> None:
-        self.call("LaunchKernel", function, *grid, 1, threads, 1, 1, shared, stream, pointers, None)
+    def launch(
+        self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any, early: bool
+    ) -> None:
+        if not early:
+            self.call("LaunchKernel", function, *grid, 1, threads, 1, 1, shared, stream, pointers, None)
+            return
+        config = _Config((*grid, 1), (threads, 1, 1), shared, stream, ctypes.pointer(_EARLY), 1)
+        self.call("LaunchKernelEx", ctypes.byref(config), function, pointers, None)
+
+    def encode(self, map: TensorMap) -> Any:
+        return self.encoded(
+            map.tensor.data_ptr(), map.element, map.itemsize, map.shape, map.strides, map.box, map.swizzle
+        )
+
+    def _encode(self, address: int, element: str, itemsize: int, shape: tuple[int, ...], strides: tuple[int, ...],
+                box: tuple[int, ...], swizzle: int) -> Any:  # fmt: skip
+        rank = len(shape)
+        memory = (ctypes.c_uint8 * (_MAP_SIZE + _MAP_ALIGNMENT))()
+        made = (ctypes.c_uint8 * _MAP_SIZE).from_buffer(memory, -ctypes.addressof(memory) % _MAP_ALIGNMENT)
+        sizes = (ctypes.c_uint64 * rank)(*reversed(shape))  # the driver counts from the innermost
+        steps = (ctypes.c_uint64 * (rank - 1))(*(stride * itemsize for stride in reversed(strides[:-1])))
+        sides, ones = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*[1] * rank)
+        self.call("TensorMapEncodeTiled", ctypes.byref(made), ELEMENTS[element], rank, ctypes.c_void_p(address), sizes,
+                  steps, sides, ones, 0, swizzle, _L2_PROMOTION, 0)  # fmt: skip
+        return made
 
 
 class Hip(Driver):
@@ -136,7 +207,9 @@ class Hip(Driver):
         self.library.hipGetErrorString.restype = ctypes.c_char_p
         return (self.library.hipGetErrorString(code) or b"error %d" % code).decode()
 
-    def launch(self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any) -> None:
+    def launch(
+        self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any, early: bool
+    ) -> None:
         self.call("ModuleLaunchKernel", function, *grid, 1, threads, 1, 1, shared, stream, pointers, None)
 
 

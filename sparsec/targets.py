@@ -72,4 +72,5 @@ TARGETS = (
     Target("cuda", "sm_90", "NVIDIA H100, H200, GH200"),
     Target("cuda", "sm_100", "NVIDIA B200, GB200"),
     Target("hip", "gfx942", "AMD MI300X, MI300A"),
+    Target("hip", "gfx950", "AMD MI350X, MI355X"),
 )

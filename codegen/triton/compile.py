@@ -36,6 +36,11 @@ class Target:
     warp_size: int
     shared_limit: int
 
+    @property
+    def hopper(self) -> bool:
+        """Whether it has a copy engine for tensors (TMA) and programmatic dependent launch."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -44,6 +49,7 @@ TARGETS: Mapping[str, Target] = {
         Target("cuda:sm_90", "cuda", 90, 32, 227 * 1024),
         Target("cuda:sm_100", "cuda", 100, 32, 227 * 1024),
         Target("hip:gfx942", "hip", "gfx942", 64, 64 * 1024),
+        Target("hip:gfx950", "hip", "gfx950", 64, 160 * 1024),
     )
 }
 """The GPU targets, by the names users give."""
@@ -61,6 +67,8 @@ class Binary:
         threads: threads of one program.
         shared: dynamic shared memory, in bytes.
         num_stages: pipeline stages, lowered where the variant's did not fit.
+        maps: of each tensor descriptor in order, what the host's must say: `box` (sizes of one copy), `swizzle` (of
+            16-byte units in shared memory: 0 none, 1, 2, 3 within 32, 64, 128 bytes).
         registers, spills: registers per thread and bytes (NVIDIA) or registers (AMD) spilled; None where not known.
     """
 
@@ -71,6 +79,7 @@ class Binary:
     threads: int
     shared: int
     num_stages: int
+    maps: tuple[Mapping[str, Any], ...]
     registers: int | None
     spills: int | None
 
@@ -146,12 +155,26 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
     metadata = compiled.metadata
     if any(getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")):
         raise CompileError(f"{what}: '{entry.name}' wants scratch memory of Triton's own, which no artifact provides")
+    maps = _maps(entry, target, metadata, what)
     cuda = target.backend == "cuda"
     text: Any = compiled.asm
     image, assembly = text["cubin" if cuda else "hsaco"], text["ptx" if cuda else "amdgcn"]
     registers, spills = _usage_cuda(image, metadata.name) if cuda else _usage_hip(assembly)
     threads = metadata.num_warps * target.warp_size
-    return Binary(metadata.name, image, assembly, text["ttir"], threads, metadata.shared, stages, registers, spills)
+    return Binary(
+        metadata.name, image, assembly, text["ttir"], threads, metadata.shared, stages, maps, registers, spills
+    )
+
+
+def _maps(entry: Entry, target: Target, metadata: Any, what: str) -> tuple[Mapping[str, Any], ...]:
+    """What the compiled program wants of its tensor descriptors. Raises: CompileError where the target has none."""
+    wanted = sum("map" in parameter.argument for parameter in entry.parameters)
+    found: Any = getattr(metadata, "tensordesc_meta", None) or ()
+    if not wanted:
+        return ()
+    if len(found) != wanted or any(meta["fp4_padded"] for meta in found):
+        raise CompileError(f"{what}: '{entry.name}' takes tensor descriptors, which {target.name} does not have")
+    return tuple({"box": list(meta["block_size"]), "swizzle": meta["swizzle"]} for meta in found)
 
 
 def _triton() -> Any:

@@ -69,7 +69,7 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
     for schedule in sketch.schedules:
         what = f"kernel '{func.name}', variant up to {schedule.up_to or 'any number of'} tokens"
         launches = list[Json]()
-        for entry in schedule.entries:
+        for entry in (entry.on(chosen.hopper) for entry in schedule.entries):
             binary = compile_entry(sketch.source, entry, chosen, what)
             suffix = "cubin" if chosen.backend == "cuda" else "hsaco"
             file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"
@@ -83,6 +83,7 @@ def _config(target: Target, schedule: Schedule, launches: list[Json]) -> dict[st
     return {
         "target": target.name,
         "scratch": list(schedule.scratch),
+        "state": list(schedule.state),
         "launches": launches,
     }
 
@@ -94,8 +95,19 @@ def _launch(entry: Entry, binary: Binary, file: str) -> dict[str, Any]:
         "grid": list(entry.grid),
         "threads": binary.threads,
         "shared": binary.shared,
-        "args": [dict(parameter.argument) for parameter in entry.parameters],
+        "args": _arguments(entry, binary),
+        "pdl": entry.early,
         "constants": dict(entry.constants),
         "num_warps": entry.num_warps,
         "num_stages": binary.num_stages,
     }
+
+
+def _arguments(entry: Entry, binary: Binary) -> list[dict[str, Any]]:
+    """What to pass; of maps, the binary knows how it wants their blocks copied."""
+    maps = iter(binary.maps)
+    given = [dict(parameter.argument) for parameter in entry.parameters]
+    for argument in given:
+        if argument.pop("block", None):
+            argument.update(next(maps))
+    return given

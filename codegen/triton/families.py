@@ -66,5 +66,7 @@ def gemm_sketch(func: Func, op: GatherGemm | GemmCombine) -> Sketch:
     schedules = list[Schedule]()
     for variant in gemm.variants:
         family, wiring = made[family_of(variant)]
-        schedules.append(Schedule(variant.get("up_to"), family.launches(variant), tuple(wiring.scratch)))
+        schedules.append(
+            Schedule(variant.get("up_to"), family.launches(variant), tuple(wiring.scratch), tuple(wiring.state))
+        )
     return Sketch(source, tuple(schedules))

@@ -13,6 +13,18 @@ import triton.language as tl
 
 
 @triton.jit
+def arrive(PDL: tl.constexpr):
+    """Wait until all that launches before this one wrote can be read; then the next one may start where there is room.
+
+    Every program goes through it before it touches memory or leaves, so that who waits for this launch has waited for
+    those before it too.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def lanes(x, AXIS: tl.constexpr):
     """0, 1, 2 ... along AXIS of x, in a shape that broadcasts with x."""
     at = tl.arange(0, x.shape[AXIS])

@@ -55,7 +55,7 @@ def results(module: Module, tokens: int) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942"])
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942", "hip:gfx950"])
 def test_every_phase_gives_the_same_bits(target: str) -> None:
     result = pipeline.run(layer(), target=target)
     assert tuple(result.phases) == pipeline.PHASES

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from sparsec.codegen.triton.emit import sketch_kernel
 from sparsec.ir.core import Func, Value
 from sparsec.ir.types import Sym, TensorType
 from sparsec.runtime import plan
+from sparsec.runtime.dtypes import DTYPES as ELEMENTS
+from sparsec.runtime.tensor_maps import TensorMap
 from sparsec.runtime.triton_kernels import launcher
 
 DTYPES = {"*fp32": torch.float32, "*i32": torch.int32}
@@ -39,10 +41,7 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
 
         def launch(grid: tuple[int, int], args: Sequence[Any]) -> None:
             # Scratch comes as bytes: a GPU sees addresses only, the interpreter wants to know the element type.
-            typed = [
-                arg.view(DTYPES[type]) if type in DTYPES and arg.dtype is torch.uint8 else arg
-                for arg, type in zip(args, config["types"], strict=True)
-            ]
+            typed = [_typed(arg, type) for arg, type in zip(args, config["types"], strict=True)]
             function[grid](*typed, **config["constants"])
 
         return launch
@@ -52,11 +51,12 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
             schedule.up_to,
             {
                 "scratch": list(schedule.scratch),
+                "state": list(schedule.state),
                 "launches": [
                     {
                         "symbol": entry.name,
                         "grid": list(entry.grid),
-                        "args": [dict(parameter.argument) for parameter in entry.parameters],
+                        "args": [_argument(parameter.argument) for parameter in entry.parameters],
                         "types": [parameter.type for parameter in entry.parameters],
                         "constants": {n: constants.get(n, value) for n, value in entry.constants.items()},
                     }
@@ -75,7 +75,22 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
         name=func.name, op=op.name, backend="triton", params=params, results=results, tokens=tokens, attrs={},
         regions={}, variants=variants,
     )  # fmt: skip
-    return launcher(described, torch.device("cpu"), load)
+    return launcher(described, torch.device("cpu"), load, sms=3)
+
+
+def _argument(argument: Mapping[str, Any]) -> dict[str, Any]:
+    """An argument; of maps, boxes as large as the blocks."""
+    return {**argument, "box": argument["block"], "swizzle": 0} if "map" in argument else dict(argument)
+
+
+def _typed(arg: Any, type: str) -> Any:
+    if isinstance(arg, TensorMap):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        base = arg.tensor.view(ELEMENTS[arg.element]) if arg.tensor.dtype is torch.uint8 else arg.tensor
+        block = [int(side) for side in type[type.index("[") + 1 : type.index("]")].split(",")]
+        return TensorDescriptor(base, list(arg.shape), list(arg.strides), block)
+    return arg.view(DTYPES[type]) if type in DTYPES and arg.dtype is torch.uint8 else arg
 
 
 def _type(type: Any) -> plan.Tensor:

@@ -23,6 +23,7 @@ LAUNCH: dict[str, Any] = {
     "shared": 0,
     "args": [{"in": 0}, {"in": 1}, {"out": 0}, {"scratch": 0}, {"size": "t * 2"}],
 }
+MAP = {"map": {"in": 1}, "element": "f32", "shape": ["t", 2], "strides": [4, 1], "box": [8, 4], "swizzle": 0}
 CONFIG: dict[str, Any] = {"target": "cuda:sm_90", "scratch": ["t * 8"], "launches": [LAUNCH]}
 
 
@@ -94,6 +95,13 @@ def test_operand_on_another_device_is_refused() -> None:
         ({"args": [{"out": -1}]}, "names nothing"),
         ({"args": [{"scratch": 1}]}, "names nothing"),
         ({"args": [{"in": 0, "out": 0}]}, "names nothing"),
+        ({"args": [{"in": True}]}, "names nothing"),
+        ({"args": [{"state": 0}]}, "names nothing"),
+        ({"args": [{**MAP, "map": {"in": 2}}]}, "names nothing"),
+        ({"args": [{**MAP, "map": {"size": "t"}}]}, "names nothing"),
+        ({"args": [{**MAP, "map": MAP}]}, "names nothing"),
+        ({"args": [{**MAP, "shape": ["u", 4]}]}, "not one of the token count"),
+        ({"args": [{**MAP, "swizzle": 9}]}, "the swizzle 9"),
         ({"args": [{"size": "__import__('os')"}]}, "not a dimension expression"),
         ({"args": [{"size": "u * 2"}]}, "not one of the token count"),
         ({"args": None}, "launch without arguments"),
@@ -105,6 +113,45 @@ def test_damaged_launches_are_refused(change: dict[str, Any], message: str) -> N
     variants = [Variant(None, {**CONFIG, "launches": [{**LAUNCH, **change}]})]
     with pytest.raises(ArtifactError, match=message):
         launcher(kernel(variants=variants), CPU, Recorder().load)
+
+
+def with_launch(config: dict[str, Any], **changes: Any) -> list[Variant]:
+    return [Variant(None, {**CONFIG, **config, "launches": [{**LAUNCH, **changes}]})]
+
+
+def test_maps_are_made_of_this_calls_tensors() -> None:
+    weights = torch.zeros(8, 2)
+    whole = {**MAP, "strides": [4, 1], "shape": ["t // 2", 4]}
+    recorder, _ = run(8, [torch.zeros(16, 3), weights], variants=with_launch({}, args=[whole]))
+    ((_, (map,)),) = recorder.launches
+    assert map.tensor.data_ptr() == weights.data_ptr() and map.shape == (4, 4)
+    with pytest.raises(ArtifactError, match=r"kernel 'k', in 1: a map of shape .* leads out of the tensor"):
+        run(8, variants=with_launch({}, args=[MAP]))
+
+
+def test_state_is_zero_at_first_and_outlives_a_call() -> None:
+    recorder = Recorder()
+    variants = with_launch({"state": [4, 8]}, args=[{"state": 0}, {"state": 1}])
+    call = launcher(kernel(variants=variants), CPU, recorder.load)
+    for _ in range(2):
+        call([torch.zeros(4, 3), torch.zeros(2, 2)])
+    (_, first), (_, second) = recorder.launches
+    assert [tensor.tolist() for tensor in first] == [[0] * 4, [0] * 8]
+    assert all(one is other for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("state", [4, [0], [-1], ["t"], [1 << 40], [True]])
+def test_damaged_state_is_refused(state: Any) -> None:
+    with pytest.raises(ArtifactError, match="are not sizes of at most"):
+        launcher(kernel(variants=with_launch({"state": state})), CPU, Recorder().load)
+
+
+def test_sizes_know_the_multiprocessors() -> None:
+    recorder = Recorder()
+    variants = with_launch({}, grid=["min(sms, t)", "1"], args=[{"size": "sms"}])
+    call = launcher(kernel(variants=variants), CPU, recorder.load, sms=132)
+    call([torch.zeros(2000, 3), torch.zeros(1000, 2)])
+    assert recorder.launches == [((132, 1), [132])]
 
 
 @pytest.mark.parametrize("variants", [[], [Variant(4, CONFIG)]])
