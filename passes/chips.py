@@ -15,8 +15,10 @@ class Chip:
     Args:
         bandwidth: memory, bytes/s.
         cache_bandwidth: L2 to the SMs, bytes/s.
+        cache: bytes of the L2 (AMD: of the Infinity Cache).
         flops: tensor-core (or matrix-core) rate by dtype.
         sms: multiprocessors (compute units).
+        clock: of the SMs, under boost, 1/s.
         shared: bytes of shared memory that one block may use.
         lanes: threads of a warp (wavefront).
         wide: rows below which the fast matrix instruction cannot be used (0: no such limit).
@@ -25,8 +27,10 @@ class Chip:
     name: str
     bandwidth: float
     cache_bandwidth: float
+    cache: int
     flops: dict[DType, float]
     sms: int
+    clock: float
     shared: int
     lanes: int = 32
     wide: int = 0
@@ -39,14 +43,25 @@ def _flops(half: float, single: float) -> dict[DType, float]:
     return {DType.bf16: half, DType.f16: half, DType.f32: single}
 
 
-# Data sheets: NVIDIA A100 (NVIDIA-1758950), H100 SXM (2287922), Blackwell B200 (DGX B200), AMD MI300X (MI300X data
-# sheet, CDNA 3 white paper). L2: A100 5,120 B/clock (white paper); H100 and B200 scaled by SMs and clock; MI300X is
-# its Infinity Cache.
+# Data sheets: NVIDIA A100 (NVIDIA-1758950), H100 SXM (2287922), Blackwell B200 (DGX B200), AMD MI300X and MI355X (data
+# sheets, CDNA 3 and CDNA 4 white papers). L2: A100 5,120 B/clock (white paper); H100 and B200 scaled by SMs and clock;
+# MI300X and MI355X are their Infinity Cache.
 CHIPS = {
-    "cuda:sm_80": Chip("NVIDIA A100 SXM 80 GB", 2.04e12, 5.5e12, _flops(312e12, 19.5e12), 108, 163 << 10),
-    "cuda:sm_90": Chip("NVIDIA H100 SXM", 3.35e12, 7.5e12, _flops(989e12, 67e12), 132, 227 << 10, wide=64),
-    "cuda:sm_100": Chip("NVIDIA B200", 8.0e12, 11e12, _flops(2250e12, 80e12), 148, 227 << 10, wide=64),
-    "hip:gfx942": Chip("AMD MI300X", 5.3e12, 17.2e12, _flops(1307e12, 163e12), 304, 64 << 10, lanes=64),
+    "cuda:sm_80": Chip(
+        "NVIDIA A100 SXM 80 GB", 2.04e12, 5.5e12, 40 << 20, _flops(312e12, 19.5e12), 108, 1.41e9, 163 << 10
+    ),
+    "cuda:sm_90": Chip(
+        "NVIDIA H100 SXM", 3.35e12, 7.5e12, 50 << 20, _flops(989e12, 67e12), 132, 1.83e9, 227 << 10, wide=64
+    ),
+    "cuda:sm_100": Chip(
+        "NVIDIA B200", 8.0e12, 11e12, 126 << 20, _flops(2250e12, 80e12), 148, 1.85e9, 227 << 10, wide=64
+    ),
+    "hip:gfx942": Chip(
+        "AMD MI300X", 5.3e12, 17.2e12, 256 << 20, _flops(1307e12, 163e12), 304, 2.1e9, 64 << 10, lanes=64
+    ),
+    "hip:gfx950": Chip(
+        "AMD MI355X", 8.0e12, 17.2e12, 256 << 20, _flops(2516e12, 157e12), 256, 2.4e9, 160 << 10, lanes=64
+    ),
 }
 
 

@@ -1,139 +1,122 @@
-"""The cost model: how long a tile shape takes for one of the two expert GEMMs on one chip.
-
-Roofline with four limits, the worst of which counts:
-
-- compute: padded flops over the tensor cores' rate, in whole waves of tiles over the SMs;
-- memory: the weights of the experts hit plus activations over the memory bandwidth;
-- cache: every tile's operands over the L2 bandwidth;
-- latency: a block has `stages - 1` steps of its inner loop under way, and a step takes a load's latency.
-
-Rows per expert follow from uniform routing: E (1 - (1 - k/E)^T) experts are hit. Skewed routing hits fewer, so that
-the figures are an upper bound for memory and a lower bound for padding.
-"""
+"""The choice between ways of computing an expert GEMM: which there are, how they compare, and what ranges share one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Literal
 
 from sparsec.diagnostics import CompileError
-from sparsec.dialects.moe import experts_hit
 from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
+from sparsec.passes.roofline import Family, Gemm, Prediction, Variant, predict
 
-BANDWIDTH_SHARE = 0.90  # H100: a copy reaches 3.0 of 3.35 TB/s
-FLOPS_SHARE = 0.80  # H100: cuBLAS reaches 798 of 989 TFLOP/s (bf16, 8192 cubed)
-MMA_SYNC_SHARE = 0.62  # what mma.sync reaches of wgmma's rate: Luo et al., arXiv 2402.13499
-LATENCY = 600e-9  # seconds from a load's issue to its data under load, between L2's and memory's
-LAUNCH = 3e-6  # seconds
-PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
-ROW_REGISTERS = 64  # registers of a thread beside its accumulators
+FAMILIES: tuple[Family, ...] = ("tiles",)
+"""The families of kernels that there are, as of `codegen/triton/families.py`."""
 
+BUCKETS = tuple(1 << i for i in range(16))
+"""Upper ends of the ranges of token counts that are told apart; the last one stands for all larger numbers."""
 
-@dataclass(frozen=True)
-class Gemm:
-    """A grouped GEMM: `pairs` rows in `experts` groups, [rows, inner] by [inner, parts * columns].
-
-    Args:
-        row_bytes: what one row of the result moves, intermediate results included.
-    """
-
-    experts: int
-    k: int
-    inner: int
-    columns: int
-    parts: int
-    dtype: DType
-    row_bytes: int
+SLACK = 1.005
+"""How much longer than the fastest a variant may take where it spares another binary."""
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A variant of the kernel: its tile, warps per block, and stages of loads under way."""
+class Candidate:
+    """A variant and what it is expected to do."""
 
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-    def shared(self, gemm: Gemm) -> int:
-        """Bytes of shared memory of one block."""
-        return self.num_stages * self.step(gemm)
-
-    def step(self, gemm: Gemm) -> int:
-        """Bytes of operands that one step of the inner loop loads."""
-        return (self.block_m + self.block_n * gemm.parts) * self.block_k * gemm.dtype.itemsize
+    variant: Variant
+    made: Prediction
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a tile is expected to do.
-
-    Args:
-        us: time in microseconds.
-        limiter: which roof it hits.
-        waste: rows computed for nothing, as a share of those needed.
-        hit: experts expected to have rows.
-    """
-
-    us: float
-    limiter: Literal["memory", "compute"]
-    waste: float
-    hit: float
+def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
+    """Why a family of kernels cannot compute a GEMM on a chip; "" if it can."""
+    if kernel not in FAMILIES:
+        return "there is no such family of kernels"
+    return ""
 
 
-def predict(gemm: Gemm, tile: Tile, tokens: int, on: Chip) -> Prediction | None:
-    """Time of a grouped GEMM for `tokens` tokens; None where the tile does not fit the chip."""
-    shared = tile.shared(gemm)
-    threads = tile.num_warps * on.lanes
-    registers = tile.block_m * tile.block_n * gemm.parts / threads + ROW_REGISTERS
-    if shared > on.shared or registers > 255:
-        return None
-    resident = max(1, min(on.shared // shared, int(65536 * (on.lanes // 32) / (registers * threads)), 2048 // threads))
-    hit, pairs = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k
-    blocks = max(1.0, pairs / hit / tile.block_m + (1 - 1 / tile.block_m) / 2)
-    tiles = hit * blocks * -(-gemm.columns // tile.block_n)
-    inner = -(-gemm.inner // tile.block_k) * tile.block_k
-
-    rate = on.flops.get(gemm.dtype, on.flops[DType.f32]) * FLOPS_SHARE
-    if gemm.dtype is not DType.f32 and tile.block_m < on.wide:
-        rate *= MMA_SYNC_SHARE
-    waves = max(1.0, -(-tiles // on.sms)) * on.sms / tiles
-    compute = 2 * tiles * tile.block_m * tile.block_n * gemm.parts * inner / rate * waves
-
-    weights = hit * gemm.columns * gemm.parts * gemm.inner * gemm.dtype.itemsize
-    moved = weights + pairs * gemm.row_bytes + min(tokens, pairs) * gemm.inner * gemm.dtype.itemsize
-    steps = inner // tile.block_k
-    piece = tile.block_k * gemm.dtype.itemsize
-    memory = moved / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece)
-    cached = tiles * steps * tile.step(gemm) / on.cache_bandwidth
-    waiting = max(1.0, tiles / (on.sms * resident)) * steps * LATENCY / (tile.num_stages - 1)
-
-    slowest = max(compute, memory, cached, waiting)
-    seconds = slowest + LAUNCH
-    limiter: Literal["memory", "compute"] = "compute" if compute == slowest else "memory"
-    return Prediction(seconds * 1e6, limiter, hit * blocks * tile.block_m / pairs - 1, hit)
+def candidates(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    """The variants that are tried: of each family that can compute the GEMM on the chip."""
+    for kernel in FAMILIES:
+        if not obstacle(kernel, gemm, on):
+            yield from _tiles(gemm, on)
 
 
-def candidates(on: Chip) -> Iterator[Tile]:
-    """The tiles that are tried, small ones first."""
-    for m, n, k, warps, stages in product((16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)):
-        if on.lanes == 32 or stages <= 3:  # a wavefront machine has no asynchronous copies to keep under way
-            yield Tile(m, n, k, warps, stages)
+def _tiles(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    shallow = gemm.packing == "plain" and (on.lanes == 64 or gemm.dtype is DType.f32)
+    depths = (32, 64, 128) if shallow else (64, 128)
+    stages = (2, 3) if on.lanes == 64 else (3, 4, 5)  # there, no asynchronous copies to keep under way
+    for m, n, k, warps, deep in product((16, 32, 64, 128), (32, 64, 128, 256), depths, (4, 8), stages):
+        yield Variant("tiles", m, n, k, warps, deep)
 
 
 @cache
-def best(gemm: Gemm, tokens: int, on: Chip) -> tuple[Tile, Prediction]:
-    """The fastest tile for `tokens` tokens; among those within 2 % one of few rows with much under way."""
-    timed = [(tile, made) for tile in candidates(on) if (made := predict(gemm, tile, tokens, on)) is not None]
-    if not timed:
+def ranked(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
+    """All variants that fit the chip, the fastest for `tokens` tokens first; of equals that of least memory.
+
+    Raises: CompileError if none fits.
+    """
+    made = [(variant, predict(gemm, variant, tokens, on)) for variant in candidates(gemm, on)]
+    found = [Candidate(variant, prediction) for variant, prediction in made if prediction is not None]
+    if not found:
         raise CompileError(f"no tile of {gemm} fits {on.name}")
-    limit = min(made.us for _, made in timed) * 1.02
-    return min(
-        (pair for pair in timed if pair[1].us <= limit),
-        key=lambda pair: (pair[0].block_m, -pair[0].step(gemm) * (pair[0].num_stages - 1), pair[0].num_warps),
-    )
+    return tuple(sorted(found, key=lambda c: (c.made.us, c.variant.block_m, c.variant.shared(gemm))))
+
+
+def best(gemm: Gemm, tokens: int, on: Chip) -> Candidate:
+    """The fastest variant for `tokens` tokens. Raises: CompileError if none fits."""
+    return ranked(gemm, tokens, on)[0]
+
+
+def by_family(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
+    """The fastest variant of each family, the fastest family first."""
+    found = dict[Family, Candidate]()
+    for candidate in ranked(gemm, tokens, on):
+        found.setdefault(candidate.variant.kernel, candidate)
+    return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class Range:
+    """The variant for up to `up_to` tokens (None: any number), with what it is expected to do at the upper end."""
+
+    up_to: int | None
+    chosen: Candidate
+
+
+@cache
+def ranges(gemm: Gemm, on: Chip, buckets: Sequence[int] = BUCKETS) -> tuple[Range, ...]:
+    """The variants by ascending token count: as few as stay within SLACK of the fastest in each bucket."""
+    found = list[Range]()
+    good, first = set[Variant](), 0
+    for i, tokens in enumerate((*buckets, 0)):
+        here = _near(gemm, tokens, on) if tokens else set[Variant]()
+        if i and not good & here:
+            found.append(_settled(gemm, on, buckets[first:i], good))
+            good, first = here, i
+        else:
+            good = good & here if i else here
+    last = found[-1]
+    return (*found[:-1], Range(None, last.chosen))
+
+
+def _near(gemm: Gemm, tokens: int, on: Chip) -> set[Variant]:
+    """The variants within SLACK of the fastest."""
+    order = ranked(gemm, tokens, on)
+    return {c.variant for c in order if c.made.us <= order[0].made.us * SLACK}
+
+
+def _settled(gemm: Gemm, on: Chip, buckets: Sequence[int], good: set[Variant]) -> Range:
+    """A range over some buckets by the best of the variants that are good in all of them."""
+    cost = dict.fromkeys(good, 0.0)
+    at = dict[Variant, Candidate]()
+    for tokens in buckets:
+        order = ranked(gemm, tokens, on)
+        for candidate in order:
+            if candidate.variant in cost:
+                cost[candidate.variant] += candidate.made.us / order[0].made.us
+                at[candidate.variant] = candidate
+    variant = min(good, key=lambda v: (round(cost[v], 6), v.block_m, v.shared(gemm), v.num_warps, str(v)))
+    return Range(buckets[-1], at[variant])

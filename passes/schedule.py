@@ -7,20 +7,17 @@ from typing import Any, ClassVar
 
 from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
 from sparsec.ir.core import Module, Op
-from sparsec.ir.types import DType
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.chips import Chip, chip
-from sparsec.passes.cost import Gemm, best
-
-BUCKETS = (1, 16, 64, 256, 1024, 4096)
-MANY = 16384  # tokens that stand for all larger numbers
+from sparsec.passes.cost import ranges
+from sparsec.passes.roofline import Gemm
 
 
 @register
 @dataclass(frozen=True)
 class ScheduleVariants(Pass):
-    """Write the variants of every fused op for GPUs: the tiles that the cost model finds fastest for each range of
-    token counts. Kernels for CPUs choose by themselves."""
+    """Write the variants of every fused op for GPUs: for each range of token counts the family of kernels and the tile
+    that the cost model finds fastest; a remark says which and why. Kernels for CPUs choose by themselves."""
 
     name: ClassVar[str] = "schedule"
 
@@ -40,43 +37,36 @@ class ScheduleVariants(Pass):
 def gpu_variants(op: Op, on: Chip) -> tuple[dict[str, Any], ...]:
     """Variants of a fused op for a GPU; none for other ops.
 
-    GEMMs: `block_m, block_n, block_k, num_warps, num_stages` with `predicted_us` at the range's upper end and its
-    `limiter`. `block_n` counts columns of the result (a gated up-projection loads two such blocks). Routers:
-    `block_rows` tokens per program and `num_warps`.
+    GEMMs: `kernel` (the family), `block_m, block_n, block_k, num_warps, num_stages, split` with `predicted_us` at the
+    range's upper end and its `limiter`. `block_n` counts columns of the result (a gated up-projection loads two such
+    blocks). Routers: `block_rows` tokens per program and `num_warps`.
     """
     if isinstance(op, RouteGroup | Group):
         return _router_variants(op)
     if not isinstance(op, GatherGemm | GemmCombine):
         return ()
-    gemm, found = _gemm(op), list[dict[str, Any]]()
-    for tokens in (*BUCKETS, MANY):
-        tile, made = best(gemm, tokens, on)
-        variant = {
-            **({} if tokens == MANY else {"up_to": tokens}),
-            **asdict(tile),
-            "predicted_us": round(made.us, 2),
-            "limiter": made.limiter,
+    return tuple(
+        {
+            **({} if range_.up_to is None else {"up_to": range_.up_to}),
+            **asdict(range_.chosen.variant),
+            "predicted_us": round(range_.chosen.made.us, 2),
+            "limiter": range_.chosen.made.limiter,
         }
-        if found and all(found[-1][key] == value for key, value in asdict(tile).items()):
-            found.pop()  # the same tile for this range too
-        found.append(variant)
-    return tuple(found)
+        for range_ in ranges(gemm_of(op), on)
+    )
 
 
-def _gemm(op: GatherGemm | GemmCombine) -> Gemm:
+def gemm_of(op: GatherGemm | GemmCombine) -> Gemm:
+    """What the cost model needs to know of an op."""
     if isinstance(op, GatherGemm):
-        inner = op.up.tensor.shape[1 if op.up_transposed else 2]
-        parts = 1 if op.layout == "single" else 2
+        inner, dtype = op.x.tensor.shape[-1], op.x.tensor.dtype
         assert isinstance(inner, int)
-        size = op.x.tensor.dtype.itemsize
-        return Gemm(op.num_experts, op.k, inner, op.width, parts, op.x.tensor.dtype, op.width * size)
-    inner, columns = op.h.tensor.shape[-1], op.y.tensor.shape[-1]
+        parts = 1 if op.layout == "single" else 2
+        return Gemm("up", op.num_experts, op.k, inner, op.width, parts, dtype, packing=op.packing)
+    inner, columns, dtype = op.h.tensor.shape[-1], op.y.tensor.shape[-1], op.h.tensor.dtype
     assert isinstance(inner, int) and isinstance(columns, int)
-    size = op.h.tensor.dtype.itemsize
-    partial = 2 * columns * DType.f32.itemsize  # written by the GEMM, read by the sum over slots
-    alone = op.k == 1 and op.tail is None
-    row_bytes = inner * size + (columns * size if alone else partial)
-    return Gemm(op.num_experts, op.k, inner, columns, 1, op.h.tensor.dtype, row_bytes)
+    launches = 0 if op.k == 1 and op.tail is None else 1
+    return Gemm("down", op.num_experts, op.k, inner, columns, 1, dtype, launches, op.packing)
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:

@@ -1,71 +1,132 @@
-"""The cost model against published measurements, and the variants that come of it."""
+"""The cost model against published measurements, and what any cost model has to do."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sparsec import pipeline
 from sparsec.diagnostics import CompileError
-from sparsec.ir.parser import parse_module
+from sparsec.dialects.moe import experts_hit
 from sparsec.ir.types import DType
 from sparsec.passes.chips import CHIPS, chip
-from sparsec.passes.cost import Gemm, Tile, best, candidates, predict
+from sparsec.passes.cost import BUCKETS, FAMILIES, SLACK, best, candidates, obstacle, ranges, ranked
+from sparsec.passes.roofline import Gemm, Prediction, Variant, after, predict
+from tests.passes.published import DEEPSEEK_V3, GPT_OSS, LAYERS, MIXTRAL, OLMOE, QWEN3, SGLANG, SONIC, Shape
 
 H100 = CHIPS["cuda:sm_90"]
+MODELS = [MIXTRAL, QWEN3, OLMOE, GPT_OSS, DEEPSEEK_V3]
 
 
-def layer(experts: int, k: int, hidden: int, width: int, dtype: DType = DType.bf16) -> tuple[Gemm, Gemm]:
-    """Both GEMMs of a gated layer."""
-    up = Gemm(experts, k, hidden, width, 2, dtype, dtype.itemsize * width)
-    return up, Gemm(experts, k, width, hidden, 1, dtype, 8 * hidden + dtype.itemsize * width)
+def by_pointers(gemm: Gemm, tokens: int) -> Prediction:
+    """The best of the family whose operands come by pointers, as those of what was measured do."""
+    return next(c.made for c in ranked(gemm, tokens, H100) if c.variant.kernel == "tiles")
 
 
-# Whole expert layers in bf16 on one H100: Liger-Kernel PR 1294 and vLLM PR 24700 (two-way split of Mixtral).
-@pytest.mark.parametrize(
-    ("shape", "tokens", "measured_us"),
-    [
-        ((128, 8, 2048, 768), 128, 440),
-        ((128, 8, 2048, 768), 1024, 501),
-        ((128, 8, 2048, 768), 8192, 1398),
-        ((128, 8, 2048, 768), 32768, 5170),
-        ((8, 2, 4096, 7168), 1, 144),
-        ((8, 2, 4096, 7168), 64, 483),
-        ((8, 2, 4096, 7168), 1024, 834),
-    ],
+@pytest.mark.parametrize(("shape", "tokens", "us"), [(s, t, us) for s, row in LAYERS.items() for t, us in row.items()])
+def test_layers_take_what_was_measured(shape: Shape, tokens: int, us: float) -> None:
+    """Within 15 %, though every one of these kernels is somewhat different from ours."""
+    predicted = sum(by_pointers(gemm, tokens).us for gemm in shape.layer())
+    assert 0.85 < predicted / us < 1.15
+
+
+@pytest.mark.parametrize("half", ["up", "down"])
+def test_gemms_take_what_was_measured(half: str) -> None:
+    gemm, tokens = QWEN3.layer()[half == "down"], int(SGLANG["tokens"])
+    predicted = by_pointers(gemm, tokens).us - 1e6 * after(gemm, best(gemm, tokens, H100).variant, tokens, H100)
+    assert 0.85 < predicted / SGLANG[half] < 1.15
+
+
+@pytest.mark.parametrize(("tokens", "shape"), list(SONIC))
+def test_large_layers_take_little_longer_than_the_best_known(tokens: int, shape: Shape) -> None:
+    """SonicMoE's rows come by TMA in warps of their own, and it adds bf16 rows: ours may take 1.45 times as long."""
+    predicted = sum(best(gemm, tokens, H100).made.us for gemm in shape.layer())
+    assert 0.9 < predicted / (shape.flops(tokens) / SONIC[tokens, shape] * 1e-6) < 1.45
+
+
+def test_preferred_tiles_are_those_of_tuned_files() -> None:
+    """vLLM's files for H100 and H200, bf16: 16 x 64 x 128 or 16 x 128 x 128 (columns of gate and up together) for up
+    to 32 tokens, 128 x 256 x 64 beyond 512."""
+    for shape in (QWEN3, OLMOE, GPT_OSS):
+        for gemm in shape.layer():
+            few = next(c.variant for c in ranked(gemm, 16, H100) if c.variant.kernel == "tiles")
+            assert (few.block_m, few.block_k) == (16, 128)
+            assert few.block_n * gemm.parts in (64, 128, 256)
+            many = next(c.variant for c in ranked(gemm, 8192, H100) if c.variant.kernel == "tiles")
+            assert (many.block_m, many.block_n * gemm.parts) == (128, 256)
+
+
+def floor(gemm: Gemm, tokens: int) -> float:
+    """Microseconds that the weights of the experts hit, or the products, take at the vendor's rates."""
+    weights = experts_hit(gemm.experts, gemm.k, tokens) * gemm.weights / H100.bandwidth
+    flops = 2 * tokens * gemm.k * gemm.inner * gemm.columns * gemm.parts / H100.flops[gemm.dtype]
+    return 1e6 * max(weights, flops)
+
+
+shapes = st.builds(
+    Shape,
+    st.sampled_from([8, 60, 64, 128, 256]),
+    st.integers(1, 8),
+    st.sampled_from([512, 2048, 2880, 7168]),
+    st.sampled_from([256, 768, 1000, 14336]),
 )
-def test_predictions_are_near_good_kernels(shape: tuple[int, int, int, int], tokens: int, measured_us: float) -> None:
-    predicted = sum(best(gemm, tokens, H100)[1].us for gemm in layer(*shape))
-    assert 0.8 < predicted / measured_us < 1.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, dtype=st.sampled_from([DType.bf16, DType.f32]), tokens=st.integers(1, 50000))
+def test_no_prediction_is_below_the_floor_and_more_tokens_take_longer(shape: Shape, dtype: DType, tokens: int) -> None:
+    for gemm in shape.layer(dtype):
+        now, more = best(gemm, tokens, H100).made, best(gemm, 2 * tokens, H100).made
+        assert floor(gemm, tokens) < now.us <= more.us
+        assert now.waste > -1e-9 and 0 < now.hit < min(shape.experts, tokens * shape.k) + 1e-9
+        assert now.us >= now.roofs[now.limiter] == max(now.roofs.values())
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, tokens=st.integers(1, 50000), more=st.integers(1, 500), data=st.data())
+def test_each_variant_takes_longer_for_more_tokens(shape: Shape, tokens: int, more: int, data: st.DataObject) -> None:
+    gemm = data.draw(st.sampled_from(shape.layer()))
+    variant = data.draw(st.sampled_from(sorted(candidates(gemm, H100), key=str)))
+    now, later = predict(gemm, variant, tokens, H100), predict(gemm, variant, tokens + more, H100)
+    assert (now is None) == (later is None)
+    if now is not None and later is not None:
+        # Where rows of x begin to outgrow the cache, the second half's sums come from memory instead.
+        assert now.us <= later.us * 1.0001
 
 
 def test_few_tokens_stream_weights_and_many_compute() -> None:
-    up, down = layer(8, 2, 4096, 14336)
-    few, many = best(up, 16, H100), best(down, 1024, H100)
-    assert few[0].block_m == 16 and few[1].limiter == "memory"
-    assert many[0].block_m == 128 and many[1].limiter == "compute"
-    assert few[1].hit == pytest.approx(8 * (1 - 0.75**16))
-    assert few[1].waste > 1 > best(up, 4096, H100)[1].waste
+    up, down = MIXTRAL.layer()
+    few, many = best(up, 16, H100).made, best(down, 4096, H100)
+    assert few.limiter == "memory" and many.made.limiter in ("compute", "cache")
+    assert many.variant.block_m == 128
+    assert few.hit == pytest.approx(8 * (1 - 0.75**16))
+    assert few.waste > best(up, 4096, H100).made.waste
+
+
+def test_smaller_weights_take_less_time() -> None:
+    times = [best(QWEN3.layer(packing=packing)[0], 64, H100).made.us for packing in ("plain", "fp8", "mxfp4")]
+    assert times[0] > 1.7 * times[1] > 2.4 * times[2]
 
 
 @pytest.mark.parametrize("target", sorted(CHIPS))
 @pytest.mark.parametrize("dtype", [DType.bf16, DType.f32])
 def test_what_is_chosen_fits_the_chip(target: str, dtype: DType) -> None:
     on = chip(target)
-    for gemm in layer(64, 8, 2048, 1000, dtype):
+    for gemm in Shape(64, 8, 2048, 1000).layer(dtype):
         for tokens in (1, 100, 10000):
-            tile, made = best(gemm, tokens, on)
-            assert tile.shared(gemm) <= on.shared
-            assert tile.block_m * tile.block_n * gemm.parts / (tile.num_warps * on.lanes) <= 192  # registers
+            variant, made = best(gemm, tokens, on).variant, best(gemm, tokens, on).made
+            assert variant.kernel in FAMILIES and not obstacle(variant.kernel, gemm, on)
+            assert variant.shared(gemm) <= on.shared
+            assert variant.registers(gemm, on) <= 255
             assert made.us > 0
 
 
 def test_a_tile_too_large_is_refused() -> None:
-    up, _ = layer(8, 2, 4096, 14336)
-    assert predict(up, Tile(128, 256, 128, 4, 5), 64, H100) is None
-    assert any(predict(up, tile, 64, H100) is None for tile in candidates(H100))
+    up, _ = MIXTRAL.layer()
+    assert predict(up, Variant("tiles", 128, 256, 128, 4, 5), 64, H100) is None
+    assert any(predict(up, variant, 64, H100) is None for variant in candidates(up, H100))
 
 
 def test_an_unknown_chip_is_an_error() -> None:
@@ -73,43 +134,17 @@ def test_an_unknown_chip_is_an_error() -> None:
         chip("cuda:sm_75")
 
 
-TEXT = """
-module {phase = "place"}
-
-func @main(%x: tensor<s0x2048xbf16> {kind = "input"}, %i: tensor<s0x8xi64> {kind = "input"}, %w: tensor<s0x8xf32> {kind = "input"}, %up: tensor<128x1536x2048xbf16> {kind = "param", source = "up"}, %down: tensor<128x2048x768xbf16> {kind = "param", source = "down"}) -> (tensor<s0x2048xbf16> {kind = "output"}) {
-  %o, %f = moe.group(%i) {num_experts = 128} : tensor<(8*s0)xi32>, tensor<129xi32>
-  %h = moe.gather_gemm(%x, %o, %f, %up) {k = 8} : tensor<(8*s0)x768xbf16> {
-    activation(%a: tensor<rx768xbf16>, %b: tensor<rx768xbf16>):
-      %m = aten.mul.Tensor(%a, %b) : tensor<rx768xbf16>
-      yield %m
-  }
-  %y = moe.gemm_combine(%h, %o, %f, %w, %down) : tensor<s0x2048xbf16>
-  return %y
-}
-"""  # noqa: E501
-
-
-@pytest.mark.parametrize("target", ["cpu", *sorted(CHIPS)])
-def test_variants_cover_every_token_count_in_order(target: str) -> None:
-    module = pipeline.run(parse_module(TEXT), target=target, to="schedule").module
-    for op in module.main.body.ops[:-1]:
-        given: Any = op.attrs.get("variants", ())
-        variants = [dict(variant) for variant in given]
-        if target == "cpu":
-            assert not variants, "kernels for CPUs choose by themselves"
-            continue
-        assert "up_to" not in variants[-1]
-        assert all(a["up_to"] < b["up_to"] for a, b in pairwise(variants[:-1]))
-        if op.name == "moe.group":
-            assert all({"block_rows", "num_warps"} <= variant.keys() for variant in variants)
-        else:
-            rows = [variant["block_m"] for variant in variants]
-            assert rows == sorted(rows) and rows[0] == 16 and rows[-1] >= 64
-            assert all(
-                variant["predicted_us"] > 0 and variant["limiter"] in ("memory", "compute") for variant in variants
-            )
-
-
-def test_scheduling_twice_changes_nothing() -> None:
-    result = pipeline.run_passes(parse_module(TEXT), "schedule,schedule", target="cuda:sm_90")
-    assert [record.changed for record in result.records] == [True, False]
+@pytest.mark.parametrize("target", sorted(CHIPS))
+@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: f"{shape.experts}x{shape.width}")
+def test_ranges_lose_little_against_the_best_of_each_bucket(shape: Shape, target: str) -> None:
+    """Every bucket within SLACK of its best, and few variants, each of which is a binary."""
+    on = chip(target)
+    for gemm in shape.layer():
+        found = ranges(gemm, on)
+        assert found[-1].up_to is None and len(found) <= 8
+        ends = [range_.up_to for range_ in found[:-1]]
+        assert all(a is not None and b is not None and a < b for a, b in pairwise(ends))
+        for tokens in BUCKETS:
+            chosen = next(r for r in found if r.up_to is None or tokens <= r.up_to).chosen.variant
+            made = predict(gemm, chosen, tokens, on)
+            assert made is not None and made.us <= best(gemm, tokens, on).made.us * SLACK

@@ -1,0 +1,262 @@
+"""How long one way of computing an expert GEMM takes on one chip: a roofline with four roofs. The highest one counts.
+
+- memory: weights of the experts hit, activations, results, over the memory's bandwidth;
+- compute: padded flops over the tensor cores' rate, by the SM with most programs;
+- cache: what all programs load and store, over the bandwidth of the L2;
+- latency: a program has `num_stages - 1` steps under way, each of which takes a load's latency.
+
+Rows per expert follow from uniform routing: E (1 - (1 - k/E)^T) experts are hit. Skewed routing hits fewer, so that
+memory is an upper bound and padding a lower one. The constants are fitted to what is published of H100s, see
+`tests/passes/published.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Literal, TypeAlias
+
+from sparsec.dialects.moe import experts_hit
+from sparsec.ir.types import DType
+from sparsec.passes.chips import Chip
+
+Limiter: TypeAlias = Literal["memory", "compute", "cache", "latency"]
+Family: TypeAlias = Literal["tiles", "swap", "persistent", "rows"]
+
+BANDWIDTH_SHARE = 0.90  # H100: a copy reaches 3.0 of 3.35 TB/s
+FLOPS_SHARE = 0.80  # H100: cuBLAS reaches 798 of 989 TFLOP/s (bf16, 8192 cubed)
+MMA_SYNC_SHARE = 0.62  # what mma.sync reaches of wgmma's rate: Luo et al., arXiv 2402.13499
+POINTERS = 0.87  # of what TMA reaches for both operands: SGLang PR 36543, 625.6 and 316.5 to 530.6 and 283.4 us
+GATHERED = 0.94  # rows by pointers, weights by TMA: Liger-Kernel PR 1294, 1.06 times
+LATENCY = 600e-9  # seconds from a load's issue to its data under load, between L2's and memory's
+LAUNCH = 3e-6  # seconds
+SHOWS = 0.02  # of what the roofs below the highest take: they overlap with it, not wholly
+SEARCH = 3 * LATENCY  # a program finds its tile: offsets, then rows, then the first operands
+PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
+ROW_REGISTERS = 64  # registers of a thread beside its accumulators
+SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
+CACHED = 0.5  # the share of the L2 that data stays in until its next reader
+WEIGHT_SIZES = {"fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A grouped GEMM: T * k rows in `experts` groups, [rows, inner] by [inner, parts * columns].
+
+    Args:
+        half: `up` gathers rows of x; `down` reads rows in order and leaves the sum of k rows for each token.
+        inner, columns, parts: `columns` of the result, each of which needs `parts` columns of weights.
+        dtype: of activations, and of the products.
+        packing: how the weights lie in memory (`moe.gather_gemm`).
+        launches: kernels that it takes besides the GEMM: one where k rows are added, or a tail finishes them.
+    """
+
+    half: Literal["up", "down"]
+    experts: int
+    k: int
+    inner: int
+    columns: int
+    parts: int
+    dtype: DType
+    launches: int = 0
+    packing: str = "plain"
+
+    @property
+    def weight_size(self) -> float:
+        """Bytes of one weight, with its share of the scales."""
+        return WEIGHT_SIZES.get(self.packing, self.dtype.itemsize)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of one expert's weights."""
+        return self.columns * self.parts * self.inner * self.weight_size
+
+    @property
+    def stored(self) -> int:
+        """Bytes of an element that the GEMM stores: f32 where rows are still to be added."""
+        return 4 if self.launches else self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a GEMM: a family of kernels, its tile, warps per program, stages of loads, parts of K.
+
+    `block_m` counts rows of the result, `block_n` columns of it, whichever side of the tensor core they are on.
+    """
+
+    kernel: Family
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        split = f" / {self.split}" if self.split > 1 else ""
+        tile = f"{self.block_m} x {self.block_n} x {self.block_k}{split}"
+        return f"{self.kernel} {tile}, {self.num_warps} warps, {self.num_stages} stages"
+
+    def step(self, gemm: Gemm) -> int:
+        """Bytes of shared memory that one step of the inner loop fills."""
+        weights = self.block_n * gemm.parts * gemm.weight_size
+        return int((self.block_m * gemm.dtype.itemsize + weights) * self.block_k)
+
+    def shared(self, gemm: Gemm) -> int:
+        """Bytes of shared memory of one program."""
+        return 0 if self.kernel == "rows" else self.num_stages * self.step(gemm)
+
+    def registers(self, gemm: Gemm, on: Chip) -> float:
+        """Registers of a thread."""
+        return self.block_m * self.block_n * gemm.parts / (self.num_warps * on.lanes) + ROW_REGISTERS
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a GEMM's programs do.
+
+    Args:
+        programs: how many have a tile; expected, under uniform routing.
+        steps: turns of one program's inner loop.
+        flops, loads, stores: of one program: padding included; bytes of operands and of results.
+    """
+
+    programs: float
+    steps: int
+    flops: int
+    loads: int
+    stores: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a variant is expected to do for a number of tokens.
+
+    Args:
+        us: time in microseconds, launches included.
+        limiter: the roof that it hits.
+        roofs: microseconds by roof, without launches.
+        waste: rows computed for nothing, as a share of those needed.
+        hit: experts expected to have rows.
+        resident: programs that one SM holds at a time.
+    """
+
+    us: float
+    limiter: Limiter
+    roofs: Mapping[Limiter, float] = field(hash=False)
+    waste: float
+    hit: float
+    work: Work
+    resident: int
+
+
+def work(gemm: Gemm, variant: Variant, tokens: int) -> Work:
+    """What the programs of a variant do for `tokens` tokens."""
+    hit, pairs = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k
+    steps, columns = -(-gemm.inner // (variant.block_k * variant.split)), -(-gemm.columns // variant.block_n)
+    if variant.kernel == "rows":
+        return _decode(gemm, variant, tokens, steps, columns)
+    blocks = max(1.0, pairs / hit / variant.block_m + (1 - 1 / variant.block_m) / 2)
+    area = variant.block_m * variant.block_n
+    return Work(
+        hit * blocks * columns * variant.split,
+        steps,
+        2 * area * gemm.parts * steps * variant.block_k,
+        steps * variant.step(gemm),
+        area * gemm.stored,
+    )
+
+
+def _decode(gemm: Gemm, variant: Variant, tokens: int, steps: int, columns: int) -> Work:
+    """A program for each row: a pair's going up; a token's, with its k experts one after the other, going down."""
+    rows, turns = (tokens * gemm.k, 1) if gemm.half == "up" else (tokens, gemm.k)
+    inner = steps * turns * variant.block_k
+    weights = variant.block_n * gemm.parts
+    return Work(
+        rows * columns * variant.split,
+        steps * turns,
+        2 * weights * inner,
+        int(inner * (weights * gemm.weight_size + gemm.dtype.itemsize)),
+        variant.block_n * (4 if variant.split > 1 else gemm.dtype.itemsize),
+    )
+
+
+def moved(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
+    """Bytes that pass between memory and the chip in the GEMM itself: what the L2 cannot hold is read again."""
+    hit, pairs, size = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, gemm.dtype.itemsize
+    rows = pairs
+    if gemm.half == "up" and tokens * gemm.inner * size < on.cache * CACHED:
+        rows = min(tokens, pairs)
+    results = (tokens if variant.kernel == "rows" and gemm.half == "down" else pairs) * gemm.columns
+    turns = 1.0
+    if variant.kernel != "rows" and gemm.weights > on.cache * CACHED:
+        turns = max(1.0, pairs / hit / (variant.block_m * GROUP_M))
+    return hit * gemm.weights * turns + rows * gemm.inner * size + results * gemm.stored
+
+
+GROUP_M = 8
+"""Row blocks of an expert that share a block of its weights: as of the kernels."""
+
+
+def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction | None:
+    """Time of a variant for `tokens` tokens; None where it does not fit the chip."""
+    shared, threads = variant.shared(gemm), variant.num_warps * on.lanes
+    registers = variant.registers(gemm, on)
+    if shared > on.shared or registers > 255:
+        return None
+    resident = max(1, min(int(65536 * (on.lanes // 32) / (registers * threads)), 2048 // threads))
+    resident = max(1, min(resident, on.shared // shared)) if shared else resident
+    hit, pairs, done = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, work(gemm, variant, tokens)
+    busiest = ceil(done.programs / on.sms - 1e-9)
+    piece = variant.block_k * gemm.weight_size
+    waiting = done.steps * LATENCY / (variant.num_stages - 1)
+    rounds = max(1.0, busiest / resident)
+    searches = 1.0 if variant.kernel in ("persistent", "rows") else rounds
+    roofs: dict[Limiter, float] = {
+        "memory": moved(gemm, variant, tokens, on) / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece),
+        "compute": busiest * done.flops / (rate(gemm, variant, on) / on.sms),
+        "cache": done.programs * (done.loads + done.stores) / (on.cache_bandwidth * feed(gemm, variant)),
+        "latency": rounds * waiting + searches * SEARCH,
+    }
+    limiter = max(roofs, key=lambda roof: roofs[roof])
+    hidden = sum(roofs.values()) - roofs[limiter]
+    seconds = roofs[limiter] + SHOWS * hidden + LAUNCH + after(gemm, variant, tokens, on)
+    rows = done.programs * variant.block_m / (-(-gemm.columns // variant.block_n) * variant.split)
+    waste = 0.0 if variant.kernel == "rows" else rows / pairs - 1
+    return Prediction(seconds * 1e6, limiter, {k: v * 1e6 for k, v in roofs.items()}, waste, hit, done, resident)
+
+
+def after(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
+    """Seconds of what follows the GEMM: the k rows of each token are read and added."""
+    if not gemm.launches or (variant.kernel == "rows" and variant.split == 1):
+        return 0.0
+    read = tokens * gemm.columns * (gemm.k * 4 + gemm.dtype.itemsize)
+    fast = on.cache_bandwidth if tokens * gemm.k * gemm.columns * 4 < on.cache * CACHED else on.bandwidth
+    return gemm.launches * LAUNCH + read / (fast * BANDWIDTH_SHARE)
+
+
+def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
+    """Flops per second that the chip reaches in this variant's products."""
+    full = on.flops.get(gemm.dtype, on.flops[DType.f32])
+    if variant.kernel == "rows":
+        return on.flops[DType.f32] * FLOPS_SHARE / 2  # each weight is widened, multiplied, added
+    if gemm.dtype is DType.f32:
+        return full * FLOPS_SHARE
+    share = FLOPS_SHARE * feed(gemm, variant)
+    m, n = variant.block_m, variant.block_n
+    if variant.kernel == "swap":
+        m, n = n, m
+    if m < on.wide:
+        return full * share * MMA_SYNC_SHARE
+    # Both operands come from shared memory: m once for each 256 columns, n once for each 64 rows.
+    read = 2 * (m * -(-n // 256) + n * -(-m // 64)) / SHARED_READS
+    multiply = 2 * m * n / (full / on.sms / on.clock)
+    return full * share * (min(1.0, multiply / read) if on.wide else 1.0)
+
+
+def feed(gemm: Gemm, variant: Variant) -> float:
+    """The share of their rates that L2 and tensor cores reach, by how operands come to shared memory."""
+    if variant.kernel in ("tiles", "rows"):
+        return POINTERS
+    return GATHERED if gemm.half == "up" else 1.0
