@@ -34,7 +34,8 @@ class Tiles:
         self.down = Down(func, op, gemm, wiring)
 
     def functions(self) -> list[str]:
-        body = indent(_gemm_lines(self.gemm, self.op, self.down))
+        bound = [] if self.gemm.even(self.gemm.columns, "BLOCK_N") else ["columns < H"]
+        body = indent(self.down.lines(_loop(self.gemm, self.op, bound), bound))
         signature = self.gemm.signature(f"{self.func.name}_gemm", self.down.parameters)
         return [f"{signature}\n{body}", *self.down.functions()]
 
@@ -56,7 +57,7 @@ class Down:
     """
 
     def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
-        self.dtype = op.y.tensor.dtype
+        self.op, self.gemm, self.dtype = op, gemm, op.y.tensor.dtype
         y = Parameter("y", POINTERS[self.dtype], wiring.result(op.y))
         alone = op.k == 1 and op.tail is None
         size = op.k * gemm.columns * 4
@@ -87,10 +88,35 @@ class Down:
     def launches(self) -> list[Entry]:
         return [] if self._sum is None else [self._sum[1]]
 
-    def doc(self) -> str:
-        """The GEMM's docstring."""
+    def lines(self, loop: list[str], bound: list[str]) -> list[str]:
+        """The body of a GEMM whose programs make one tile each.
+
+        Args:
+            loop: makes `acc` [BLOCK_M, BLOCK_N], the sums of the tile's `rows` of h and `columns` (from `first` on).
+            bound: conditions of `columns`.
+        """
+        mask = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
+        kept = "tl.full([BLOCK_M], 0, tl.int32) + (expert < E).to(tl.int32)"
+        bias = f"tl.load(down_bias + expert.to(tl.int64) * H + columns{masked(bound)}).to(tl.float32)[None, :]"
         does = f"Row p of {self.out.name} is the down-projection of pair p by its expert"
-        return f'"""{does}{", times its weight" if self.weighs else ""}; 0 if skipped."""'
+        return [
+            f'"""{does}{", times its weight" if self.weighs else ""}; 0 if skipped."""',
+            *self.gemm.head("H"),
+            "if expert > E:",
+            "    return",
+            *self.gemm.rows(),
+            "first = column_block * BLOCK_N",
+            "columns = first + tl.arange(0, BLOCK_N)",
+            f"out = {self.out.name} + pair.to(tl.int64)[:, None] * H + columns[None, :]",
+            *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if self.kept is not None else []),
+            "if expert == E:",
+            f"    tl.store(out, {self.rounded('tl.zeros([BLOCK_M, BLOCK_N], tl.float32)')}, mask={mask})",
+            "    return",
+            *loop,
+            *([f"acc += {bias}"] if self.op.down_bias is not None else []),
+            *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if self.weighs else []),
+            f"tl.store(out, {self.rounded('acc')}, mask={mask})",
+        ]
 
     def rounded(self, text: str) -> str:
         """An f32 tile in the element type of `out`."""
@@ -106,34 +132,16 @@ def down_summary(op: GemmCombine) -> str:
     return f"{', '.join(does)}."
 
 
-def _gemm_lines(gemm: GroupedGemm, op: GemmCombine, down: Down) -> list[str]:
-    """The body of the GEMM."""
-    bound = [] if gemm.even(gemm.columns, "BLOCK_N") else ["columns < H"]
+def _loop(gemm: GroupedGemm, op: GemmCombine, bound: list[str]) -> list[str]:
+    """The sums over I, by addresses."""
     at = "depth[:, None] * H + columns[None, :]" if op.down_transposed else "columns[None, :] * I + depth[:, None]"
-    bias = "tl.load(down_bias + expert.to(tl.int64) * H + columns" + masked(bound) + ").to(tl.float32)"
-    out_mask = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
-    kept = "tl.full([BLOCK_M], 0, tl.int32) + (expert < E).to(tl.int32)"
     return [
-        down.doc(),
-        *gemm.head("H"),
-        "if expert > E:",
-        "    return",
-        *gemm.rows(),
-        "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
-        f"out = {down.out.name} + pair.to(tl.int64)[:, None] * H + columns[None, :]",
-        *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if down.kept is not None else []),
-        "if expert == E:",
-        f"    tl.store(out, {down.rounded('tl.zeros([BLOCK_M, BLOCK_N], tl.float32)')}, mask={out_mask})",
-        "    return",
         "depth = tl.arange(0, BLOCK_K)",
         "a_at = h + rows.to(tl.int64)[:, None] * I + depth[None, :]",
         f"down_at = down + expert.to(tl.int64) * (H * I) + {at}",
         "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
         *gemm.loop("I", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in bound]}, {"down_at": "acc"},
                    step(op.down_transposed, "H")),
-        *([f"acc += {bias}[None, :]"] if op.down_bias is not None else []),
-        *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if down.weighs else []),
-        f"tl.store(out, {down.rounded('acc')}, mask={out_mask})",
     ]  # fmt: skip
 
 

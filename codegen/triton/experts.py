@@ -39,7 +39,7 @@ class Tiles:
             *_up_pointers(op),
             *gemm.loop("H", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in _wide(bound, wide)]},
                        _accumulators(op), step(op.up_transposed, "I" if op.layout == "single" else "2 * I")),
-            *_up_epilogue(op, bound),
+            *epilogue(op, _columns(op), bound),
         ]  # fmt: skip
         keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
         result = activated(op, lines)
@@ -94,39 +94,42 @@ def _accumulators(op: GatherGemm) -> dict[str, str]:
     return {"gate_at": "gate", "up_at": "linear"} if op.layout == "concat" else {"up_at": "acc"}
 
 
+def _columns(op: GatherGemm) -> dict[str, str]:
+    if op.layout == "concat":
+        return {"gate": "columns", "linear": "columns + I"}
+    return {"acc": "columns" if op.layout == "single" else "both"}
+
+
 def _wide(bound: list[str], wide: bool) -> list[str]:
     return ["both < 2 * I" for _ in bound] if wide else bound
 
 
-def _up_epilogue(op: GatherGemm, bound: list[str]) -> list[str]:
-    """Weigh the rows, add the bias and split the columns into the activation's arguments."""
+def epilogue(op: GatherGemm, accumulators: Mapping[str, str], bound: list[str]) -> list[str]:
+    """Weigh the rows, add the bias and split the columns into the activation's arguments.
+
+    Args:
+        accumulators: the expert's columns that each tile [BLOCK_M, columns] holds; `both` where they are of two kinds
+            that alternate.
+        bound: conditions of `columns`.
+    """
     lines = list[str]()
     if op.weights is not None:
         lines.append("weight = tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]")
-        lines += [f"{accumulator} *= weight" for accumulator in _accumulators(op).values()]
-    parts = "I" if op.layout == "single" else "2 * I"
-
-    def bias(accumulator: str, column: str, condition: list[str]) -> str:
-        mask = masked(condition)
-        load = f"tl.load(up_bias + expert.to(tl.int64) * ({parts}) + {column}{mask}).to(tl.float32)"
-        return f"{accumulator} += {load}[None, :]"
-
+        lines += [f"{accumulator} *= weight" for accumulator in accumulators]
     if op.up_bias is not None:
-        if op.layout == "concat":
-            lines += [bias("gate", "columns", bound), bias("linear", "columns + I", bound)]
-        elif op.layout == "interleaved":
-            lines.append(bias("acc", "both", _wide(bound, True)))
-        else:
-            lines.append(bias("acc", "columns", bound))
-    if op.layout == "interleaved":
+        lines.append(f"bias_at = up_bias + expert.to(tl.int64) * {'I' if op.layout == 'single' else '(2 * I)'}")
+        for accumulator, columns in accumulators.items():
+            mask = masked(_wide(bound, columns == "both"))
+            lines.append(f"{accumulator} += tl.load(bias_at + {columns}{mask}).to(tl.float32)[None, :]")
+    if "both" in accumulators.values():
         lines.append("gate, linear = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))")
     return lines
 
 
 RESERVED = tuple(
     "x order offsets up up_bias weights h tokens expert start stop row_block column_block rows live pair columns "  # noqa: SIM905
-    "depth a a_at weight bank up_at gate_at both acc gate linear k E E_PAD K H I GROUP_M BLOCK_M BLOCK_N BLOCK_K "
-    "COLUMNS".split()
+    "depth a a_at weight bank up_at gate_at bias_at first both acc gate linear k E E_PAD K H I GROUP_M BLOCK_M BLOCK_N "
+    "BLOCK_K COLUMNS".split()
 )
 """Variables of the kernel itself, which the activation's must not shadow."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from sparsec.codegen.triton import combine, experts
+from sparsec.codegen.triton import combine, experts, swap
 from sparsec.codegen.triton.gemm import GroupedGemm, family_of
 from sparsec.codegen.triton.launch import Entry, Schedule, Sketch, Wiring
 from sparsec.codegen.triton.source import module_text
@@ -38,8 +38,8 @@ Down: TypeAlias = Callable[[Func, GemmCombine, GroupedGemm, Wiring], Family]
 Raises: CompileError for an op that the family cannot compute.
 """
 
-UP: Mapping[str, Up] = {"tiles": experts.Tiles}
-DOWN: Mapping[str, Down] = {"tiles": combine.Tiles}
+UP: Mapping[str, Up] = {"tiles": experts.Tiles, **swap.UP}
+DOWN: Mapping[str, Down] = {"tiles": combine.Tiles, **swap.DOWN}
 """The families of `moe.gather_gemm` and of `moe.gemm_combine` by name."""
 
 

@@ -1,0 +1,194 @@
+"""Families whose weights come by the copy engine of Hopper (TMA): `swap` and `tma`, for both GEMMs.
+
+One thread asks for a block of weights, which the engine writes to shared memory as the tensor cores read it; rows of
+tokens are gathered by addresses as in `tiles`. In `swap` the operands of the tensor cores change places: the weights
+are the side of 64 or 128, the tokens the one that may be as narrow as 16. With a few rows per expert this is the way to
+Hopper's own matrix instruction (wgmma), whose first side has at least 64. `tma` leaves them in place, for many rows.
+
+A row's sum runs over the inner dimension in steps of BLOCK_K, each in the order of the matrix instruction's own steps,
+whatever the other rows of the tile and their number are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from sparsec.codegen.triton.combine import Down
+from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue, up_parameters
+from sparsec.codegen.triton.gemm import GroupedGemm
+from sparsec.codegen.triton.launch import Argument, Entry, Parameter, Wiring, tensor_map
+from sparsec.codegen.triton.source import indent
+from sparsec.codegen.triton.tile import unsupported
+from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.ir.core import Func
+from sparsec.ir.types import DType
+
+ENGINE_BYTES = 16
+"""The copy engine takes rows that are a multiple of this long."""
+
+
+class Streamed:
+    """What these families share: the weights' descriptor, tile sizes, and the loop.
+
+    Args:
+        swapped: whether the weights are the tensor cores' first operand.
+
+    Attributes: `parts` are the accumulators, and for each the coordinates of its block of weights in the descriptor.
+    """
+
+    def __init__(self, gemm: GroupedGemm, layout: str, transposed: bool, swapped: bool, bank: str) -> None:
+        self.gemm, self.layout, self.transposed, self.swapped, self.bank = gemm, layout, transposed, swapped, bank
+        op, self.inner = gemm.op, gemm.inner
+        if op.packing != "plain":
+            raise unsupported(op, f"weights packed as {op.packing} do not come by the copy engine")
+        self.count = 1 if layout == "single" else 2
+        row, item = (gemm.columns * self.count if transposed else self.inner), gemm.bank.tensor.dtype.itemsize
+        if self.inner % 16 or row * item % ENGINE_BYTES:
+            rows = f"rows of {row * item} bytes with {self.inner} terms to a sum"
+            raise unsupported(op, f"{rows}: the copy engine takes multiples of {ENGINE_BYTES} bytes and of 16 terms")
+        self.alternate = layout == "interleaved" and transposed  # the engine steps over rows, not within them
+        self.parts = self._parts()
+
+    def _parts(self) -> dict[str, str]:
+        if self.transposed:
+            match self.layout:
+                case "single":
+                    return {"acc": "expert, k, first"}
+                case "concat":
+                    return {"gate": "expert, k, first", "linear": f"expert, k, {self.gemm.columns} + first"}
+                case _:
+                    return {"acc": "expert, k, 2 * first"}
+        match self.layout:
+            case "single":
+                return {"acc": "expert, first, k"}
+            case "concat":
+                return {"gate": "2 * expert, first, k", "linear": "2 * expert + 1, first, k"}
+            case _:
+                row = f"expert * {self.gemm.columns} + first"
+                return {"gate": f"0, {row}, k", "linear": f"1, {row}, k"}
+
+    def columns(self) -> dict[str, str]:
+        """The expert's columns that each accumulator holds."""
+        match self.layout:
+            case "single":
+                return {"acc": "columns"}
+            case "concat":
+                return {"gate": "columns", "linear": "columns + I"}
+            case _:
+                return {"acc": "both"} if self.alternate else {"gate": "2 * columns", "linear": "2 * columns + 1"}
+
+    def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
+        """Tile sizes of a variant: BLOCK_M rows of tokens and BLOCK_N columns, as everywhere.
+
+        BLOCK_K divides the inner dimension, so that no sum has a part that comes from beyond it.
+        """
+        sizes = self.gemm.sizes(variant)
+        sizes["BLOCK_N"] = max(64, sizes["BLOCK_N"]) if self.swapped else sizes["BLOCK_N"]
+        while self.inner % sizes["BLOCK_K"]:
+            sizes["BLOCK_K"] //= 2
+        return sizes
+
+    def whole(self) -> bool:
+        """Whether every block of columns is whole, so that no mask is needed."""
+        return all(self.gemm.columns % self.sizes(variant)["BLOCK_N"] == 0 for variant in self.gemm.variants)
+
+    def map(self, of: Argument, sizes: Mapping[str, int]) -> Parameter:
+        """The descriptor of the weights for tiles of `sizes`.
+
+        [matrices, columns, inner], where the two matrices of a gated expert are apart; transposed [experts, inner,
+        columns of both].
+        """
+        experts, columns, inner = self.gemm.experts, self.gemm.columns, self.inner
+        dtype, n, k = self.gemm.bank.tensor.dtype, sizes["BLOCK_N"], sizes["BLOCK_K"]
+        if self.transposed:
+            row = self.count * columns
+            block = 2 * n if self.alternate else n
+            return tensor_map(self.bank, dtype, of, [experts, inner, row], [inner * row, row, 1], [1, k, block])
+        if self.layout == "interleaved":
+            return tensor_map(self.bank, dtype, of, [2, experts * columns, inner], [inner, 2 * inner, 1], [1, n, k])
+        shape = [self.count * experts, columns, inner]
+        return tensor_map(self.bank, dtype, of, shape, [columns * inner, inner, 1], [1, n, k])
+
+    def loop(self, inner: str, row: str) -> list[str]:
+        """Tiles [BLOCK_M, columns] of sums over `inner`; `row` are pointers to the rows' first elements."""
+        wide = "2 * BLOCK_N" if self.alternate else "BLOCK_N"
+        shape = f"[{wide}, BLOCK_M]" if self.swapped else f"[BLOCK_M, {wide}]"
+        axes = ("[None, :]", "[:, None]") if self.swapped else ("[:, None]", "[None, :]")
+        precision = ', input_precision="ieee"' if self.gemm.bank.tensor.dtype is DType.f32 else ""
+        lines = [
+            *(["both = 2 * first + tl.arange(0, 2 * BLOCK_N)"] if self.alternate else []),
+            "depth = tl.arange(0, BLOCK_K)",
+            f"a_at = {row.format(axes[0])} + depth{axes[1]}",
+            *(f"{name} = tl.zeros({shape}, tl.float32)" for name in self.parts),
+            f"for k in tl.range(0, {inner}, BLOCK_K):",
+            f"    a = tl.load(a_at, mask=live{axes[0]}, other=0)",
+        ]
+        for name, at in self.parts.items():
+            block = f"{self.bank}.load([{at}]).reshape({f'BLOCK_K, {wide}' if self.transposed else f'{wide}, BLOCK_K'})"
+            block = f"tl.trans({block})" if self.transposed is self.swapped else block
+            operands = f"{block}, a" if self.swapped else f"a, {block}"
+            lines.append(f"    {name} = tl.dot({operands}, {name}{precision})")
+        lines.append("    a_at += BLOCK_K")
+        return [*lines, *(f"{name} = tl.trans({name})" for name in self.parts if self.swapped)]
+
+    def launch(self, name: str, parameters: list[Parameter], variant: Mapping[str, Any]) -> Entry:
+        """The GEMM's launch; no more warps than there are rows of 16 of the first operand for."""
+        sizes = self.sizes(variant)
+        given = [self.map(p.argument, sizes) if p.name == self.bank else p for p in parameters]
+        if self.swapped:
+            variant = {**variant, "num_warps": min(int(variant.get("num_warps", 4)), sizes["BLOCK_N"] // 16)}
+        return self.gemm.entry(name, given, variant, sizes, self.gemm.grid(sizes))
+
+
+class Up:
+    """The up-projection by these families. Raises: CompileError for rows that the copy engine does not take."""
+
+    def __init__(self, family: str, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.name, self.op, self.gemm = f"{func.name}_{family}", op, gemm
+        self.streamed = Streamed(gemm, op.layout, op.up_transposed, family == "swap", "up")
+        self.parameters = up_parameters(gemm, op, wiring)
+
+    def functions(self) -> list[str]:
+        bound = [] if self.streamed.whole() else ["columns < I"]
+        lines = [
+            f'"""{ROWS_OF_H}"""',
+            *self.gemm.head("I"),
+            "if expert >= E:",
+            "    return",
+            *self.gemm.rows(),
+            "first = column_block * BLOCK_N",
+            "columns = first + tl.arange(0, BLOCK_N)",
+            *self.streamed.loop("H", "x + (pair // K).to(tl.int64){} * H"),
+            *epilogue(self.op, self.streamed.columns(), bound),
+        ]
+        result = activated(self.op, lines)
+        keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
+        lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
+        return [self.gemm.signature(self.name, self.parameters) + "\n" + indent(lines)]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        return (self.streamed.launch(self.name, self.parameters, variant),)
+
+
+class DownProjection:
+    """The down-projection by these families. Raises: CompileError for rows that the copy engine does not take."""
+
+    def __init__(self, family: str, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.name, self.op, self.gemm = f"{func.name}_{family}", op, gemm
+        self.streamed = Streamed(gemm, "single", op.down_transposed, family == "swap", "down")
+        self.down = Down(func, op, gemm, wiring)
+
+    def functions(self) -> list[str]:
+        bound = [] if self.streamed.whole() else ["columns < H"]
+        lines = self.down.lines(self.streamed.loop("I", "h + rows.to(tl.int64){} * I"), bound)
+        text = self.gemm.signature(self.name, self.down.parameters) + "\n" + indent(lines)
+        return [text, *self.down.functions()]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        return (self.streamed.launch(self.name, self.down.parameters, variant), *self.down.launches())
+
+
+UP = {name: partial(Up, name) for name in ("swap", "tma")}
+DOWN = {name: partial(DownProjection, name) for name in ("swap", "tma")}
