@@ -3,6 +3,7 @@
 The `config` of a variant is what `sparsec.codegen.triton` wrote:
 
     {"target": "cuda:sm_90",
+     "choice": {"kernel": "tiles", "block_m": 16, ...},   what was chosen and why, for people
      "scratch": ["t * 64"],                               bytes of each buffer of one call
      "state": [4],                                        bytes of each buffer that is zero between calls
      "launches": [{"file": "kernels/....cubin", "symbol": "...", "grid": ["(t + 15) // 16", "1"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparsec.codegen.plan import constants
 from sparsec.codegen.triton import experts, families, pointwise, reduce, route, rowwise
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
@@ -66,7 +67,7 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
     chosen, sketch = target_of(target), sketch_kernel(func)
     binaries = dict[str, Binary]()
     variants = list[Variant]()
-    for schedule in sketch.schedules:
+    for schedule, choice in zip(sketch.schedules, _choices(func, len(sketch.schedules)), strict=True):
         what = f"kernel '{func.name}', variant up to {schedule.up_to or 'any number of'} tokens"
         launches = list[Json]()
         for entry in (entry.on(chosen.hopper) for entry in schedule.entries):
@@ -75,13 +76,21 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
             file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"
             binaries[file] = binary
             launches.append(_launch(entry, binary, file))
-        variants.append(Variant(schedule.up_to, _config(chosen, schedule, launches)))
+        variants.append(Variant(schedule.up_to, _config(chosen, schedule, launches, choice)))
     return TritonKernel(func.name, sketch.source, tuple(variants), binaries)
 
 
-def _config(target: Target, schedule: Schedule, launches: list[Json]) -> dict[str, Json]:
+def _choices(func: Func, count: int) -> list[dict[str, Json]]:
+    """What was chosen for each of `count` schedules, and why: nothing where the kernel's own defaults were taken."""
+    given: Any = func.attrs.get("variants") or experts.fused_op(func).attrs.get("variants") or ()
+    chosen = [constants(choice, but=("up_to",)) for choice in given]
+    return chosen if len(chosen) == count else [{}] * count
+
+
+def _config(target: Target, schedule: Schedule, launches: list[Json], choice: dict[str, Json]) -> dict[str, Json]:
     return {
         "target": target.name,
+        "choice": choice,
         "scratch": list(schedule.scratch),
         "state": list(schedule.state),
         "launches": launches,
