@@ -1,7 +1,8 @@
 """What the two GEMMs of an expert layer share: tiles, the loop over the inner dimension, the grid.
 
-Rows are cut into blocks expert by expert, and each program finds its block from the offsets, so no list of tiles has
-to come from the host: the grid is an upper bound, and programs past the last tile leave at once.
+Rows are cut into blocks expert by expert. Which block is a program's stands in the list of tiles that the sort leaves,
+or is found from the offsets; nothing has to come from the host: the grid is an upper bound, and programs past the last
+tile leave at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 from sparsec.codegen.triton.launch import Entry, Parameter, Wiring
 from sparsec.codegen.triton.tile import FLOATS, NARROW, POINTERS, padded, unsupported
-from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.dialects.moe import TILE_ROWS, GatherGemm, GemmCombine
 from sparsec.ir.core import Func, Value
 from sparsec.ir.types import DType
 
@@ -65,9 +66,15 @@ class GroupedGemm:
         return dim
 
     def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
-        """Tile sizes of a variant, no larger than the problem and no smaller than a tensor core's."""
+        """Tile sizes of a variant, no larger than the problem and no smaller than a tensor core's.
+
+        Raises: CompileError for tiles of so many rows that they are not listed.
+        """
+        rows = max(16, padded(int(variant.get("block_m", 64))))
+        if self.op.tiles is not None and rows not in TILE_ROWS:
+            raise unsupported(self.op, f"block_m is {rows}, tiles are listed for {', '.join(map(str, TILE_ROWS))} rows")
         return {
-            "BLOCK_M": max(16, padded(int(variant.get("block_m", 64)))),
+            "BLOCK_M": rows,
             "BLOCK_N": max(16, min(padded(int(variant.get("block_n", 64))), padded(self.columns))),
             "BLOCK_K": max(16, min(padded(int(variant.get("block_k", 64))), padded(self.inner))),
         }
@@ -77,13 +84,21 @@ class GroupedGemm:
         return all(size % self.sizes(variant)[block] == 0 for variant in self.variants)
 
     def head(self, columns: str) -> list[str]:
-        """Find the tile; leave if there is none."""
+        """Find the tile, once it may be read: in the list of tiles where there is one, else by the offsets."""
+        function, where = ("find_tile", "offsets, tokens * K, E, E_PAD")
+        if self.op.tiles is not None:
+            function, where = ("listed_tile", "tiles, tokens * K, E")
         return [
+            "arrive(PDL)",
             f"COLUMNS: tl.constexpr = ({columns} + BLOCK_N - 1) // BLOCK_N",
-            "expert, start, stop, row_block, column_block = find_tile(",
-            "    tl.program_id(0), offsets, tokens * K, E, E_PAD, COLUMNS, BLOCK_M, GROUP_M",
+            f"expert, start, stop, row_block, column_block = {function}(",
+            f"    tl.program_id(0), {where}, COLUMNS, BLOCK_M, GROUP_M",
             ")",
         ]
+
+    def where(self) -> dict[str, Value]:
+        """What `head` reads, by the parameter's name."""
+        return {"offsets": self.op.offsets} if self.op.tiles is None else {"tiles": self.op.tiles}
 
     def rows(self) -> list[str]:
         return [
@@ -124,11 +139,11 @@ class GroupedGemm:
     def entry(self, name: str, parameters: Sequence[Parameter], variant: Mapping[str, Any], sizes: Mapping[str, int],
               grid: tuple[str, str]) -> Entry:  # fmt: skip
         warps, stages = int(variant.get("num_warps", 4)), int(variant.get("num_stages", 3))
-        return Entry(name, tuple(parameters), sizes, grid, warps, stages)
+        return Entry(name, tuple(parameters), {**sizes, "PDL": 0}, grid, warps, stages)
 
     def signature(self, name: str, parameters: Sequence[Parameter]) -> str:
         names = ", ".join(parameter.name for parameter in parameters)
-        tiles = "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr"
+        tiles = "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
         return f'@triton.jit(do_not_specialize=["tokens"])\ndef {name}({names}, {tiles}):'
 
     def pointer(self, name: str, value: Value, wiring: Wiring) -> Parameter:
