@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsec.dialects import aten, builtin, moe
 from sparsec.dialects.dtypes import from_torch
+from sparsec.dialects.moe.common import tiles_type
 from sparsec.frontend.importer import import_program
 from sparsec.ir.core import Block, Func, Value
 from sparsec.ir.opdef import OpDef
@@ -84,17 +85,20 @@ def gather_gemm(
 
 def gemm_combine(
     hidden: int, width: int, experts: int, k: int, dtype: torch.dtype, bias: bool = False, transposed: bool = False,
-    variants: Any = (), weights: DType = DType.f32,
+    variants: Any = (), weights: DType = DType.f32, listed: bool = False,
 ) -> Func:  # fmt: skip
     ours = from_torch(dtype)
     pairs = Sym(f"{k}*t") if k > 1 else T
     down = (experts, width, hidden) if transposed else (experts, hidden, width)
     args = Block(
         [TensorType((pairs, width), ours), TensorType((pairs,), DType.i32), TensorType((experts + 1,), DType.i32),
-         TensorType((T, k), weights), TensorType(down, ours), *([TensorType((experts, hidden), ours)] if bias else [])],
-        ["h", "order", "offsets", "weights", "down", "down_bias"],
+         TensorType((T, k), weights), TensorType(down, ours), *([TensorType((experts, hidden), ours)] if bias else []),
+         *([tiles_type(pairs, experts)] if listed else [])],
+        ["h", "order", "offsets", "weights", "down", *(["down_bias"] if bias else []), "tiles"],
     )  # fmt: skip
-    op = moe.GemmCombine(args.args, None, {"down_transposed": transposed})
+    given: list[Value | None] = list(args.args)
+    holes = [None] * (1 if bias else 2) if listed else []
+    op = moe.GemmCombine(given[: 5 + bias] + holes + given[5 + bias :], None, {"down_transposed": transposed})
     return _func("gemm_combine_0", args, op, variants)
 
 

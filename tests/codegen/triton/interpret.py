@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
     """A kernel function as a function of its operands; `constants` replace those that entry points have."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     sketch = sketch_kernel(func)
+    _let_loops_run()
     name = "generated_" + hashlib.sha256(sketch.source.encode()).hexdigest()[:16]
     path = Path(FOLDER.name, f"{name}.py")
     path.write_text(sketch.source)
@@ -76,6 +78,25 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
         regions={}, variants=variants,
     )  # fmt: skip
     return launcher(described, torch.device("cpu"), load, sms=3)
+
+
+@cache
+def _let_loops_run() -> None:
+    """Loops over sizes that a kernel loads: NumPy 2.4 takes no array of one element for an integer, as Triton 3.6 has
+    it, and the counter is a plain integer there, which `tl.constexpr` does not divide."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    module: Any = interpreter
+    patch = module._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    module._patch_lang_tensor = patched
+    constant: Any = tl.constexpr
+    constant.__rmod__ = lambda self, other: other % self.value
 
 
 def _argument(argument: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""The family `persistent` of the down-projection: as many programs as multiprocessors, each going over many tiles.
+
+Rows of h lie one behind the other for each expert, so that the copy engine (TMA) of Hopper fetches both operands. With
+four warps to a program, Triton adds eight more and divides the work (warp specialisation): some only fetch, a tile
+ahead, while the others multiply and store. With eight warps all do everything.
+
+A row's sum over I is taken in steps of BLOCK_K, each in the order of the matrix instruction's own steps, and a token's
+in the order of its slots, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsec.codegen.triton.combine import Down
+from sparsec.codegen.triton.gemm import GroupedGemm, masked
+from sparsec.codegen.triton.launch import Entry, Parameter, Wiring, tensor_map
+from sparsec.codegen.triton.source import indent
+from sparsec.codegen.triton.tile import unsupported
+from sparsec.dialects.moe import GemmCombine
+from sparsec.ir.core import Func
+from sparsec.ir.types import DType
+
+ENGINE_BYTES = 16
+"""The copy engine takes rows that are a multiple of this long."""
+DIVIDED = 4
+"""Warps of a program whose work Triton divides."""
+
+
+class Persistent:
+    """The family for one op. Raises: CompileError for f32, packed banks, sizes that the copy engine does not take, and
+    an op that no tile list comes with."""
+
+    def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.op, self.gemm, self.name = op, gemm, f"{func.name}_persistent"
+        dtype = gemm.a.tensor.dtype
+        if dtype not in (DType.bf16, DType.f16):
+            raise unsupported(op, f"%{gemm.a.name} is {dtype}: persistent kernels take bf16 and f16")
+        if op.packing != "plain":
+            raise unsupported(op, f"weights packed as {op.packing} do not come by the copy engine")
+        if op.tiles is None:
+            raise unsupported(op, "persistent kernels read their tiles from a list, which the op does not take")
+        row = (gemm.columns if op.down_transposed else gemm.inner) * dtype.itemsize
+        if gemm.inner % 16 or row % ENGINE_BYTES:
+            rows = f"rows of {row} bytes with {gemm.inner} terms to a sum"
+            raise unsupported(op, f"{rows}: the copy engine takes multiples of {ENGINE_BYTES} bytes and of 16 terms")
+        self.down = Down(func, op, gemm, wiring)
+
+    def functions(self) -> list[str]:
+        bound = [] if all(self.gemm.columns % self.sizes(v)["BLOCK_N"] == 0 for v in self.gemm.variants) else ["H"]
+        text = self._signature() + "\n" + indent(self._lines(bound))
+        return [text, *self.down.functions()]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        sizes, gemm = self.sizes(variant), self.gemm
+        most, _ = gemm.grid(sizes)
+        warps = int(variant.get("num_warps", DIVIDED))
+        constants = {**sizes, "DIVIDED": int(warps == DIVIDED), "PDL": 0}
+        stages = int(variant.get("num_stages", 3))
+        entry = Entry(self.name, tuple(self._parameters(sizes)), constants, (f"min(sms, {most})", "1"), warps, stages)
+        return (entry, *self.down.launches())
+
+    def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
+        """Tile sizes of a variant. BLOCK_K divides I: no sum has a part that comes from beyond it."""
+        sizes = self.gemm.sizes(variant)
+        if sizes["BLOCK_N"] > 256:
+            raise unsupported(self.op, f"persistent kernels have tiles of up to 256 columns, not {sizes['BLOCK_N']}")
+        while self.gemm.inner % sizes["BLOCK_K"]:
+            sizes["BLOCK_K"] //= 2
+        return sizes
+
+    def _parameters(self, sizes: Mapping[str, int]) -> list[Parameter]:
+        """The down-projection's, with `h` and `down` as descriptors."""
+        gemm, dtype = self.gemm, self.gemm.a.tensor.dtype
+        m, n, k = sizes["BLOCK_M"], min(128, sizes["BLOCK_N"]), sizes["BLOCK_K"]
+        experts, columns, inner = gemm.experts, gemm.columns, gemm.inner
+        given = list[Parameter]()
+        for parameter in self.down.parameters:
+            match parameter.name:
+                case "h":
+                    shape = [f"t * {gemm.k}", inner]
+                    given.append(tensor_map("h", dtype, parameter.argument, shape, [inner, 1], [m, k]))
+                case "down":
+                    shape, block = [experts, columns, inner], [1, n, k]
+                    if self.op.down_transposed:
+                        shape, block = [experts, inner, columns], [1, k, n]
+                    strides = [columns * inner, shape[2], 1]
+                    given.append(tensor_map("down", dtype, parameter.argument, shape, strides, block))
+                case _:
+                    given.append(parameter)
+        return given
+
+    def _signature(self) -> str:
+        names = [parameter.name for parameter in self.down.parameters]
+        constants = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "DIVIDED", "PDL")
+        listed = ", ".join([*names, *(f"{name}: tl.constexpr" for name in constants)])
+        return f'@triton.jit(do_not_specialize=["tokens"])\ndef {self.name}({listed}):'
+
+    def _lines(self, bound: list[str]) -> list[str]:
+        """The body; `bound` is the number of columns where the last block of them is not whole."""
+        down, transposed = self.down, self.op.down_transposed
+        out = f"{down.out.name} + pair.to(tl.int64)[:, None] * H + columns[None, :]"
+        mask = " & ".join(["live[:, None]", *(f"(columns < {size})[None, :]" for size in bound)])
+        kept = "tl.store(kept + pair, tl.full([BLOCK_M], {}, tl.int32), mask=live & (column_block == 0))"
+        zeros = down.rounded("tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+        bias = f"tl.load(down_bias + expert.to(tl.int64) * H + columns{masked([f'columns < {s}' for s in bound])})"
+        find = [
+            "expert, start, stop, row_block, column_block = listed_tile(",
+            "    tile, tiles, tokens * K, E, COLUMNS, BLOCK_M, GROUP_M",
+            ")",
+            "first = start + row_block * BLOCK_M",
+        ]
+        rows = [
+            "rows = first + tl.arange(0, BLOCK_M)",
+            "live = rows < stop",
+            "pair = tl.load(order + rows, mask=live, other=0)",
+        ]
+
+        def dot(sums: str, half: str) -> str:
+            at = f"expert, k, column + {half}" if transposed else f"expert, column + {half}, k"
+            shape = "BLOCK_K, HALF" if transposed else "HALF, BLOCK_K"
+            block = f"down.load([{at}]).reshape({shape})"
+            return f"{sums} = tl.dot(a, {block if transposed else f'tl.trans({block})'}, {sums})"
+
+        def store(sums: str) -> list[str]:
+            return [
+                *([f"{sums} += {bias}.to(tl.float32)[None, :]"] if self.op.down_bias is not None else []),
+                *([f"{sums} *= weight"] if down.weighs else []),
+                f"tl.store({out}, {down.rounded(sums)}, mask={mask})",
+            ]
+
+        skipped = [
+            *find,
+            *rows,
+            *([kept.format(0)] if down.kept is not None else []),
+            "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
+            f"tl.store({out}, {zeros}, mask={mask})",
+        ]
+        loop = [
+            *find,
+            "column = column_block * BLOCK_N",
+            "acc = tl.zeros([BLOCK_M, HALF], tl.float32)",
+            "if WIDE:",
+            "    beyond = tl.zeros([BLOCK_M, HALF], tl.float32)",
+            "for k in tl.range(0, I, BLOCK_K):",
+            "    a = h.load([first, k])",
+            f"    {dot('acc', '0')}",
+            "    if WIDE:",
+            f"        {dot('beyond', 'HALF')}",
+            *rows,
+            *([kept.format(1)] if down.kept is not None else []),
+            *(["weight = tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if down.weighs else []),
+            "columns = column + tl.arange(0, HALF)",
+            *store("acc"),
+            "if WIDE:",
+            *(f"    {line}" for line in ["columns += HALF", *store("beyond")]),
+        ]
+        times = ", times its weight" if down.weighs else ""
+        return [
+            f'"""Row p of {down.out.name} is the down-projection of pair p by its expert{times}; 0 if skipped."""',
+            "arrive(PDL)",
+            "COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N",
+            "# A tile of 256 columns is made in halves: its way out through shared memory needs no more than one.",
+            "WIDE: tl.constexpr = BLOCK_N > 128",
+            "HALF: tl.constexpr = BLOCK_N // 2 if WIDE else BLOCK_N",
+            "counts = tile_list(tiles, tokens * K, E, BLOCK_M)",
+            "count = tl.load(counts) * COLUMNS",
+            "for tile in tl.range(count + tl.program_id(0), tl.load(counts + 1) * COLUMNS, tl.num_programs(0)):",
+            *(f"    {line}" for line in skipped),
+            "# Rows of h past an expert's own are the next one's: they are multiplied, and not stored.",
+            "for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), warp_specialize=DIVIDED):",
+            *(f"    {line}" for line in loop),
+        ]
