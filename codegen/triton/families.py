@@ -48,12 +48,18 @@ DOWN: Mapping[str, Down] = {
 """The families of `moe.gather_gemm` and of `moe.gemm_combine` by name."""
 
 
+PACKED = {"tiles"}
+"""The families that read packed weights."""
+
+
 def gemm_sketch(func: Func, op: GatherGemm | GemmCombine) -> Sketch:
     """Text and launches of a GEMM of an expert layer, by the families that its variants name.
 
     Raises: CompileError for what no kernel can hold, for a family that is not there or cannot compute this op.
     """
     gemm = GroupedGemm(func, op)
+    if gemm.packing != "plain" and (others := {*map(family_of, gemm.variants)} - PACKED):
+        raise unsupported(op, f"the family '{min(others)}' reads plain weights, these are {gemm.packing}")
     made = dict[str, tuple[Family, Wiring]]()
     for name in dict.fromkeys(map(family_of, gemm.variants)):
         wiring, own = Wiring(op), GroupedGemm(func, op, name)

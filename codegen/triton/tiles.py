@@ -14,10 +14,10 @@ import triton.language as tl
 
 @triton.jit
 def arrive(PDL: tl.constexpr):
-    """Wait until all that launches before this one wrote can be read; then the next one may start where there is room.
+    """Wait until what the launch in front of this one wrote can be read; then the next may start where there is room.
 
-    Every program goes through it before it touches memory or leaves, so that who waits for this launch has waited for
-    those before it too.
+    Every program of every launch goes through it, before it writes or leaves. So all that came before the launch in
+    front had ended when that one let this one start: what they wrote may be read ahead of `arrive`.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -182,8 +182,14 @@ def column(x, J: tl.constexpr):
 
 
 @triton.jit
+def kept_ids(ids, live, E: tl.constexpr, K: tl.constexpr):
+    """ids [rows, K_PAD] with -1 for those of experts that are not there, of rows that are not live, of padded slots."""
+    return tl.where(live[:, None] & (lanes(ids, 1) < K) & (ids >= 0) & (ids < E), ids, -1).to(tl.int32)
+
+
+@triton.jit
 def hits(ids, K: tl.constexpr, E_PAD: tl.constexpr):
-    """How often each row of ids [rows, K] chose each expert: [rows, E_PAD]."""
+    """How often each row of ids [rows, K_PAD] chose each expert: [rows, E_PAD]."""
     expert = tl.arange(0, E_PAD)[None, :]
     count = (tl.expand_dims(column(ids, 0), 1) == expert).to(tl.int32)
     for j in tl.static_range(1, K):
@@ -195,21 +201,119 @@ def hits(ids, K: tl.constexpr, E_PAD: tl.constexpr):
 def place(order, ids, chosen, rows, live, first, earlier, total, K: tl.constexpr, E_PAD: tl.constexpr):
     """Write the pairs of a block of rows to their places in `order`.
 
-    `chosen` [rows, E_PAD] are the hits of ids [rows, K], `first` [E_PAD] is where the block's first pair of each expert
-    goes, `earlier` counts the kept pairs before the block, `total` all that are kept.
+    `chosen` [rows, E_PAD] are the hits of `kept_ids` [rows, K_PAD], `first` [E_PAD] is where the block's first pair of
+    each expert goes, `earlier` counts the kept pairs before the block, `total` all that are kept.
     """
+    slot = lanes(ids, 1)
+    kept = (ids >= 0).to(tl.int32)
+    position = pick(first[None, :] + tl.cumsum(chosen, axis=0) - chosen, ids, E_PAD)
+    if K > 1:  # a row may choose an expert twice
+        twins = tl.expand_dims(ids, 1) == tl.expand_dims(ids, 2)
+        twins = twins & (tl.expand_dims(slot, 1) < tl.expand_dims(slot, 2))
+        position += tl.sum(twins.to(tl.int32), axis=2)
+    upto = tl.reshape(tl.cumsum(tl.reshape(kept, ids.shape[0] * ids.shape[1]), axis=0), ids.shape)
+    pair = rows[:, None].to(tl.int32) * K + slot
+    at = tl.where(ids >= 0, position, total + pair - (earlier + upto - kept))
+    tl.store(order + at, pair, mask=live[:, None] & (slot < K))
+
+
+@triton.jit
+def add_counts(counts, program, programs, E: tl.constexpr, E_PAD: tl.constexpr):
+    """The sums of counts [programs, E] over all programs, and over those before this one: both [E_PAD]."""
     expert = tl.arange(0, E_PAD)[None, :]
-    before = tl.cumsum(chosen, axis=0) - chosen
-    position = first[None, :] + before
-    kept = earlier + tl.sum(before, axis=1)
-    for j in tl.static_range(K):
-        id = column(ids, j)
-        mine = tl.expand_dims(id, 1) == expert
-        pair = rows * K + j
-        at = tl.where(id >= 0, tl.sum(tl.where(mine, position, 0), axis=1), total + pair - kept)
-        tl.store(order + at, pair, mask=live)
-        position += mine.to(tl.int32)
-        kept += (id >= 0).to(tl.int32)
+    total = tl.zeros([E_PAD], tl.int32)
+    before = tl.zeros([E_PAD], tl.int32)
+    start = 0
+    while start < programs:
+        other = start + tl.arange(0, 16)[:, None]
+        count = tl.load(counts + other * E + expert, mask=(other < programs) & (expert < E), other=0)
+        total += tl.sum(count, axis=0)
+        before += tl.sum(tl.where(other < program, count, 0), axis=0)
+        start += 16
+    return total, before
+
+
+@triton.jit
+def store_offsets(offsets, stops, E: tl.constexpr, E_PAD: tl.constexpr):
+    """Write where the pairs of each expert start, and after the last where they stop."""
+    expert = tl.arange(0, E_PAD)
+    tl.store(offsets + expert + 1, stops, mask=expert < E)
+    tl.store(offsets + expert, 0, mask=expert == 0)
+
+
+@triton.jit
+def list_tiles(tiles, count, stops, pairs, worker, workers, E: tl.constexpr, E_PAD: tl.constexpr):
+    """Write the tile lists for the experts' counts of pairs and where these stop, both [E_PAD].
+
+    List j is for tiles of 16 << j rows. Of `workers` programs each writes every so manieth row block of an expert.
+    """
+    list = tl.arange(0, 4)[:, None]
+    expert = tl.arange(0, E_PAD)[None, :]
+    rows = 16 << list
+    blocks = (count[None, :] + rows - 1) // rows
+    ends = tl.cumsum(blocks, axis=1)
+    used = tl.sum(blocks, axis=1, keep_dims=True)
+    kept = tl.sum(count, axis=0)
+    skipped = (pairs - kept + rows - 1) // rows
+    head = tiles + list * ((pairs // 16 + (E + 2)) * 4)
+    if worker == 0:
+        store_tile(head, used, used + skipped, 0, 0, list >= 0)
+    at = head + (1 + ends - blocks) * 4
+    block = worker
+    most = tl.max(tl.max(blocks, axis=1), axis=0)
+    while block < most:
+        store_tile(at + block * 4, expert, stops[None, :] - count[None, :], stops[None, :], block, block < blocks)
+        block += workers
+    # Skipped pairs, as expert E, and what lies past them, as expert E + 1.
+    rest = pairs // rows + tl.minimum(E + 1, pairs) - used
+    most = tl.max(tl.max(rest, axis=1), axis=0)
+    start = worker * 64
+    while start < most:
+        i = start + tl.arange(0, 64)[None, :]
+        of_skipped = i < skipped
+        begin = tl.where(of_skipped, kept, pairs)
+        store_tile(head + (1 + used + i) * 4, tl.where(of_skipped, E, E + 1), begin, pairs, tl.where(of_skipped, i, 0),
+                   i < rest)  # fmt: skip
+        start += workers * 64
+
+
+@triton.jit
+def store_tile(entry, expert, start, stop, block, mask):
+    """Write an entry of a tile list, as `listed_tile` reads it."""
+    tl.store(entry, expert, mask=mask)
+    tl.store(entry + 1, start, mask=mask)
+    tl.store(entry + 2, stop, mask=mask)
+    tl.store(entry + 3, block, mask=mask)
+
+
+@triton.jit
+def tile_list(tiles, pairs, E: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The list for tiles of BLOCK_M rows: first the numbers of tiles of experts and of all pairs, then the tiles."""
+    LIST: tl.constexpr = (BLOCK_M >= 32) + (BLOCK_M >= 64) + (BLOCK_M >= 128)
+    return tiles + LIST * ((pairs // 16 + (E + 2)) * 4)
+
+
+@triton.jit
+def listed_tile(
+    tile,
+    tiles,
+    pairs,
+    E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """What `find_tile` tells, read from the tile list in one go."""
+    entry = tile_list(tiles, pairs, E, BLOCK_M) + (1 + tile // COLUMNS) * 4
+    expert = tl.load(entry)
+    start = tl.load(entry + 1)
+    stop = tl.load(entry + 2)
+    # The tile's group of row blocks begins this many tiles before it.
+    ahead = tl.load(entry + 3) % GROUP_M
+    group = tl.load(entry + 3) // GROUP_M
+    tile = tile % COLUMNS + ahead * COLUMNS
+    rows = tl.maximum(tl.minimum((stop - start + BLOCK_M - 1) // BLOCK_M - group * GROUP_M, GROUP_M), 1)
+    return expert, start, stop, group * GROUP_M + tile % rows, tile // rows
 
 
 @triton.jit
@@ -242,3 +346,38 @@ def find_tile(
     tile -= group * GROUP_M * COLUMNS
     rows = tl.maximum(tl.minimum((stop - start + BLOCK_M - 1) // BLOCK_M - group * GROUP_M, GROUP_M), 1)
     return expert, start, stop, group * GROUP_M + tile % rows, tile // rows
+
+
+@triton.jit
+def owner(row, offsets, E: tl.constexpr, E_PAD: tl.constexpr):
+    """The expert that owns a row in the order of experts, its first row and the end of its rows; E: nobody does."""
+    e = tl.arange(0, E_PAD)
+    stops = tl.load(offsets + e + 1, mask=e < E, other=0x7FFFFFFF)
+    past = stops <= row
+    start = tl.max(tl.where(past, stops, 0), axis=0)
+    stop = tl.min(tl.where(past, 0x7FFFFFFF, stops), axis=0)
+    return tl.sum(past.to(tl.int32), axis=0), start, stop
+
+
+@triton.jit
+def owners(rows, offsets, E: tl.constexpr, E_PAD: tl.constexpr):
+    """The expert that owns each of a vector of rows; E where nobody does."""
+    e = tl.arange(0, E_PAD)
+    stops = tl.load(offsets + e + 1, mask=e < E, other=0x7FFFFFFF)
+    return tl.sum((stops[None, :] <= rows[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def places(pairs, order, count, SIZE: tl.constexpr):
+    """Where each of a vector of pairs stands among the first `count` entries of `order`, which are at most SIZE."""
+    at = tl.arange(0, SIZE)
+    found = tl.load(order + at, mask=at < count, other=-1)
+    return tl.sum(tl.where(found[None, :] == pairs[:, None], at[None, :], 0), axis=1)
+
+
+@triton.jit
+def fetch(pointers, EARLY: tl.constexpr):
+    """Ask for the cache lines at `pointers` without waiting for them, where launches may start early."""
+    if EARLY:
+        text: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(text, "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1)

@@ -1,0 +1,333 @@
+"""The family `rows`: a few rows, each of which reads its expert's weights with little sharing.
+
+At decode no tensor core is needed. A weight takes a conversion and a multiply-add for each row that it meets, and the
+weights are all that is moved: programs stream them through shared memory, `num_stages - 1` tiles ahead, and add
+products in f32 element by element; lanes are added up once, at the end. The rows' own elements are asked for one tile
+ahead.
+
+Up-projection: a program for each place in the order (grid x) and block of columns. The first of every BLOCK_M rows of
+an expert computes all of them, so that its weights are read once; the others leave. Programs of one expert's rows are
+neighbours, so that where it has more rows than that, the cache serves those that follow the first.
+
+Down-projection: a program for each token and block of columns, with the token's k experts side by side, one store, and
+neither atomics nor a buffer for each pair. Weights depend on the order alone, which is older than the launch before
+this one: they are on their way to the cache before h is ready. Where columns lie together in memory (a transposed bank)
+there are too few blocks of them, and I is cut into SPLIT parts, which a second launch adds in order: a launch is dearer
+than a ticket by about a microsecond, but nothing outlives the call.
+
+The sum over the inner dimension is taken in the same order whatever the batch and BLOCK_M, as long as BLOCK_N, BLOCK_K,
+`num_warps` and SPLIT stay the same; the sum over slots too. Schedules choose those four from the layer's sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue, up_parameters
+from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed
+from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring
+from sparsec.codegen.triton.source import indent
+from sparsec.codegen.triton.tile import POINTERS, padded, unsupported
+from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.ir.core import Func
+
+MOST_PAIRS = 1024
+"""Most entries of the order that a program of the down-projection looks through."""
+
+MOST_SLOTS = 32
+"""Most experts of a token that it keeps side by side."""
+
+LINE = 128
+"""Bytes of a cache line."""
+
+
+class Products:
+    """What both GEMMs share: tiles of products [columns, rows, BLOCK_K] or, where the bank is transposed,
+    [rows, BLOCK_K, columns]: what lies together in memory comes last, and every axis has the lanes of the loads.
+
+    Args:
+        rows: how many rows a tile has, as text.
+        first: the inner index that a program begins with, and `last` that it ends before.
+        live: which rows to read; all if None.
+    """
+
+    def __init__(self, gemm: GroupedGemm, transposed: bool, rows: str, first: str, last: str, live: str | None) -> None:
+        if gemm.op.packing != "plain":
+            raise unsupported(gemm.op, f"'rows' does not read weights packed as {gemm.op.packing}")
+        self.gemm, self.transposed, self.rows = gemm, transposed, rows
+        self.first, self.last, self.live = first, last, live
+        axes = ("rows", "depth", "columns") if transposed else ("columns", "rows", "depth")
+        at = ("[:, None, None]", "[None, :, None]", "[None, None, :]")
+        self.at = dict(zip(axes, at, strict=True))
+
+    def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
+        """Tile sizes of a variant, no larger than the problem."""
+        columns, inner = padded(self.gemm.columns), padded(self.gemm.inner)
+        return {
+            "BLOCK_N": min(padded(int(variant.get("block_n", 8))), columns),
+            "BLOCK_K": min(padded(int(variant.get("block_k", 256))), inner),
+            "STAGES": max(1, int(variant.get("num_stages", 4))),
+        }
+
+    def even(self, size: int, block: str) -> bool:
+        """Whether `block` divides `size` in every variant, so that no mask is needed."""
+        return all(size % self.sizes(variant)[block] == 0 for variant in self.gemm.variants)
+
+    def bank(self, columns: str, row: str, wide: str) -> str:
+        """Offsets into an expert's weights: `columns` of `row` (all of them) elements, and the inner index.
+
+        Args:
+            columns: the vector of an expert's columns.
+            row: elements of a row of a transposed bank.
+            wide: elements of a row of a bank that is not.
+        """
+        depth = f"({self.first} + depth)" if self.first != "0" else "depth"
+        if self.transposed:
+            return f"{depth}{self.at['depth']} * {row} + {columns}{self.at['columns']}"
+        return f"{columns}{self.at['columns']} * {wide} + {depth}{self.at['depth']}"
+
+    def loop(self, tiles: Mapping[str, tuple[str, str, Sequence[str]]], step: str) -> list[str]:
+        """Sums [rows, columns] by name, of the rows at `a_at` [rows, BLOCK_K].
+
+        Args:
+            tiles: for each sum the pointers to its weights, its number of columns, and conditions of the columns.
+            step: what the pointers advance by.
+        """
+        tail = not self.even(self.gemm.inner, "BLOCK_K")
+        live = [f"{self.live}[:, None]"] if self.live else []
+        here = f"(depth < {self.last} - k)"
+        now = [*live, *([f"(depth < {self.last} - {self.first})[None, :]"] if tail else [])]
+        then = [*live, f"(depth < {self.last} - k - BLOCK_K)[None, :]"]
+        lines = list[str]()
+        for name, (pointers, columns, _) in tiles.items():
+            shape = f"{self.rows}, BLOCK_K, {columns}" if self.transposed else f"{columns}, {self.rows}, BLOCK_K"
+            lines += [f"{name}_at = {pointers}", f"{name} = tl.zeros([{shape}], tl.float32)"]
+        lines += [
+            f"ahead = tl.load(a_at{masked(now)})",
+            f"for k in tl.range({self.first}, {self.last}, BLOCK_K, num_stages=STAGES):",
+            f"    a = ahead.to(tl.float32){'[:, :, None]' if self.transposed else '[None, :, :]'}",
+            "    a_at += BLOCK_K",
+            f"    ahead = tl.load(a_at{masked(then)})",
+        ]
+        for name, (_, _, bound) in tiles.items():
+            conditions = [f"{self.live}{self.at['rows']}"] if self.live else []
+            conditions += [f"{here}{self.at['depth']}"] if tail else []
+            conditions += [f"({condition}){self.at['columns']}" for condition in bound]
+            lines += [
+                f"    {name} += a * tl.load({name}_at{masked(conditions)}).to(tl.float32)",
+                f"    {name}_at += {step}",
+            ]
+        total = "tl.sum({}, axis=1)" if self.transposed else "tl.trans(tl.sum({}, axis=2))"
+        return [*lines, *(f"{name} = {total.format(name)}" for name in tiles)]
+
+
+class Up:
+    """The up-projection. Raises: CompileError for packed weights."""
+
+    def __init__(self, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.name, self.op, self.gemm = f"{func.name}_rows", op, gemm
+        self.products = Products(gemm, op.up_transposed, "BLOCK_M", "0", "H", None)
+        self.parameters = up_parameters(gemm, op, wiring)
+
+    def functions(self) -> list[str]:
+        op, gemm = self.op, self.gemm
+        bound = [] if self.products.even(gemm.columns, "BLOCK_N") else ["columns < I"]
+        lines = [
+            f'"""{ROWS_OF_H}"""',
+            "arrive(PDL)",
+            "first = tl.program_id(0)",
+            "expert, start, stop = owner(first, offsets, E, E_PAD)",
+            "if (expert >= E) | ((first - start) % BLOCK_M != 0):",
+            "    return",
+            "rows = first + tl.arange(0, BLOCK_M)",
+            "live = rows < stop",
+            "pair = tl.load(order + rows, mask=live, other=0)",
+            "columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)",
+            *(["both = tl.program_id(1) * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)"] if self._alternate else []),
+            "depth = tl.arange(0, BLOCK_K)",
+            "a_at = x + (pair // K).to(tl.int64)[:, None] * H + depth[None, :]",
+            f"bank = up + expert.to(tl.int64) * ({self._row} * H)",
+            *self._loop(bound),
+            *epilogue(op, self._columns, bound),
+        ]
+        result = activated(op, lines, RESERVED)
+        keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
+        lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
+        return [signature(self.name, self.parameters, ["BLOCK_M", *CONSTANTS]) + "\n" + indent(lines)]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        sizes = {"BLOCK_M": padded(int(variant.get("block_m", 1))), **self.products.sizes(variant)}
+        grid = f"t * {self.gemm.k}", str(-(-self.gemm.columns // sizes["BLOCK_N"]))
+        return (launch(self.name, self.parameters, sizes, grid, variant),)
+
+    @property
+    def _alternate(self) -> bool:
+        return self.op.layout == "interleaved"
+
+    @property
+    def _row(self) -> str:
+        return "I" if self.op.layout == "single" else "2 * I"
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        """The expert's columns that each sum holds."""
+        if self.op.layout == "concat":
+            return {"gate": "columns", "linear": "columns + I"}
+        return {"acc": "both" if self._alternate else "columns"}
+
+    def _loop(self, bound: list[str]) -> list[str]:
+        wide = "2 * BLOCK_N" if self._alternate else "BLOCK_N"
+        bound = ["both < 2 * I" for _ in bound] if self._alternate else bound
+        tiles = dict[str, tuple[str, str, Sequence[str]]]()
+        for name, columns in self._columns.items():
+            vector = columns if columns.isidentifier() else f"({columns})"
+            tiles[name] = f"bank + {self.products.bank(vector, f'({self._row})', 'H')}", wide, bound
+        return self.products.loop(tiles, f"BLOCK_K * ({self._row})" if self.op.up_transposed else "BLOCK_K")
+
+
+class Down:
+    """The down-projection with the sum over slots.
+
+    Raises: CompileError for packed weights, tails (they need whole rows), more slots than registers hold, and variants
+        that may see more pairs than a program looks through.
+    """
+
+    def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
+        self.name, self.op, self.gemm = f"{func.name}_rows", op, gemm
+        if op.tail is not None:
+            raise unsupported(op, "'rows' adds up columns, and the tail takes whole rows")
+        if op.k > MOST_SLOTS:
+            raise unsupported(op, f"'rows' holds {MOST_SLOTS} experts of a token side by side, this has {op.k}")
+        self.products = Products(gemm, op.down_transposed, "SLOTS", "begin", "end", "live")
+        self.y = Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))
+        split = max(map(_split, gemm.variants))
+        buffer = f"t * {split * gemm.columns * 4}"
+        self.partial = Parameter("partial", "*fp32", wiring.buffer(buffer)) if split > 1 else None
+        operands = {"h": op.h, "order": op.order, "offsets": op.offsets}
+        operands |= {"weights": op.weights} if op.weighted else {}
+        operands |= {"down": op.down}
+        operands |= {"down_bias": op.down_bias} if op.down_bias is not None else {}
+        self.operands = [gemm.pointer(name, value, wiring) for name, value in operands.items()]
+
+    def functions(self) -> list[str]:
+        op, products = self.op, self.products
+        bound = [] if products.even(self.gemm.columns, "BLOCK_N") else ["columns < H"]
+        bank = f"down + expert.to(tl.int64){products.at['rows']} * (H * I) + {products.bank('columns', 'H', 'I')}"
+        weighed = ", weighed," if op.weighted else ","
+        lines = [
+            f'"""A token: what its experts make of its rows of h{weighed} added; of part `part` of I."""',
+            "token = tl.program_id(0)",
+            "part = tl.program_id(1) % SPLIT",
+            "first = tl.program_id(1) // SPLIT * BLOCK_N",
+            "columns = first + tl.arange(0, BLOCK_N)",
+            "PART: tl.constexpr = (I + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K",
+            "begin = part * PART",
+            "end = tl.minimum(begin + PART, I)",
+            "depth = tl.arange(0, BLOCK_K)",
+            "slot = tl.arange(0, SLOTS)",
+            "pair = token * K + slot",
+            "row = places(pair, order, tokens * K, PAIRS)",
+            "expert = owners(row, offsets, E, E_PAD)",
+            "live = (slot < K) & (expert < E)",
+            "# A slot without an expert points to another's weights, which are not read for it.",
+            "expert = tl.where(live, expert, tl.max(tl.where(live, expert, 0), axis=0))",
+            *self._early(),
+            "arrive(PDL)",
+            "a_at = h + row.to(tl.int64)[:, None] * I + (begin + depth)[None, :]",
+            *products.loop({"acc": (bank, "BLOCK_N", bound)}, "BLOCK_K * H" if op.down_transposed else "BLOCK_K"),
+        ]
+        if op.down_bias is not None:
+            at = "down_bias + expert.to(tl.int64)[:, None] * H + columns[None, :]"
+            mask = " & ".join(["(live & (part == 0))[:, None]", *(f"({b})[None, :]" for b in bound)])
+            lines.append(f"acc += tl.load({at}, mask={mask}, other=0).to(tl.float32)")
+        if op.weighted:
+            lines.append("acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]")
+        lines += [
+            "out += (token.to(tl.int64) * SPLIT + part) * H + columns",
+            f"tl.store(out, tl.sum(acc, axis=0).to(out.dtype.element_ty){', mask=columns < H' if bound else ''})",
+        ]
+        given = self._parameters(self.y)
+        texts = [signature(self.name, given, [*CONSTANTS, *SEARCH]) + "\n" + indent(lines)]
+        return texts if self.partial is None else [*texts, self._sum()]
+
+    def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
+        sizes, columns, split = self.products.sizes(variant), self.gemm.columns, _split(variant)
+        reach = min(sizes["STAGES"] * sizes["BLOCK_K"], self.gemm.inner)
+        lines = reach if self.op.down_transposed else -(-reach * self.op.down.tensor.dtype.itemsize // LINE)
+        pairs = padded(self._pairs(variant))
+        sizes |= {"SLOTS": padded(self.op.k), "PAIRS": pairs, "SPLIT": split, "LINES": padded(lines)}
+        out = self.partial if self.partial is not None and split > 1 else self.y
+        grid = "t", str(-(-columns // sizes["BLOCK_N"]) * split)
+        gemm = launch(self.name, self._parameters(out), sizes, grid, variant)
+        if out is self.y or self.partial is None:
+            return (gemm,)
+        block = min(1024, padded(columns))
+        constants = {"SPLIT": split, "BLOCK_H": block, "PDL": 0}
+        grid = "t", str(-(-columns // block))
+        return gemm, Entry(f"{self.name}_sum", (self.partial, self.y), constants, grid, 4, 1)
+
+    def _parameters(self, out: Parameter) -> list[Parameter]:
+        return [*self.operands, Parameter("out", out.type, out.argument), TOKENS]
+
+    def _early(self) -> list[str]:
+        """Ask for the first tiles of weights, by cache lines."""
+        at = self.products.at
+        experts = f"down + expert.to(tl.int64){at['rows']} * (H * I)"
+        if self.op.down_transposed:
+            line = "line = tl.minimum(begin + tl.arange(0, LINES), I - 1)"
+            return [line, f"fetch({experts} + line{at['depth']} * H + first, PDL)"]
+        line = f"line = tl.minimum(begin + tl.arange(0, LINES) * {LINE // self.op.down.tensor.dtype.itemsize}, I - 1)"
+        column = f"tl.minimum(columns, H - 1){at['columns']} * I"
+        return [line, f"fetch({experts} + {column} + line{at['depth']}, PDL)"]
+
+    def _sum(self) -> str:
+        """The kernel that adds the parts of I."""
+        tail = self.gemm.columns % min(1024, padded(self.gemm.columns)) != 0
+        mask = masked(["columns < H"] if tail else [])
+        lines = [
+            '"""A token: the sum of its SPLIT rows of partial, in order, rounded once."""',
+            "arrive(PDL)",
+            "token = tl.program_id(0).to(tl.int64)",
+            "columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)",
+            "total = tl.zeros([BLOCK_H], tl.float32)",
+            "for part in tl.static_range(SPLIT):",
+            f"    total += tl.load(partial + (token * SPLIT + part) * H + columns{mask})",
+            f"tl.store(y + token * H + columns, {narrowed('total', self.op.y.tensor.dtype)}"
+            f"{', mask=columns < H' if tail else ''})",
+        ]
+        constants = "SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr"
+        return f"@triton.jit\ndef {self.name}_sum(partial, y, {constants}):\n{indent(lines)}"
+
+    def _pairs(self, variant: Mapping[str, Any]) -> int:
+        """The most pairs that a variant may see. Raises: CompileError if that is too many, or not known."""
+        known, up_to = self.op.order.tensor.shape[0], variant.get("up_to")
+        pairs = known if isinstance(known, int) else None if up_to is None else int(up_to) * self.op.k
+        if pairs is None or pairs > MOST_PAIRS:
+            number = "any number of" if pairs is None else pairs
+            raise unsupported(self.op, f"'rows' adds up at most {MOST_PAIRS} pairs, a variant is for {number}")
+        return max(1, pairs)
+
+
+CONSTANTS = ("BLOCK_N", "BLOCK_K", "STAGES", "PDL")
+SEARCH = ("SLOTS", "PAIRS", "SPLIT", "LINES")
+"""Compile-time parameters: of both GEMMs, and of the down-projection besides."""
+
+RESERVED = ("ahead", "linear_at", "acc_at")
+"""Variables of the up-projection beside those of `tiles`."""
+
+
+def signature(name: str, parameters: Sequence[Parameter], constants: Sequence[str]) -> str:
+    given = [*(parameter.name for parameter in parameters), *(f"{constant}: tl.constexpr" for constant in constants)]
+    return f'@triton.jit(do_not_specialize=["tokens"])\ndef {name}({", ".join(given)}):'
+
+
+def launch(name: str, parameters: Sequence[Parameter], sizes: Mapping[str, int], grid: tuple[str, str],
+           variant: Mapping[str, Any]) -> Entry:  # fmt: skip
+    """A launch of a GEMM; its loads under way are counted by its own STAGES."""
+    return Entry(name, tuple(parameters), {**sizes, "PDL": 0}, grid, int(variant.get("num_warps", 4)), sizes["STAGES"])
+
+
+def _split(variant: Mapping[str, Any]) -> int:
+    """Parts of I that are summed apart."""
+    return max(1, int(variant.get("split", 1)))
