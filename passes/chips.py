@@ -21,7 +21,8 @@ class Chip:
         clock: of the SMs, under boost, 1/s.
         shared: bytes of shared memory that one block may use.
         lanes: threads of a warp (wavefront).
-        wide: rows below which the fast matrix instruction cannot be used (0: no such limit).
+        wide: rows of the first operand that the matrix instruction reading shared memory takes (0: there is none).
+        engine: whether there is a copy engine for blocks of tensors (TMA).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Chip:
     shared: int
     lanes: int = 32
     wide: int = 0
+    engine: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -51,10 +53,19 @@ CHIPS = {
         "NVIDIA A100 SXM 80 GB", 2.04e12, 5.5e12, 40 << 20, _flops(312e12, 19.5e12), 108, 1.41e9, 163 << 10
     ),
     "cuda:sm_90": Chip(
-        "NVIDIA H100 SXM", 3.35e12, 7.5e12, 50 << 20, _flops(989e12, 67e12), 132, 1.83e9, 227 << 10, wide=64
+        "NVIDIA H100 SXM",
+        3.35e12,
+        7.5e12,
+        50 << 20,
+        _flops(989e12, 67e12),
+        132,
+        1.83e9,
+        227 << 10,
+        wide=64,
+        engine=True,
     ),
     "cuda:sm_100": Chip(
-        "NVIDIA B200", 8.0e12, 11e12, 126 << 20, _flops(2250e12, 80e12), 148, 1.85e9, 227 << 10, wide=64
+        "NVIDIA B200", 8.0e12, 11e12, 126 << 20, _flops(2250e12, 80e12), 148, 1.85e9, 227 << 10, wide=64, engine=True
     ),
     "hip:gfx942": Chip(
         "AMD MI300X", 5.3e12, 17.2e12, 256 << 20, _flops(1307e12, 163e12), 304, 2.1e9, 64 << 10, lanes=64

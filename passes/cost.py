@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -12,7 +12,7 @@ from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
 from sparsec.passes.roofline import Family, Gemm, Prediction, Variant, predict
 
-FAMILIES: tuple[Family, ...] = ("tiles",)
+FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap")
 """The families of kernels that there are, as of `codegen/triton/families.py`."""
 
 BUCKETS = tuple(1 << i for i in range(16))
@@ -31,9 +31,25 @@ class Candidate:
 
 
 def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
-    """Why a family of kernels cannot compute a GEMM on a chip; "" if it can."""
+    """Why a family of kernels cannot compute a GEMM on a chip, or is not tried; "" if it can."""
     if kernel not in FAMILIES:
         return "there is no such family of kernels"
+    if kernel in ("tma", "swap"):
+        return _engine(gemm, on)
+    return ""
+
+
+def _engine(gemm: Gemm, on: Chip) -> str:
+    """Why weights cannot come by the copy engine of Hopper and later; "" if they can."""
+    row = (gemm.columns * gemm.parts if gemm.transposed else gemm.inner) * gemm.dtype.itemsize
+    if not on.engine:
+        return f"{on.name} has no copy engine for tensors"
+    if gemm.packing != "plain":
+        return f"weights packed as {gemm.packing} do not come by the copy engine"
+    if gemm.dtype is DType.f32:
+        return "f32 is not multiplied by tensor cores"
+    if gemm.inner % 64 or row % 16:
+        return f"sums of {gemm.inner} terms in rows of {row} bytes: blocks of 64 and 16 are needed"
     return ""
 
 
@@ -41,7 +57,7 @@ def candidates(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     """The variants that are tried: of each family that can compute the GEMM on the chip."""
     for kernel in FAMILIES:
         if not obstacle(kernel, gemm, on):
-            yield from _tiles(gemm, on)
+            yield from TRIED[kernel](gemm, on)
 
 
 def _tiles(gemm: Gemm, on: Chip) -> Iterator[Variant]:
@@ -50,6 +66,25 @@ def _tiles(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     stages = (2, 3) if on.lanes == 64 else (3, 4, 5)  # there, no asynchronous copies to keep under way
     for m, n, k, warps, deep in product((16, 32, 64, 128), (32, 64, 128, 256), depths, (4, 8), stages):
         yield Variant("tiles", m, n, k, warps, deep)
+
+
+def _tma(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    for m, n, k, warps, deep in product((64, 128), (64, 128, 256), _depths(gemm), (4, 8), (3, 4, 5)):
+        yield Variant("tma", m, n, k, warps, deep)
+
+
+def _swap(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    for m, n, k, warps, deep in product((16, 32, 64), (64, 128), _depths(gemm), (4, 8), (3, 4, 5, 6)):
+        if warps <= n // 16:
+            yield Variant("swap", m, n, k, warps, deep)
+
+
+def _depths(gemm: Gemm) -> tuple[int, ...]:
+    """Steps along the inner dimension that divide it."""
+    return tuple(depth for depth in (64, 128) if gemm.inner % depth == 0)
+
+
+TRIED: Mapping[Family, Callable[[Gemm, Chip], Iterator[Variant]]] = {"tiles": _tiles, "tma": _tma, "swap": _swap}
 
 
 @cache
@@ -62,7 +97,7 @@ def ranked(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
     found = [Candidate(variant, prediction) for variant, prediction in made if prediction is not None]
     if not found:
         raise CompileError(f"no tile of {gemm} fits {on.name}")
-    return tuple(sorted(found, key=lambda c: (c.made.us, c.variant.block_m, c.variant.shared(gemm))))
+    return tuple(sorted(found, key=lambda c: (c.made.us, c.variant.block_m, c.variant.shared(gemm, on))))
 
 
 def best(gemm: Gemm, tokens: int, on: Chip) -> Candidate:
@@ -78,6 +113,38 @@ def by_family(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
     return tuple(found.values())
 
 
+def of_order(gemm: Gemm, tokens: int, on: Chip, order: str | None) -> tuple[Candidate, ...]:
+    """`ranked`, those that add a row's terms in one order (`Variant.order`; None: all)."""
+    return tuple(c for c in ranked(gemm, tokens, on) if order is None or c.variant.order(gemm, on) == order)
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """An order of adding that every number of tokens can have.
+
+    Args:
+        order: as of `Variant.order`; a row then gets the same bits in whatever batch it comes.
+        loss: how much longer the fastest variants of it take than the fastest of all: the worst share over BUCKETS.
+        tokens: where that is.
+    """
+
+    order: str
+    loss: float
+    tokens: int
+
+
+@cache
+def invariant(gemm: Gemm, on: Chip) -> Invariant:
+    """The order of adding that costs least where all numbers of tokens shall share one."""
+    found = list[Invariant]()
+    for order in dict.fromkeys(c.variant.order(gemm, on) for c in ranked(gemm, BUCKETS[-1], on)):
+        losses = list[tuple[float, int]]()
+        for tokens in BUCKETS:
+            losses.append((of_order(gemm, tokens, on, order)[0].made.us / best(gemm, tokens, on).made.us - 1, tokens))
+        found.append(Invariant(order, *max(losses)))
+    return min(found, key=lambda one: one.loss)
+
+
 @dataclass(frozen=True)
 class Range:
     """The variant for up to `up_to` tokens (None: any number), with what it is expected to do at the upper end."""
@@ -87,36 +154,36 @@ class Range:
 
 
 @cache
-def ranges(gemm: Gemm, on: Chip, buckets: Sequence[int] = BUCKETS) -> tuple[Range, ...]:
-    """The variants by ascending token count: as few as stay within SLACK of the fastest in each bucket."""
-    found = list[Range]()
-    good, first = set[Variant](), 0
-    for i, tokens in enumerate((*buckets, 0)):
-        here = _near(gemm, tokens, on) if tokens else set[Variant]()
-        if i and not good & here:
-            found.append(_settled(gemm, on, buckets[first:i], good))
+def ranges(gemm: Gemm, on: Chip, order: str | None = None) -> tuple[Range, ...]:
+    """The variants by ascending token count: as few as stay within SLACK of the fastest of each bucket.
+
+    Args:
+        order: the one order of adding that they shall have; None: any.
+    """
+    found, good, first = list[Range](), _near(gemm, BUCKETS[0], on, order), 0
+    for i, tokens in enumerate(BUCKETS[1:], 1):
+        here = _near(gemm, tokens, on, order)
+        if not good & here:
+            found.append(Range(BUCKETS[i - 1], _settled(gemm, on, BUCKETS[first:i], good)))
             good, first = here, i
         else:
-            good = good & here if i else here
-    last = found[-1]
-    return (*found[:-1], Range(None, last.chosen))
+            good &= here
+    return (*found, Range(None, _settled(gemm, on, BUCKETS[first:], good)))
 
 
-def _near(gemm: Gemm, tokens: int, on: Chip) -> set[Variant]:
+def _near(gemm: Gemm, tokens: int, on: Chip, order: str | None) -> set[Variant]:
     """The variants within SLACK of the fastest."""
-    order = ranked(gemm, tokens, on)
-    return {c.variant for c in order if c.made.us <= order[0].made.us * SLACK}
+    found = of_order(gemm, tokens, on, order)
+    return {c.variant for c in found if c.made.us <= found[0].made.us * SLACK}
 
 
-def _settled(gemm: Gemm, on: Chip, buckets: Sequence[int], good: set[Variant]) -> Range:
-    """A range over some buckets by the best of the variants that are good in all of them."""
+def _settled(gemm: Gemm, on: Chip, buckets: Sequence[int], good: set[Variant]) -> Candidate:
+    """The best over some buckets of the variants that are good in all of them, as it does in the last one."""
     cost = dict.fromkeys(good, 0.0)
     at = dict[Variant, Candidate]()
     for tokens in buckets:
-        order = ranked(gemm, tokens, on)
-        for candidate in order:
+        for candidate in ranked(gemm, tokens, on):
             if candidate.variant in cost:
-                cost[candidate.variant] += candidate.made.us / order[0].made.us
+                cost[candidate.variant] += candidate.made.us / best(gemm, tokens, on).made.us
                 at[candidate.variant] = candidate
-    variant = min(good, key=lambda v: (round(cost[v], 6), v.block_m, v.shared(gemm), v.num_warps, str(v)))
-    return Range(buckets[-1], at[variant])
+    return at[min(good, key=lambda v: (round(cost[v], 6), v.block_m, v.shared(gemm, on), v.num_warps, str(v)))]

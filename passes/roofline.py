@@ -22,7 +22,7 @@ from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
 
 Limiter: TypeAlias = Literal["memory", "compute", "cache", "latency"]
-Family: TypeAlias = Literal["tiles", "swap", "persistent", "rows"]
+Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "rows"]
 
 BANDWIDTH_SHARE = 0.90  # H100: a copy reaches 3.0 of 3.35 TB/s
 FLOPS_SHARE = 0.80  # H100: cuBLAS reaches 798 of 989 TFLOP/s (bf16, 8192 cubed)
@@ -34,7 +34,8 @@ LAUNCH = 3e-6  # seconds
 SHOWS = 0.02  # of what the roofs below the highest take: they overlap with it, not wholly
 SEARCH = 3 * LATENCY  # a program finds its tile: offsets, then rows, then the first operands
 PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
-ROW_REGISTERS = 64  # registers of a thread beside its accumulators
+ROW_REGISTERS = 48  # registers of a thread that every kernel takes
+HELD = 0.4  # of a step's operands: how much is in registers at a time
 SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
 CACHED = 0.5  # the share of the L2 that data stays in until its next reader
 WEIGHT_SIZES = {"fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}
@@ -50,6 +51,8 @@ class Gemm:
         dtype: of activations, and of the products.
         packing: how the weights lie in memory (`moe.gather_gemm`).
         launches: kernels that it takes besides the GEMM: one where k rows are added, or a tail finishes them.
+        transposed: whether `columns` are next to each other in the weights, not `inner`.
+        partial: dtype of rows that are still to be added.
     """
 
     half: Literal["up", "down"]
@@ -61,6 +64,8 @@ class Gemm:
     dtype: DType
     launches: int = 0
     packing: str = "plain"
+    transposed: bool = False
+    partial: DType = DType.f32
 
     @property
     def weight_size(self) -> float:
@@ -74,8 +79,8 @@ class Gemm:
 
     @property
     def stored(self) -> int:
-        """Bytes of an element that the GEMM stores: f32 where rows are still to be added."""
-        return 4 if self.launches else self.dtype.itemsize
+        """Bytes of an element that the GEMM stores."""
+        return (self.partial if self.launches else self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,53 @@ class Variant:
         tile = f"{self.block_m} x {self.block_n} x {self.block_k}{split}"
         return f"{self.kernel} {tile}, {self.num_warps} warps, {self.num_stages} stages"
 
+    @property
+    def first(self) -> int:
+        """Rows of the tensor cores' first operand: the weights' columns in `swap`."""
+        return self.block_n if self.kernel == "swap" else self.block_m
+
+    def direct(self, gemm: Gemm, on: Chip) -> bool:
+        """Whether the matrix instruction reads its operands from shared memory, not from registers."""
+        return 0 < on.wide <= self.first and gemm.dtype is not DType.f32
+
+    def order(self, gemm: Gemm, on: Chip) -> str:
+        """What decides the order in which a row's terms are added: variants of one order give the same bits."""
+        if self.kernel == "rows" or gemm.dtype is DType.f32:
+            return f"{self.kernel} {self.block_k} / {self.split}"
+        return f"matrix instruction {'on shared memory' if self.direct(gemm, on) else 'on registers'} / {self.split}"
+
     def step(self, gemm: Gemm) -> int:
-        """Bytes of shared memory that one step of the inner loop fills."""
+        """Bytes of operands that one step of the inner loop loads."""
         weights = self.block_n * gemm.parts * gemm.weight_size
         return int((self.block_m * gemm.dtype.itemsize + weights) * self.block_k)
 
-    def shared(self, gemm: Gemm) -> int:
-        """Bytes of shared memory of one program."""
-        return 0 if self.kernel == "rows" else self.num_stages * self.step(gemm)
+    def shared(self, gemm: Gemm, on: Chip) -> int:
+        """Bytes of shared memory of one program: a stage that is in registers takes none; barriers where TMA loads."""
+        if self.kernel == "rows":
+            return 0
+        stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
+        return stages * self.step(gemm) + (0 if self.kernel == "tiles" else 256)
 
     def registers(self, gemm: Gemm, on: Chip) -> float:
-        """Registers of a thread."""
-        return self.block_m * self.block_n * gemm.parts / (self.num_warps * on.lanes) + ROW_REGISTERS
+        """Registers of a thread: sums, addresses of what it stores and loads, operands on their way; fitted to what
+        ptxas makes of the kernels."""
+        threads = self.num_warps * on.lanes
+        if self.kernel == "persistent":
+            threads = 256  # two groups of warps share the products
+        sums = self.block_m * self.block_n * gemm.parts / threads
+        stored = self.block_m * self.block_n * gemm.stored / 8 / threads
+        pointed = self.block_n * gemm.parts * gemm.weight_size if self.kernel == "tiles" else 0
+        pointed += 0 if self.kernel == "persistent" else self.block_m * gemm.dtype.itemsize
+        loaded = pointed * self.block_k / 8 / threads
+        held = 0 if self.direct(gemm, on) else self._held(gemm, threads, on)
+        return ROW_REGISTERS + sums + stored + loaded + held
+
+    def _held(self, gemm: Gemm, threads: int, on: Chip) -> float:
+        """Registers for operands of a step, of which each warp has its own."""
+        warps_m = min(threads // on.lanes, max(1, self.block_m // 32))
+        warps_n = threads // on.lanes // warps_m
+        operands = self.block_m * warps_n + self.block_n * gemm.parts * warps_m
+        return HELD * operands * self.block_k * gemm.dtype.itemsize / 4 / threads
 
 
 @dataclass(frozen=True)
@@ -201,7 +241,7 @@ GROUP_M = 8
 
 def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction | None:
     """Time of a variant for `tokens` tokens; None where it does not fit the chip."""
-    shared, threads = variant.shared(gemm), variant.num_warps * on.lanes
+    shared, threads = variant.shared(gemm, on), variant.num_warps * on.lanes
     registers = variant.registers(gemm, on)
     if shared > on.shared or registers > 255:
         return None
@@ -216,7 +256,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     roofs: dict[Limiter, float] = {
         "memory": moved(gemm, variant, tokens, on) / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece),
         "compute": busiest * done.flops / (rate(gemm, variant, on) / on.sms),
-        "cache": done.programs * (done.loads + done.stores) / (on.cache_bandwidth * feed(gemm, variant)),
+        "cache": done.programs * (done.loads + done.stores) / (on.cache_bandwidth * feed(variant)),
         "latency": rounds * waiting + searches * SEARCH,
     }
     limiter = max(roofs, key=lambda roof: roofs[roof])
@@ -231,9 +271,10 @@ def after(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
     """Seconds of what follows the GEMM: the k rows of each token are read and added."""
     if not gemm.launches or (variant.kernel == "rows" and variant.split == 1):
         return 0.0
-    read = tokens * gemm.columns * (gemm.k * 4 + gemm.dtype.itemsize)
-    fast = on.cache_bandwidth if tokens * gemm.k * gemm.columns * 4 < on.cache * CACHED else on.bandwidth
-    return gemm.launches * LAUNCH + read / (fast * BANDWIDTH_SHARE)
+    partial = tokens * gemm.k * gemm.columns * gemm.stored
+    fast = on.cache_bandwidth if partial < on.cache * CACHED else on.bandwidth
+    written = tokens * gemm.columns * gemm.dtype.itemsize
+    return gemm.launches * LAUNCH + (partial + written) / (fast * BANDWIDTH_SHARE)
 
 
 def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
@@ -243,20 +284,18 @@ def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
         return on.flops[DType.f32] * FLOPS_SHARE / 2  # each weight is widened, multiplied, added
     if gemm.dtype is DType.f32:
         return full * FLOPS_SHARE
-    share = FLOPS_SHARE * feed(gemm, variant)
-    m, n = variant.block_m, variant.block_n
-    if variant.kernel == "swap":
-        m, n = n, m
-    if m < on.wide:
-        return full * share * MMA_SYNC_SHARE
+    share = FLOPS_SHARE * feed(variant)
+    if not variant.direct(gemm, on):
+        return full * share * (MMA_SYNC_SHARE if on.wide else 1.0)
+    m, n = variant.first, variant.block_m if variant.kernel == "swap" else variant.block_n
     # Both operands come from shared memory: m once for each 256 columns, n once for each 64 rows.
     read = 2 * (m * -(-n // 256) + n * -(-m // 64)) / SHARED_READS
     multiply = 2 * m * n / (full / on.sms / on.clock)
-    return full * share * (min(1.0, multiply / read) if on.wide else 1.0)
+    return full * share * min(1.0, multiply / read)
 
 
-def feed(gemm: Gemm, variant: Variant) -> float:
+def feed(variant: Variant) -> float:
     """The share of their rates that L2 and tensor cores reach, by how operands come to shared memory."""
     if variant.kernel in ("tiles", "rows"):
         return POINTERS
-    return GATHERED if gemm.half == "up" else 1.0
+    return 1.0 if variant.kernel == "persistent" else GATHERED

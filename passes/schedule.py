@@ -9,7 +9,7 @@ from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
 from sparsec.ir.core import Module, Op
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.chips import Chip, chip
-from sparsec.passes.cost import ranges
+from sparsec.passes.cost import invariant, ranges
 from sparsec.passes.roofline import Gemm
 
 
@@ -17,9 +17,15 @@ from sparsec.passes.roofline import Gemm
 @dataclass(frozen=True)
 class ScheduleVariants(Pass):
     """Write the variants of every fused op for GPUs: for each range of token counts the family of kernels and the tile
-    that the cost model finds fastest; a remark says which and why. Kernels for CPUs choose by themselves."""
+    that the cost model finds fastest. Kernels for CPUs choose by themselves.
+
+    A row gets the same bits in whatever batch it comes if all variants add its terms in one order. That is so where it
+    makes no number of tokens slower by more than `invariant-loss`, a share; 0 asks for the fastest only.
+    """
 
     name: ClassVar[str] = "schedule"
+
+    invariant_loss: float = 0.03
 
     def run(self, module: Module, ctx: PassContext) -> None:
         if ctx.target == "cpu":
@@ -27,14 +33,14 @@ class ScheduleVariants(Pass):
         on = chip(ctx.target)
         count = 0
         for op in module.walk():
-            variants = gpu_variants(op, on)
+            variants = gpu_variants(op, on, self.invariant_loss)
             if variants and op.attrs.get("variants") != variants:
                 op.attrs["variants"] = variants
                 count += 1
         ctx.changed("scheduled ops", count)
 
 
-def gpu_variants(op: Op, on: Chip) -> tuple[dict[str, Any], ...]:
+def gpu_variants(op: Op, on: Chip, invariant_loss: float = 0.03) -> tuple[dict[str, Any], ...]:
     """Variants of a fused op for a GPU; none for other ops.
 
     GEMMs: `kernel` (the family), `block_m, block_n, block_k, num_warps, num_stages, split` with `predicted_us` at the
@@ -45,6 +51,9 @@ def gpu_variants(op: Op, on: Chip) -> tuple[dict[str, Any], ...]:
         return _router_variants(op)
     if not isinstance(op, GatherGemm | GemmCombine):
         return ()
+    gemm = gemm_of(op)
+    same = invariant(gemm, on)
+    order = same.order if same.loss <= invariant_loss else None
     return tuple(
         {
             **({} if range_.up_to is None else {"up_to": range_.up_to}),
@@ -52,7 +61,7 @@ def gpu_variants(op: Op, on: Chip) -> tuple[dict[str, Any], ...]:
             "predicted_us": round(range_.chosen.made.us, 2),
             "limiter": range_.chosen.made.limiter,
         }
-        for range_ in ranges(gemm_of(op), on)
+        for range_ in ranges(gemm, on, order)
     )
 
 
@@ -62,11 +71,11 @@ def gemm_of(op: GatherGemm | GemmCombine) -> Gemm:
         inner, dtype = op.x.tensor.shape[-1], op.x.tensor.dtype
         assert isinstance(inner, int)
         parts = 1 if op.layout == "single" else 2
-        return Gemm("up", op.num_experts, op.k, inner, op.width, parts, dtype, packing=op.packing)
+        return Gemm("up", op.num_experts, op.k, inner, op.width, parts, dtype, 0, op.packing, op.up_transposed)
     inner, columns, dtype = op.h.tensor.shape[-1], op.y.tensor.shape[-1], op.h.tensor.dtype
     assert isinstance(inner, int) and isinstance(columns, int)
     launches = 0 if op.k == 1 and op.tail is None else 1
-    return Gemm("down", op.num_experts, op.k, inner, columns, 1, dtype, launches, op.packing)
+    return Gemm("down", op.num_experts, op.k, inner, columns, 1, dtype, launches, op.packing, op.down_transposed)
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
