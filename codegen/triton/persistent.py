@@ -159,14 +159,14 @@ class Persistent:
         times = ", times its weight" if down.weighs else ""
         return [
             f'"""Row p of {down.out.name} is the down-projection of pair p by its expert{times}; 0 if skipped."""',
-            "arrive(PDL)",
             "COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N",
             "# A tile of 256 columns is made in halves: its way out through shared memory needs no more than one.",
             "WIDE: tl.constexpr = BLOCK_N > 128",
             "HALF: tl.constexpr = BLOCK_N // 2 if WIDE else BLOCK_N",
             "counts = tile_list(tiles, tokens * K, E, BLOCK_M)",
-            "count = tl.load(counts) * COLUMNS",
-            "for tile in tl.range(count + tl.program_id(0), tl.load(counts + 1) * COLUMNS, tl.num_programs(0)):",
+            "count, every = tl.load(counts) * COLUMNS, tl.load(counts + 1) * COLUMNS",
+            "arrive(PDL)",
+            "for tile in tl.range(count + tl.program_id(0), every, tl.num_programs(0)):",
             *(f"    {line}" for line in skipped),
             "# Rows of h past an expert's own are the next one's: they are multiplied, and not stored.",
             "for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), warp_specialize=DIVIDED):",
