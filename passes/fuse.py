@@ -54,11 +54,9 @@ class FuseRouteGroup(Pass):
                     ctx.missed(op, why="no expert bank reads the ids of this router directly")
                 return False
             body = clone_block(op.body, {})
-            attrs = {"num_experts": banks[0].num_experts}
-            new = RouteGroup([op.logits, *op.params], None, attrs, [body])
+            new = RouteGroup([op.logits, *op.params], None, grouping(banks[0].num_experts, ctx.target), [body])
             rw.insert(new, op)
-            for result, name in zip((new.order, new.offsets), ("order", "offsets"), strict=True):
-                result.name = name
+            _name(new)
             rw.replace(op, (new.ids, new.weights, *new.extras))
             return True
 
@@ -79,35 +77,47 @@ class FuseExperts(Pass):
 
 def bank_rules(target: str) -> list[Rule]:
     """The rules of `fuse-experts` for a target."""
+
+    @rule("moe.experts")
+    def split_experts(op: Op, rw: Rewriter) -> bool:
+        """experts -> gather_gemm, gemm_combine"""
+        assert isinstance(op, Experts)
+        return _split(op, _sorted(op, rw, target), rw)
+
+    @rule("moe.grouped_linear")
+    def linear_as_combine(op: Op, rw: Rewriter) -> bool:
+        """grouped_linear -> index_select of its rows in the order of experts, gemm_combine"""
+        assert isinstance(op, GroupedLinear)
+        return _combine(op, _sorted(op, rw, target), rw)
+
     return [linear_as_combine] if target == "cpu" else [split_experts, linear_as_combine]
 
 
-@rule("moe.experts")
-def split_experts(op: Op, rw: Rewriter) -> bool:
-    """experts -> gather_gemm, gemm_combine"""
-    assert isinstance(op, Experts)
-    order, offsets = _sorted(op, rw)
+def grouping(experts: int, target: str) -> dict[str, Attr]:
+    """Attributes of an op that sorts pairs: on a GPU it lists the tiles too."""
+    return {"num_experts": experts} if target == "cpu" else {"num_experts": experts, "listed": True}
+
+
+def _split(op: Experts, sort: Group | RouteGroup, rw: Rewriter) -> bool:
+    order, offsets, tiles = sort.order, sort.offsets, sort.tiles
     early = op.weight_on == "input"
     shared: dict[str, Attr] = {name: op.attrs[name] for name in ("layout", "up_transposed") if name in op.attrs}
-    inputs = _trimmed(op.x, order, offsets, op.up, op.up_bias, op.weights if early else None)
+    inputs = _trimmed(op.x, order, offsets, op.up, op.up_bias, op.weights if early else None, None, tiles)
     gemm = GatherGemm(inputs, None, {"k": op.k, **shared}, [clone_block(op.activation, {})])
     rw.insert(gemm, op)
     gemm.result.name = "h"
     attrs: dict[str, Attr] = {"down_transposed": True} if op.down_transposed else {}
     if early:
         attrs["weighted"] = False
-    inputs = _trimmed(gemm.result, order, offsets, op.weights, op.down, op.down_bias, None, None, *op.tail_params)
+    inputs = _trimmed(gemm.result, order, offsets, op.weights, op.down, op.down_bias, None, tiles, *op.tail_params)
     combine = GemmCombine(inputs, None, attrs, [clone_block(op.tail, {})] if op.tail is not None else [])
     rw.insert(combine, op)
     rw.replace(op, combine.results)
     return True
 
 
-@rule("moe.grouped_linear")
-def linear_as_combine(op: Op, rw: Rewriter) -> bool:
-    """grouped_linear -> index_select of its rows in the order of experts, gemm_combine"""
-    assert isinstance(op, GroupedLinear)
-    order, offsets = _sorted(op, rw)
+def _combine(op: GroupedLinear, sort: Group | RouteGroup, rw: Rewriter) -> bool:
+    order, offsets, tiles = sort.order, sort.offsets, sort.tiles
     (tokens, k), columns = op.ids.tensor.shape, op.y.tensor.shape[-1]
     pairs, inner = order.tensor.shape[0], op.x.tensor.shape[-1]
     dtype = op.x.tensor.dtype
@@ -120,7 +130,7 @@ def linear_as_combine(op: Op, rw: Rewriter) -> bool:
     rows = rw.make(op, "aten.index_select", [rows, at], [flat], {"dim": 0}).result
     attrs: dict[str, Attr] = {"down_transposed": True} if op.transposed else {}
     if op.weights is not None:
-        combine = GemmCombine(_trimmed(rows, order, offsets, op.weights, op.w, op.bias), None, attrs)
+        combine = GemmCombine(_trimmed(rows, order, offsets, op.weights, op.w, op.bias, None, tiles), None, attrs)
         rw.insert(combine, op)
         rw.replace(op, combine.results)
         return True
@@ -128,22 +138,28 @@ def linear_as_combine(op: Op, rw: Rewriter) -> bool:
     alone = TensorType((pairs, 1), op.ids.tensor.dtype)
     ids = rw.make(op, "aten.reshape", [op.ids], [alone], {"shape": alone.shape}).result
     attrs["weighted"] = False
-    combine = GemmCombine(_trimmed(rows, order, offsets, ids, op.w, op.bias), None, attrs)
+    combine = GemmCombine(_trimmed(rows, order, offsets, ids, op.w, op.bias, None, tiles), None, attrs)
     rw.insert(combine, op)
     shape = (tokens, k, columns)
     rw.replace(op, rw.make(op, "aten.reshape", combine.results, [TensorType(shape, dtype)], {"shape": shape}).results)
     return True
 
 
-def _sorted(op: Experts | GroupedLinear, rw: Rewriter) -> tuple[Value, Value]:
-    """`order` and `offsets` of the pairs of a bank."""
+def _sorted(op: Experts | GroupedLinear, rw: Rewriter, target: str) -> Group | RouteGroup:
+    """The op that sorts the pairs of a bank."""
     route = op.ids.op
     if isinstance(route, RouteGroup) and route.ids is op.ids and route.num_experts == op.num_experts:
-        return route.order, route.offsets
-    group = Group([op.ids], None, {"num_experts": op.num_experts})
+        return route
+    group = Group([op.ids], None, grouping(op.num_experts, target))
     rw.insert(group, op)
-    group.order.name, group.offsets.name = "order", "offsets"
-    return group.order, group.offsets
+    _name(group)
+    return group
+
+
+def _name(sort: Group | RouteGroup) -> None:
+    sort.order.name, sort.offsets.name = "order", "offsets"
+    if sort.tiles is not None:
+        sort.tiles.name = "tiles"
 
 
 def _trimmed(*operands: Value | None) -> list[Value | None]:

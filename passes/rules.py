@@ -133,16 +133,22 @@ def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
 
 @cache
 def substitute(dim: Dim, old: Dim, new: Sym) -> Dim:
-    """`dim` with the size `old` called `new`: `2*(s0*s1)` with `s0*s1 -> t` is `2*t`. Ints are never renamed."""
+    """`dim` with the size `old` called `new`: `2*(s0*s1)` with `s0*s1 -> t` is `2*t`. Ints are never renamed.
+
+    In a sum or a quotient each part is renamed for itself.
+    """
     if isinstance(dim, int) or isinstance(old, int):
         return dim
     number, left = factors(dim)
     by, parts = factors(old)
     rest = list(left)
-    for part in parts:
-        if part not in rest:
+    if parts and number % by == 0 and all(part in rest for part in parts):
+        for part in parts:
+            rest.remove(part)
+        return product((number // by, *(Sym(part) for part in rest), new)) if rest or number != by else new
+    match ast.parse(dim, mode="eval").body:
+        case ast.BinOp(left=a, op=ast.Add() | ast.Sub() | ast.FloorDiv() as sign, right=b):
+            c, d = (ast.parse(str(substitute(Sym(ast.unparse(side)), old, new)), mode="eval").body for side in (a, b))
+            return Sym(ast.unparse(ast.BinOp(c, sign, d)).replace(" ", ""))
+        case _:
             return dim
-        rest.remove(part)
-    if not parts or number % by:
-        return dim
-    return product((number // by, *(Sym(part) for part in rest), new)) if rest or number != by else new

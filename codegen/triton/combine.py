@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed, step
+from sparsec.codegen.triton.banks import bank_of, scale_parameters
+from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed
 from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Wiring
 from sparsec.codegen.triton.region import RegionCode
 from sparsec.codegen.triton.source import indent, library
@@ -35,7 +36,7 @@ class Tiles:
 
     def functions(self) -> list[str]:
         bound = [] if self.gemm.even(self.gemm.columns, "BLOCK_N") else ["columns < H"]
-        body = indent(self.down.lines(_loop(self.gemm, self.op, bound), bound))
+        body = indent(self.down.lines(_loop(self.gemm, bound), bound))
         signature = self.gemm.signature(f"{self.func.name}_gemm", self.down.parameters)
         return [f"{signature}\n{body}", *self.down.functions()]
 
@@ -50,7 +51,7 @@ class Down:
     """What every down-projection that leaves a row for each pair shares: its parameters, and the launch that adds rows.
 
     Attributes:
-        parameters: `h, order, offsets, (weights), down, (down_bias), out, (kept), tokens`.
+        parameters: `h, order, tiles (or offsets), (weights), down, (down_bias), (down_scale), out, (kept), tokens`.
         out: `partial` [pairs, H] f32, or `y` itself where there is nothing to add.
         weighs: whether the GEMM weighs its rows.
         kept: `kept` [pairs], which the GEMM sets to 0 for a skipped pair and to 1 else, where a tail has to know.
@@ -67,11 +68,14 @@ class Down:
         kept = [self.kept] if self.kept is not None else []
         weights = [gemm.pointer("weights", op.weights, wiring)] if op.weighted else []
         self.parameters = [
-            *(gemm.pointer(name, value, wiring) for name, value in (("h", op.h), ("order", op.order))),
-            gemm.pointer("offsets", op.offsets, wiring),
+            *(
+                gemm.pointer(name, value, wiring)
+                for name, value in {"h": op.h, "order": op.order, **gemm.where()}.items()
+            ),
             *(weights if self.weighs else []),
             gemm.pointer("down", op.down, wiring),
             *([gemm.pointer("down_bias", op.down_bias, wiring)] if op.down_bias is not None else []),
+            *scale_parameters(gemm, wiring),
             out,
             *kept,
             TOKENS,
@@ -132,17 +136,17 @@ def down_summary(op: GemmCombine) -> str:
     return f"{', '.join(does)}."
 
 
-def _loop(gemm: GroupedGemm, op: GemmCombine, bound: list[str]) -> list[str]:
+def _loop(gemm: GroupedGemm, bound: list[str]) -> list[str]:
     """The sums over I, by addresses."""
-    at = "depth[:, None] * H + columns[None, :]" if op.down_transposed else "columns[None, :] * I + depth[:, None]"
+    bank = bank_of(gemm)
     return [
-        "depth = tl.arange(0, BLOCK_K)",
+        f"depth = tl.arange(0, {bank.depth})",
         "a_at = h + rows.to(tl.int64)[:, None] * I + depth[None, :]",
-        f"down_at = down + expert.to(tl.int64) * (H * I) + {at}",
+        *bank.start(),
+        *bank.at("down", "columns", "first"),
         "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
-        *gemm.loop("I", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in bound]}, {"down_at": "acc"},
-                   step(op.down_transposed, "H")),
-    ]  # fmt: skip
+        *bank.loop(bound, {"down": "acc"}),
+    ]
 
 
 def _combine(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Parameter, ...]) -> tuple[str, Entry]:
@@ -152,6 +156,7 @@ def _combine(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Paramet
     mask = ", mask=columns < H, other=0" if tail else ""
     lines = [
         '"""One token: the sum of its K rows of partial, slot by slot, rounded once."""',
+        "arrive(PDL)",
         "token = tl.program_id(0).to(tl.int64)",
         "columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)",
         "total = tl.zeros([BLOCK_H], tl.float32)",
@@ -160,11 +165,11 @@ def _combine(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Paramet
         f"tl.store(y + token * H + columns, {narrowed('total', op.y.tensor.dtype)}"
         f"{', mask=columns < H' if tail else ''})",
     ]
-    text = f"@triton.jit\ndef {name}(partial, y, BLOCK_H: tl.constexpr):\n{indent(lines)}"
-    return text, Entry(name, parameters, {"BLOCK_H": block}, ("t", str(-(-hidden // block))), 4, 1)
+    text = f"@triton.jit\ndef {name}(partial, y, BLOCK_H: tl.constexpr, PDL: tl.constexpr):\n{indent(lines)}"
+    return text, Entry(name, parameters, {"BLOCK_H": block, "PDL": 0}, ("t", str(-(-hidden // block))), 4, 1)
 
 
-RESERVED = ("partial", "kept", "weights", "y", "token", "columns", "total", "slot", "pair", "row", "weight", "ROWS")
+RESERVED = ("partial", "kept", "weights", "y", "token", "columns", "total", "slot", "pair", "row", "weight", "PDL")
 
 
 def _finish(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Parameter, ...]) -> tuple[str, Entry]:
@@ -191,6 +196,7 @@ def _finish(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Paramete
     store_mask = f", mask={within}" if within else ""
     lines = [
         '"""One token: its K rows of partial through the tail, weighed and added slot by slot, rounded once."""',
+        "arrive(PDL)",
         "token = tl.program_id(0).to(tl.int64)",
         f"columns = tl.arange(0, {lanes})",
         *head,
@@ -199,8 +205,8 @@ def _finish(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Paramete
         *(f"    {line}" for line in body),
         f"tl.store(y + token * H + columns[None, :], {narrowed('total', op.y.tensor.dtype)}{store_mask})",
     ]
-    text = f"@triton.jit\ndef {name}({', '.join(given)}, ROWS: tl.constexpr):\n{indent(lines)}"
-    return text, Entry(name, parameters, {"ROWS": 1}, ("t", "1"), 4 if lanes <= 2048 else 8, 1)
+    text = f"@triton.jit\ndef {name}({', '.join(given)}, PDL: tl.constexpr):\n{indent(lines)}"
+    return text, Entry(name, parameters, {"PDL": 0}, ("t", "1"), 4 if lanes <= 2048 else 8, 1)
 
 
 def _vector(code: RegionCode, op: GemmCombine, value: Value, pointer: str) -> Tile:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed, step
+from sparsec.codegen.triton.banks import Bank, bank_of, scale_parameters
+from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed
 from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring
 from sparsec.codegen.triton.region import RegionCode
 from sparsec.codegen.triton.source import indent, library
@@ -25,7 +26,7 @@ class Tiles:
         self.parameters = up_parameters(gemm, op, wiring)
 
     def functions(self) -> list[str]:
-        op, gemm, wide = self.op, self.gemm, self.op.layout == "interleaved"
+        op, gemm, bank = self.op, self.gemm, bank_of(self.gemm)
         bound = [] if gemm.even(op.width, "BLOCK_N") else ["columns < I"]
         lines = [
             f'"""{ROWS_OF_H}"""',
@@ -34,13 +35,12 @@ class Tiles:
             "    return",
             *gemm.rows(),
             "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
-            "depth = tl.arange(0, BLOCK_K)",
+            f"depth = tl.arange(0, {bank.depth})",
             "a_at = x + (pair // K).to(tl.int64)[:, None] * H + depth[None, :]",
-            *_up_pointers(op),
-            *gemm.loop("H", {"a": ["live[:, None]"], "bank": [f"({b})[None, :]" for b in _wide(bound, wide)]},
-                       _accumulators(op), step(op.up_transposed, "I" if op.layout == "single" else "2 * I")),
+            *_pointers(op, bank),
+            *bank.loop(_wide(bound, op.layout == "interleaved"), _accumulators(op)),
             *epilogue(op, _columns(op), bound),
-        ]  # fmt: skip
+        ]
         keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
         result = activated(op, lines)
         lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
@@ -55,12 +55,13 @@ ROWS_OF_H = "Row i of h is the activated up-projection of the token of pair orde
 
 
 def up_parameters(gemm: GroupedGemm, op: GatherGemm, wiring: Wiring) -> list[Parameter]:
-    """What an up-projection reads and writes: `x, order, offsets, up, (up_bias), (weights), h, tokens`."""
-    operands = {"x": op.x, "order": op.order, "offsets": op.offsets, "up": op.up}
+    """What an up-projection reads and writes: `x, order, tiles (or offsets), up, (up_bias), (weights), (up_scale), h, tokens`."""
+    operands = {"x": op.x, "order": op.order, **gemm.where(), "up": op.up}
     operands |= {"up_bias": op.up_bias} if op.up_bias is not None else {}
     operands |= {"weights": op.weights} if op.weights is not None else {}
     h = Parameter("h", POINTERS[op.h.tensor.dtype], wiring.result(op.h))
-    return [*(gemm.pointer(name, value, wiring) for name, value in operands.items()), h, TOKENS]
+    given = [gemm.pointer(name, value, wiring) for name, value in operands.items()]
+    return [*given, *scale_parameters(gemm, wiring), h, TOKENS]
 
 
 def up_summary(op: GatherGemm) -> str:
@@ -68,30 +69,23 @@ def up_summary(op: GatherGemm) -> str:
     return f"rows of x gathered by expert, times the expert's up-projection ({op.layout}), activated."
 
 
-def _up_pointers(op: GatherGemm) -> list[str]:
-    """Pointers into the expert's weights, [BLOCK_K, columns], and zero accumulators."""
-    parts = "I" if op.layout == "single" else "2 * I"
-    lines = [f"bank = up + expert.to(tl.int64) * ({parts} * H)"]
-
-    def at(column: str) -> str:
-        if op.up_transposed:
-            return f"bank + depth[:, None] * ({parts}) + {column}[None, :]"
-        return f"bank + {column}[None, :] * H + depth[:, None]"
-
-    zeros = "tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
+def _pointers(op: GatherGemm, bank: Bank) -> list[str]:
+    """Pointers into the expert's weights, and zero accumulators."""
+    first, zeros = "column_block * BLOCK_N", "tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
     match op.layout:
         case "single":
-            return [*lines, f"up_at = {at('columns')}", f"acc = {zeros}"]
+            return [*bank.start(), *bank.at("up", "columns", first), f"acc = {zeros}"]
         case "concat":
-            pointers = [f"gate_at = {at('columns')}", f"up_at = {at('(columns + I)')}"]
-            return [*lines, *pointers, f"gate = {zeros}", f"linear = {zeros}"]
+            pointers = [*bank.at("gate", "columns", first), *bank.at("up", "(columns + I)", f"{first} + I")]
+            return [*bank.start(), *pointers, f"gate = {zeros}", f"linear = {zeros}"]
         case _:
-            both = "both = column_block * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)"
-            return [*lines, both, f"up_at = {at('both')}", f"acc = {zeros.replace('BLOCK_N', '2 * BLOCK_N')}"]
+            first = "column_block * 2 * BLOCK_N"
+            both = [f"both = {first} + tl.arange(0, 2 * BLOCK_N)", *bank.at("up", "both", first)]
+            return [*bank.start(), *both, f"acc = {zeros.replace('BLOCK_N', '2 * BLOCK_N')}"]
 
 
 def _accumulators(op: GatherGemm) -> dict[str, str]:
-    return {"gate_at": "gate", "up_at": "linear"} if op.layout == "concat" else {"up_at": "acc"}
+    return {"gate": "gate", "up": "linear"} if op.layout == "concat" else {"up": "acc"}
 
 
 def _columns(op: GatherGemm) -> dict[str, str]:
@@ -127,9 +121,10 @@ def epilogue(op: GatherGemm, accumulators: Mapping[str, str], bound: list[str]) 
 
 
 RESERVED = tuple(
-    "x order offsets up up_bias weights h tokens expert start stop row_block column_block rows live pair columns "  # noqa: SIM905
+    "x order offsets tiles up up_bias weights h tokens expert start stop row_block column_block rows live pair columns "  # noqa: SIM905
     "depth a a_at weight bank up_at gate_at bias_at first both acc gate linear k E E_PAD K H I GROUP_M BLOCK_M BLOCK_N "
-    "BLOCK_K COLUMNS".split()
+    "BLOCK_K COLUMNS PDL PTX up_scale scales scale gate_scale gate_scale_at up_scale_at half low high w w_low "
+    "w_high".split()
 )
 """Variables of the kernel itself, which the activation's must not shadow."""
 

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from sparsec.codegen.triton.launch import Entry, Parameter, Wiring
 from sparsec.codegen.triton.tile import FLOATS, NARROW, POINTERS, padded, unsupported
-from sparsec.dialects.moe import TILE_ROWS, GatherGemm, GemmCombine
+from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.dialects.moe.common import TILE_ROWS
 from sparsec.ir.core import Func, Value
 from sparsec.ir.types import DType
 
@@ -34,18 +35,21 @@ class GroupedGemm:
         func, op: the kernel function and its fused op.
         family: if given, only the variants that name this family are kept.
 
-    Attributes: `a` [rows, inner], `bank` and `bias` are the op's operands; `inner` and `columns` (of the result) its
-    sizes, `experts` and `k` its counts.
+    Attributes: `a` [rows, inner], `bank`, `bias` and `scale` are the op's operands, `packing` and `transposed` what it
+    says of the bank; `inner` and `columns` (of the result) its sizes, `experts` and `k` its counts.
     """
 
     def __init__(self, func: Func, op: GatherGemm | GemmCombine, family: str | None = None) -> None:
         self.func, self.op = func, op
         up = isinstance(op, GatherGemm)
         self.a, self.bank, self.bias = (op.x, op.up, op.up_bias) if up else (op.h, op.down, op.down_bias)
-        for value in (self.a, self.bank, *([self.bias] if self.bias is not None else [])):
+        self.packing, self.scale = op.packing, op.up_scale if up else op.down_scale
+        self.transposed = op.up_transposed if up else op.down_transposed
+        plain = [self.bank] if self.packing == "plain" else []
+        for value in (self.a, *plain, *([self.bias] if self.bias is not None else [])):
             if value.tensor.dtype not in FLOATS:
                 raise unsupported(op, f"%{value.name} is {value.type}: GEMMs take f32, f16 and bf16")
-        if self.a.tensor.dtype is not self.bank.tensor.dtype:
+        if plain and self.a.tensor.dtype is not self.bank.tensor.dtype:
             dtypes = f"%{self.a.name} is {self.a.tensor.dtype}, %{self.bank.name} {self.bank.tensor.dtype}"
             raise unsupported(op, f"{dtypes}: they must agree")
         self.inner = self.known(self.a.tensor.shape[-1])
@@ -53,6 +57,11 @@ class GroupedGemm:
         self.experts, self.k = op.num_experts, op.k
         given = cast("Sequence[Mapping[str, Any]]", op.variants or func.attrs.get("variants") or DEFAULTS)
         self.variants = [variant for variant in given if family is None or family_of(variant) == family]
+
+    @property
+    def flags(self) -> dict[str, int]:
+        """What entries have to know besides tiles, as of `launch.Entry`."""
+        return {} if self.packing == "plain" else {"PTX": 0}
 
     def constants(self) -> dict[str, int]:
         """Sizes by the names that the kernels' text uses; H and I are the layer's, whichever GEMM this is."""
@@ -73,10 +82,13 @@ class GroupedGemm:
         rows = max(16, padded(int(variant.get("block_m", 64))))
         if self.op.tiles is not None and rows not in TILE_ROWS:
             raise unsupported(self.op, f"block_m is {rows}, tiles are listed for {', '.join(map(str, TILE_ROWS))} rows")
+        depth = max(16, min(padded(int(variant.get("block_k", 64))), padded(self.inner)))
+        if self.packing != "plain":  # blocks of 128
+            depth = 128 if self.packing == "mxfp4" else min(128, max(32, depth))
         return {
             "BLOCK_M": rows,
             "BLOCK_N": max(16, min(padded(int(variant.get("block_n", 64))), padded(self.columns))),
-            "BLOCK_K": max(16, min(padded(int(variant.get("block_k", 64))), padded(self.inner))),
+            "BLOCK_K": depth,
         }
 
     def even(self, size: int, block: str) -> bool:
@@ -84,17 +96,20 @@ class GroupedGemm:
         return all(size % self.sizes(variant)[block] == 0 for variant in self.variants)
 
     def head(self, columns: str) -> list[str]:
-        """Find the tile, once it may be read: in the list of tiles where there is one, else by the offsets."""
-        function, where = ("find_tile", "offsets, tokens * K, E, E_PAD")
+        """Find the tile, once it may be read: in the list of tiles where there is one, else by the offsets.
+
+        For GEMM2 that is before GEMM1 has ended: where its tiles are was written before GEMM1 began.
+        """
+        function, where = "find_tile", "offsets, tokens * K, E, E_PAD"
         if self.op.tiles is not None:
-            function, where = ("listed_tile", "tiles, tokens * K, E")
-        return [
-            "arrive(PDL)",
+            function, where = "listed_tile", "tiles, tokens * K, E"
+        find = [
             f"COLUMNS: tl.constexpr = ({columns} + BLOCK_N - 1) // BLOCK_N",
             f"expert, start, stop, row_block, column_block = {function}(",
             f"    tl.program_id(0), {where}, COLUMNS, BLOCK_M, GROUP_M",
             ")",
         ]
+        return ["arrive(PDL)", *find] if isinstance(self.op, GatherGemm) else [*find, "arrive(PDL)"]
 
     def where(self) -> dict[str, Value]:
         """What `head` reads, by the parameter's name."""
@@ -106,25 +121,6 @@ class GroupedGemm:
             "live = rows < stop",
             "pair = tl.load(order + rows, mask=live, other=0)",
         ]
-
-    def loop(self, inner: str, masks: Mapping[str, Sequence[str]], banks: Mapping[str, str], step: str) -> list[str]:
-        """`acc += a @ bank` over the inner dimension for each (bank pointer, accumulator).
-
-        Args:
-            inner: name of the inner size.
-            masks: conditions of the loads from `a_at` and from the banks, besides the inner dimension's.
-            banks: accumulator by pointer.
-            step: what the banks' pointers advance by.
-        """
-        tail = not self.even(self.inner, "BLOCK_K")
-        a = [*masks["a"], *(["(depth < " + inner + " - k)[None, :]"] if tail else [])]
-        b = [*masks["bank"], *(["(depth < " + inner + " - k)[:, None]"] if tail else [])]
-        precision = ', input_precision="ieee"' if self.bank.tensor.dtype is DType.f32 else ""
-        lines = [f"for k in tl.range(0, {inner}, BLOCK_K):", f"    a = tl.load(a_at{masked(a)})"]
-        for pointer, accumulator in banks.items():
-            lines.append(f"    {accumulator} = tl.dot(a, tl.load({pointer}{masked(b)}), {accumulator}{precision})")
-        lines.append("    a_at += BLOCK_K")
-        return [*lines, *(f"    {pointer} += {step}" for pointer in banks)]
 
     def grid(self, sizes: Mapping[str, int]) -> tuple[str, str]:
         """At most this many tiles: every row block is full but one for each group that has rows.
@@ -139,11 +135,12 @@ class GroupedGemm:
     def entry(self, name: str, parameters: Sequence[Parameter], variant: Mapping[str, Any], sizes: Mapping[str, int],
               grid: tuple[str, str]) -> Entry:  # fmt: skip
         warps, stages = int(variant.get("num_warps", 4)), int(variant.get("num_stages", 3))
-        return Entry(name, tuple(parameters), {**sizes, "PDL": 0}, grid, warps, stages)
+        return Entry(name, tuple(parameters), {**sizes, "PDL": 0, **self.flags}, grid, warps, stages)
 
     def signature(self, name: str, parameters: Sequence[Parameter]) -> str:
         names = ", ".join(parameter.name for parameter in parameters)
         tiles = "BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
+        tiles += "".join(f", {flag}: tl.constexpr" for flag in self.flags)
         return f'@triton.jit(do_not_specialize=["tokens"])\ndef {name}({names}, {tiles}):'
 
     def pointer(self, name: str, value: Value, wiring: Wiring) -> Parameter:
@@ -153,11 +150,6 @@ class GroupedGemm:
 def family_of(variant: Mapping[str, Any]) -> str:
     """The family of kernels that a variant names."""
     return str(variant.get("kernel", "tiles"))
-
-
-def step(transposed: bool, columns: str) -> str:
-    """What a bank's pointers advance by along the inner dimension."""
-    return f"BLOCK_K * ({columns})" if transposed else "BLOCK_K"
 
 
 def masked(conditions: Sequence[str]) -> str:

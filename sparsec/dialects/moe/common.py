@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ def packed_type(packing: str, parts: int, experts: int, n: int, k: int, dtype: D
     if packing == "fp8":
         return TensorType((experts, n, k), DType.f8E4M3FN)
     if packing == "mxfp4":
-        return TensorType((experts, -(-k // 64), n, 32), DType.ui8)
+        return TensorType((experts, -(-k // 128), n, 64), DType.ui8)
     blocks = _blocks(parts, n)
     if packing == "int4":
         return TensorType((experts, blocks, -(-k // 128), 2, 16, 16, 4), DType.ui8)
@@ -47,7 +48,7 @@ def scale_type(packing: str, parts: int, experts: int, n: int, k: int) -> Tensor
     if packing == "fp8":
         return TensorType((experts, -(-n // 128), -(-k // 128)), DType.f32)
     if packing == "mxfp4":
-        return TensorType((experts, 2 * -(-k // 64), n), DType.ui8)
+        return TensorType((experts, -(-k // 128), n, 4), DType.ui8)
     if packing not in ("int8", "int4"):
         return None
     groups = 1 if packing == "int8" else -(-k // 128)
@@ -163,7 +164,7 @@ def tiles_type(pairs: Dim, num_experts: int) -> TensorType:
     if isinstance(pairs, int):
         length: Dim = pairs // TILE_ROWS[0] + num_experts + 2
     else:
-        length = Sym(f"({pairs})//{TILE_ROWS[0]} + {num_experts + 2}")
+        length = Sym(ast.unparse(ast.parse(f"({pairs})//{TILE_ROWS[0]}+{num_experts + 2}")).replace(" ", ""))
     return TensorType((len(TILE_ROWS), length, 4), DType.i32)
 
 

@@ -75,7 +75,7 @@ class Group(OpDef, name="moe.group"):
     expert is E + 1, as far as T * k // rows + min(E + 1, T * k) entries go; those beyond are not defined.
 
         %order, %offsets, %tiles = moe.group(%ids) {num_experts = 8, listed = true}
-            : tensor<(2*s0)xi32>, tensor<9xi32>, tensor<4x((2*s0)//16 + 10)x4xi32>
+            : tensor<(2*s0)xi32>, tensor<9xi32>, tensor<4x(2*s0//16+10)x4xi32>
     """
 
     ids: Operand  #: [T, k], integer
