@@ -69,8 +69,8 @@ def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | No
         for schedule in sketch.schedules
     ]
     op = func.body.ops[0]
-    params = tuple(_type(value.type) if isinstance(value, Value) else None for value in op.arguments)
-    results = tuple(_type(value.type) for value in op.results)
+    params = tuple(type_of(value.type) if isinstance(value, Value) else None for value in op.arguments)
+    results = tuple(type_of(value.type) for value in op.results)
     fixed = func.attrs["tokens"]
     tokens = fixed if isinstance(fixed, int) and not isinstance(fixed, bool) else "t"
     described = plan.Kernel(
@@ -111,9 +111,11 @@ def _typed(arg: Any, type: str) -> Any:
         base = arg.tensor.view(ELEMENTS[arg.element]) if arg.tensor.dtype is torch.uint8 else arg.tensor
         block = [int(side) for side in type[type.index("[") + 1 : type.index("]")].split(",")]
         return TensorDescriptor(base, list(arg.shape), list(arg.strides), block)
+    if type == "*u8":
+        return arg.view(torch.uint8)
     return arg.view(DTYPES[type]) if type in DTYPES and arg.dtype is torch.uint8 else arg
 
 
-def _type(type: Any) -> plan.Tensor:
+def type_of(type: Any) -> plan.Tensor:
     assert isinstance(type, TensorType)
     return plan.Tensor(tuple(str(dim) if isinstance(dim, Sym) else dim for dim in type.shape), type.dtype.value)
