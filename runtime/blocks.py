@@ -1,11 +1,12 @@
 """Expert banks in the block formats that the generated GPU kernels read: fp8 and mxfp4.
 
     fp8     float8_e4m3fn [E, N, K]; scales f32 [E, NB, KB], one for each block of 128 x 128 values: w = q * scale
-    mxfp4   uint8 [E, KB, N, 32]; scales uint8 [E, 2 KB, N], one for each 32 values of a column: w = q * 2^(scale - 127)
+    mxfp4   uint8 [E, KB, N, 64]; scales uint8 [E, KB, N, 4], one for each 32 values of a column: w = q * 2^(scale - 127)
 
-A value of mxfp4 is a sign over one of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, in four bits. Byte j of block b of a column holds
-its value 64 b + j in the lower half and 64 b + 32 + j in the upper one, so that either half of a tile of bytes shares
-one scale for each column, and meets 32 neighbouring values of a row. Zeros fill what lies beyond K.
+A value of mxfp4 is a sign over one of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, in four bits. Block b of a column holds its values
+from 128 b on: byte j < 32 has value j in its lower half and 32 + j in its upper one, byte 32 + j those 64 places on. So
+32 bytes yield twice 32 neighbouring values that share a scale for each column, and what a tile of columns reads is in
+one piece. Zeros fill what lies beyond K. No scale is above 128: kernels multiply by 2^(scale - 1), which bf16 can hold.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 BLOCK = 128
-"""Rows and columns of a block of fp8."""
+"""Rows and columns of a block of fp8; values of a column that lie together in mxfp4."""
 
 GROUP = 32
 """Values of a column that share a scale in mxfp4."""
 
 PACKINGS = ("fp8", "mxfp4")
+
+MOST = 128
+"""The largest scale of mxfp4; values up to 12 need none above."""
 
 LARGEST = 448.0
 """The largest number in float8_e4m3fn."""
@@ -42,14 +46,14 @@ def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") 
     Args:
         weight: [E, N, K], or [E, K, N] if transposed; any floats.
 
-    Raises: ValueError for a packing that is none, and for weights that are not finite.
+    Raises: ValueError for a packing that is none, and for weights that are not finite or too large for it.
     """
     _check(weight, packing)
     experts, columns, inner = _sizes(weight, transposed)
     if packing == "fp8":
         out = weight.new_empty((experts, -(-columns // BLOCK), -(-inner // BLOCK)), dtype=torch.float32)
     else:
-        out = weight.new_empty((experts, 2 * -(-inner // (2 * GROUP)), columns), dtype=torch.uint8)
+        out = weight.new_empty((experts, -(-inner // BLOCK), columns, BLOCK // GROUP), dtype=torch.uint8)
     for e in range(0 if _has_no_values(weight) else experts):
         rows = _rows(weight[e], transposed)
         if not rows.isfinite().all():
@@ -58,7 +62,10 @@ def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") 
             largest = _blocks(rows).abs().amax((1, 3))
             out[e] = torch.where(largest == 0, 1.0, largest / LARGEST)
         else:
-            out[e] = _exponents(_groups(rows)).t()
+            groups = _groups(rows)
+            if groups.abs().amax() > FP4[-1] * 2 ** (MOST - 127):
+                raise ValueError(f"expert {e} has weights beyond {FP4[-1] * 2 ** (MOST - 127)}: they cannot be mxfp4")
+            out[e] = _exponents(groups).unflatten(1, (-1, BLOCK // GROUP)).transpose(0, 1)
     return out
 
 
@@ -73,15 +80,15 @@ def pack(weight: Tensor, scales: Tensor, transposed: bool = False, packing: str 
     if packing == "fp8":
         out = weight.new_empty((experts, columns, inner), dtype=torch.float8_e4m3fn)
     else:
-        out = weight.new_empty((experts, -(-inner // (2 * GROUP)), columns, GROUP), dtype=torch.uint8)
+        out = weight.new_empty((experts, -(-inner // BLOCK), columns, BLOCK // 2), dtype=torch.uint8)
     for e in range(0 if _has_no_values(weight) else experts):
         rows = _rows(weight[e], transposed)
         if packing == "fp8":
             scaled = (rows / _over(scales[e], columns, inner)).clamp_(-LARGEST, LARGEST)
             out[e] = scaled.to(torch.float8_e4m3fn)
         else:
-            low, high = _codes(_groups(rows), scales[e].t()).unflatten(1, (-1, 2)).unbind(2)
-            out[e] = (low | high << 4).transpose(0, 1)
+            low, high = _codes(_groups(rows), _per_group(scales[e])).unflatten(1, (-1, 2, 2)).unbind(3)
+            out[e] = (low | high << 4).flatten(2).transpose(0, 1)
     return out
 
 
@@ -96,9 +103,10 @@ def unpack(packed: Tensor, scales: Tensor, packing: str, inner: int) -> Tensor:
         if packing == "fp8":
             out[e] = packed[e].float() * _over(scales[e], columns, inner)
         else:
-            bytes_ = packed[e].transpose(0, 1)  # [N, KB, 32]
-            codes = torch.stack([bytes_ & 15, bytes_ >> 4], 2).flatten(1, 2)  # [N, 2 KB, 32]
-            out[e] = torch.ldexp(_values(codes), scales[e].t().int().unsqueeze(-1) - 127).flatten(1)[:, :inner]
+            pairs = packed[e].transpose(0, 1).unflatten(2, (2, 1, GROUP))  # [N, KB, 2, 1, 32]
+            codes = torch.cat([pairs & 15, pairs >> 4], 3).flatten(1, 3)  # [N, 4 KB, 32]
+            exponents = _per_group(scales[e]).int().unsqueeze(-1) - 127
+            out[e] = torch.ldexp(_values(codes), exponents).flatten(1)[:, :inner]
     return out
 
 
@@ -138,15 +146,20 @@ def _over(scales: Tensor, columns: int, inner: int) -> Tensor:
 
 
 def _groups(rows: Tensor) -> Tensor:
-    """[N, K] as [N, 2 KB, 32], zeros beyond."""
-    return F.pad(rows, (0, -rows.shape[1] % (2 * GROUP))).unflatten(1, (-1, GROUP))
+    """[N, K] as [N, 4 KB, 32], zeros beyond."""
+    return F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, GROUP))
+
+
+def _per_group(scales: Tensor) -> Tensor:
+    """The scales of an expert [KB, N, 4] as [N, 4 KB]."""
+    return scales.transpose(0, 1).flatten(1)
 
 
 def _exponents(groups: Tensor) -> Tensor:
     """The scales of [N, G, 32], uint8 [N, G]: for each the better of two."""
     largest = groups.abs().amax(-1)
     _, exponent = torch.frexp(largest)  # largest < 2^exponent <= 2 largest
-    low = torch.where(largest == 0, 127, (exponent - 3 + 127).clamp(0, 253)).to(torch.uint8)
+    low = torch.where(largest == 0, 127, (exponent - 3 + 127).clamp(0, MOST - 1)).to(torch.uint8)
     errors = [(torch.ldexp(_values(_codes(groups, s)), s.int().unsqueeze(-1) - 127) - groups).square().sum(-1)
               for s in (low, low + 1)]  # fmt: skip
     return torch.where(errors[1] < errors[0], low + 1, low)

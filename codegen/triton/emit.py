@@ -70,7 +70,8 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
     for schedule, choice in zip(sketch.schedules, _choices(func, len(sketch.schedules)), strict=True):
         what = f"kernel '{func.name}', variant up to {schedule.up_to or 'any number of'} tokens"
         launches = list[Json]()
-        for entry in (entry.on(chosen.hopper) for entry in schedule.entries):
+        known = {"PDL": int(chosen.hopper), "PTX": int(chosen.backend == "cuda")}
+        for entry in (entry.on(**known) for entry in schedule.entries):
             binary = compile_entry(sketch.source, entry, chosen, what)
             suffix = "cubin" if chosen.backend == "cuda" else "hsaco"
             file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"

@@ -40,7 +40,8 @@ class Entry:
         num_warps, num_stages: as Triton means them.
 
     A constant PDL says that the launch may start before the one in front of it has ended (programmatic dependent
-    launch): it is 0 here, becomes 1 for targets that can, and the function begins with `arrive(PDL)`.
+    launch): it is 0 here, becomes 1 for targets that can, and the function begins with `arrive(PDL)`. A constant PTX, 0
+    here, becomes 1 for GPUs of NVIDIA, whose assembly the function may hold.
     """
 
     name: str
@@ -55,11 +56,9 @@ class Entry:
         """Whether it may start before the launch in front of it has ended."""
         return bool(self.constants.get("PDL"))
 
-    def on(self, target_can: bool) -> Entry:
-        """The same for a target that can start launches early, or cannot."""
-        if "PDL" not in self.constants:
-            return self
-        return replace(self, constants={**self.constants, "PDL": int(target_can)})
+    def on(self, **known: int) -> Entry:
+        """The same for a target of which so much is known: PDL and PTX, where the entry asks for them."""
+        return replace(self, constants={name: known.get(name, value) for name, value in self.constants.items()})
 
 
 @dataclass(frozen=True)

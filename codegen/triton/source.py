@@ -17,14 +17,15 @@ HEADER = "import triton\nimport triton.language as tl"
 
 @cache
 def library() -> Mapping[str, str]:
-    """The text of each function of `tiles.py`, in its order."""
-    text = Path(__file__).with_name("tiles.py").read_text(encoding="utf-8")
-    lines = text.splitlines()
+    """The text of each function of `tiles.py` and `formats.py`, in their order."""
     found = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    for file in ("tiles.py", "formats.py"):
+        text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
 
 

@@ -23,6 +23,7 @@ POINTERS = {
     DType.i16: "*i16",
     DType.i8: "*i8",
     DType.ui8: "*u8",
+    DType.f8E4M3FN: "*u8",  # kernels widen the bytes themselves, on every GPU
     DType.i1: "*i1",
 }
 """How Triton's signatures spell a pointer to each element type."""

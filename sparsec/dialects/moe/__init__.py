@@ -12,6 +12,7 @@ from __future__ import annotations
 from sparsec.dialects.moe.banks import ExpertBank, Experts, GroupedLinear, Layer
 from sparsec.dialects.moe.common import (
     TILE_DTYPES,
+    TILE_ROWS,
     BlockPacking,
     Layout,
     Packing,
@@ -23,6 +24,7 @@ from sparsec.dialects.moe.common import (
     scale_type,
 )
 from sparsec.dialects.moe.gemms import GatherGemm, GemmCombine
+from sparsec.dialects.moe.gradients import BankGrad, BiasGrad, HiddenGrad
 from sparsec.dialects.moe.packing import Pack, PackBias, Scales
 from sparsec.dialects.moe.references import (
     capacity_reference,
@@ -30,11 +32,15 @@ from sparsec.dialects.moe.references import (
     gemm_combine_reference,
     group_reference,
     split_parts,
+    tiles_reference,
 )
 from sparsec.dialects.moe.routing import Capacity, Group, Route, RouteGroup, group_types
 
 __all__ = [
     "TILE_DTYPES",
+    "TILE_ROWS",
+    "BankGrad",
+    "BiasGrad",
     "BlockPacking",
     "Capacity",
     "ExpertBank",
@@ -43,6 +49,7 @@ __all__ = [
     "GemmCombine",
     "Group",
     "GroupedLinear",
+    "HiddenGrad",
     "Layer",
     "Layout",
     "Pack",
@@ -63,4 +70,5 @@ __all__ = [
     "packed_type",
     "scale_type",
     "split_parts",
+    "tiles_reference",
 ]

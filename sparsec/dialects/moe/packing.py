@@ -82,13 +82,13 @@ class Pack(_OfBank, name="moe.pack"):
     Kernels for GPUs read blocks (`sparsec.runtime.blocks`): fp8 with a scale for 128 x 128 values, or mxfp4 with one
     for each 32 of a column. Their columns stay in order.
 
-        %s = moe.scales(%down) {packing = "mxfp4"} : tensor<8x2x64xui8>
-        %p = moe.pack(%down, %s) {packing = "mxfp4"} : tensor<8x1x64x32xui8>
+        %s = moe.scales(%down) {packing = "mxfp4"} : tensor<8x1x64x4xui8>
+        %p = moe.pack(%down, %s) {packing = "mxfp4"} : tensor<8x1x64x64xui8>
     """
 
     w: Operand  #: [E, N, K], or [E, K, N] if transposed; bf16 or f32 for tiles
     scales: OptOperand  #: as `moe.scales` gives them, but for tiles
-    packed: Result  #: [E, NB, KB, 2, 16, 16, V]; for fp8 [E, N, K], for mxfp4 [E, K / 64, N, 32]
+    packed: Result  #: [E, NB, KB, 2, 16, 16, V]; for fp8 [E, N, K], for mxfp4 [E, K / 128, N, 64]
     packing: Tiling
     parts: Parts = 1
     transposed: bool = False
@@ -126,7 +126,7 @@ class Scales(_OfBank, name="moe.scales"):
     """
 
     w: Operand  #: as of `moe.pack`, as all that follow
-    scales: Result  #: f32 [E, NB, G, 2, 16]; for fp8 f32 [E, N / 128, K / 128], for mxfp4 ui8 [E, 2 K / 64, N]
+    scales: Result  #: f32 [E, NB, G, 2, 16]; for fp8 f32 [E, N / 128, K / 128], for mxfp4 ui8 [E, K / 128, N, 4]
     packing: Tiling  #: any but tiles
     parts: Parts = 1
     transposed: bool = False

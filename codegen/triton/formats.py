@@ -1,0 +1,96 @@
+"""Device functions that widen packed weights. As those of `tiles.py`, their text is copied into the kernels.
+
+Neither conversion rounds: bf16 and f32 hold every value of e4m3 and of e2m1 times its scale. The bits of the narrow
+float are put where the wide one has them, and a product by a power of two sets the exponent right, subnormals too.
+"""
+# pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
+# mypy: disable-error-code="no-untyped-def, assignment, attr-defined, no-untyped-call"
+# ruff: noqa: ANN001, ANN201
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def cut(x, DTYPE: tl.constexpr):
+    """The f32 x in DTYPE, which holds its value."""
+    if DTYPE == tl.bfloat16:
+        return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def from_fp8(q, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """Bytes that hold e4m3 as DTYPE; PTX: whether the target is NVIDIA's, where four at a time are widened."""
+    if PTX and DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, sign, by, zero;
+            mov.b32 by, 0x7b807b80;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 low, 0, $2, 0x5040;
+            prmt.b32 high, 0, $2, 0x7060;
+            and.b32 sign, low, 0x80008000;
+            shr.u32 low, low, 4;
+            lop3.b32 low, low, 0x07f007f0, sign, 0xea;
+            and.b32 sign, high, 0x80008000;
+            shr.u32 high, high, 4;
+            lop3.b32 high, high, 0x07f007f0, sign, 0xea;
+            fma.rn.bf16x2 $0, low, by, zero;
+            fma.rn.bf16x2 $1, high, by, zero;
+            }""",
+            "=r,=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        w = q.to(tl.uint32)
+        bits = ((w & 0x7F) << 20) | ((w & 0x80) << 24)
+        return cut(bits.to(tl.float32, bitcast=True) * 1.329227995784916e36, DTYPE)  # 2^120
+
+
+@triton.jit
+def from_mxfp4(q, scales, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The lower and the upper halves of bytes q [bytes, columns], which hold e2m1, as DTYPE, times their scales.
+
+    `scales` [columns] has that of the lower halves in bits 0 to 7, that of the upper ones in bits 8 to 15; they are
+    exponents plus 127, at most 128.
+    """
+    low = ((scales & 255) + 126)[None, :]
+    high = (((scales >> 8) & 255) + 126)[None, :]
+    if PTX and DTYPE == tl.bfloat16:
+        low = (low << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        high = (high << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, sign, bits, zero;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 a, 0, $4, 0x5040;
+            prmt.b32 b, 0, $4, 0x7060;
+            shr.u32 bits, a, 2;
+            shl.b32 sign, a, 4;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 $0, bits, $5, zero;
+            shr.u32 bits, b, 2;
+            shl.b32 sign, b, 4;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 $1, bits, $6, zero;
+            shr.u32 bits, a, 6;
+            and.b32 sign, a, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 $2, bits, $7, zero;
+            shr.u32 bits, b, 6;
+            and.b32 sign, b, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 $3, bits, $8, zero;
+            }""",
+            "=r,=r,=r,=r,r,r,r,r,r", [q, low, high], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        w = q.to(tl.uint32)
+        first = (((w & 7) << 22) | ((w & 8) << 28)).to(tl.float32, bitcast=True)
+        second = (((w & 0x70) << 18) | ((w & 0x80) << 24)).to(tl.float32, bitcast=True)
+        low = (low << 23).to(tl.float32, bitcast=True)
+        high = (high << 23).to(tl.float32, bitcast=True)
+        return cut(first * low, DTYPE), cut(second * high, DTYPE)

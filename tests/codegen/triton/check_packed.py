@@ -1,0 +1,84 @@
+"""GEMMs on packed banks in Triton's interpreter, against the references on what the packed values stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsec.dialects.moe import gather_gemm_reference, gemm_combine_reference, group_reference
+from tests.codegen.triton import build
+from tests.codegen.triton.check_experts import TorchEnv, clamped, close, loads, silu, squared
+from tests.codegen.triton.interpret import kernel
+from tests.codegen.triton.packed import packed, quantised
+
+SMALL = ({"up_to": None, "block_m": 16, "block_n": 16, "block_k": 32},)
+DEEP = ({"up_to": 4, "block_m": 16, "block_n": 64, "block_k": 256}, {"block_m": 32, "block_n": 32, "block_k": 64})
+
+
+def check_up(
+    packing: str, tokens: int, k: int, experts: int, layout: str, bias: bool, dtype: torch.dtype, kind: str,
+    hidden: int, width: int, variants: Any = SMALL,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    activations: dict[str, Callable[..., torch.Tensor]] = {"single": squared, "interleaved": clamped}
+    activation = activations.get(layout, silu)
+    func = build.gather_gemm(activation, hidden, width, experts, k, dtype, layout, bias, False, variants)
+    columns = width if layout == "single" else 2 * width
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    made, scales, up = quantised(torch.randn(experts, columns, hidden) * torch.rand(experts, columns, 1) * 0.2, packing)
+    up_bias = torch.randn(experts, columns, dtype=dtype) if bias else None
+    order, offsets = group_reference(loads(tokens, k, experts, kind), experts)
+    operands = [x, order, offsets, made, up_bias, None, scales]
+    (h,) = kernel(packed(func, packing))(operands)
+    env: Any = TorchEnv(activation)
+    body: Any = func.body.ops[0].regions[0]
+    wide_bias = None if up_bias is None else up_bias.float()
+    wanted = gather_gemm_reference(env, body, layout, x.float(), order, offsets, up, wide_bias, False, k)
+    used = int(offsets[-1])
+    close(h[:used], wanted[:used].to(dtype))
+
+
+def check_down(
+    packing: str, tokens: int, k: int, experts: int, bias: bool, dtype: torch.dtype, kind: str, hidden: int,
+    width: int, variants: Any = SMALL,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    func = build.gemm_combine(hidden, width, experts, k, dtype, bias, False, variants)
+    ids = loads(tokens, k, experts, kind)
+    order, offsets = group_reference(ids, experts)
+    h, weights = torch.randn(tokens * k, width, dtype=dtype), torch.rand(tokens, k)
+    made, scales, down = quantised(torch.randn(experts, hidden, width) * 0.2, packing)
+    down_bias = torch.randn(experts, hidden, dtype=dtype) if bias else None
+    (y,) = kernel(packed(func, packing))([h, order, offsets, weights, made, down_bias, scales])
+    close(y, gemm_combine_reference(h, order, offsets, weights, down, down_bias, False, dtype))
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "single"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layouts(packing: str, layout: str, dtype: torch.dtype) -> None:
+    """Sizes beyond a block of 128 both ways, tails both ways."""
+    check_up(packing, 6, 2, 3, layout, True, dtype, "skip", 160, 88)
+    check_down(packing, 6, 2, 3, True, dtype, "skip", 136, 200)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("tokens", [0, 3, 33])
+def test_whole_blocks_and_token_counts(packing: str, tokens: int) -> None:
+    check_up(packing, tokens, 2, 4, "concat", False, torch.float32, "even", 256, 128, DEEP)
+    check_down(packing, tokens, 2, 4, False, torch.float32, "hot", 128, 256, DEEP)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["fp8", "mxfp4"]), st.integers(1, 9), st.integers(1, 3), st.sampled_from(["even", "hot", "skip"]),
+    st.integers(3, 300), st.integers(3, 150),
+)  # fmt: skip
+def test_any_size(packing: str, tokens: int, k: int, kind: str, hidden: int, width: int) -> None:
+    check_up(packing, tokens, k, 3, "concat", False, torch.float32, kind, hidden, width)
+    check_down(packing, tokens, k, 3, False, torch.float32, kind, hidden, width)
