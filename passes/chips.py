@@ -23,6 +23,7 @@ class Chip:
         lanes: threads of a warp (wavefront).
         wide: rows of the first operand that the matrix instruction reading shared memory takes (0: there is none).
         engine: whether there is a copy engine for blocks of tensors (TMA).
+        divides: whether Triton divides the warps of a persistent program into those that fetch and those that multiply.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Chip:
     lanes: int = 32
     wide: int = 0
     engine: bool = False
+    divides: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)

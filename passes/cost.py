@@ -6,17 +6,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from math import inf
+from typing import TypeAlias
 
 from sparsec.diagnostics import CompileError
 from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
-from sparsec.passes.roofline import Family, Gemm, Prediction, Variant, predict
+from sparsec.passes.roofline import DIVIDED, Family, Gemm, Prediction, Variant, predict
 
-FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap")
+FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "rows")
 """The families of kernels that there are, as of `codegen/triton/families.py`."""
 
 BUCKETS = tuple(1 << i for i in range(16))
 """Upper ends of the ranges of token counts that are told apart; the last one stands for all larger numbers."""
+
+TILES_EACH = 4
+"""Tiles for each multiprocessor from which persistent programs are tried."""
+
+MOST_SLOTS = 32
+"""Most experts of a token that `rows` keeps side by side."""
 
 SLACK = 1.005
 """How much longer than the fastest a variant may take where it spares another binary."""
@@ -36,6 +44,16 @@ def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
         return "there is no such family of kernels"
     if kernel in ("tma", "swap"):
         return _engine(gemm, on)
+    if kernel == "persistent":
+        if gemm.half == "up":
+            return "rows that are gathered do not come by the copy engine"
+        return _engine(gemm, on) or ("" if gemm.listed else "it reads its tiles from a list, which the op lacks")
+    if kernel == "rows":
+        if gemm.packing != "plain":
+            return f"it does not read weights packed as {gemm.packing}"
+        if gemm.tail:
+            return "it adds up columns, and the tail takes whole rows"
+        return "" if gemm.k <= MOST_SLOTS else f"it keeps {MOST_SLOTS} experts of a token side by side"
     return ""
 
 
@@ -79,12 +97,31 @@ def _swap(gemm: Gemm, on: Chip) -> Iterator[Variant]:
             yield Variant("swap", m, n, k, warps, deep)
 
 
+def _persistent(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    for m, n, warps, deep in product((64, 128), (128, 256), (4, 8), (3, 4)):
+        if warps != DIVIDED or (m == 128 and on.divides):
+            yield Variant("persistent", m, n, 64, warps, deep)
+
+
+def _rows(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    split = (1, 2, 4) if gemm.half == "down" and gemm.transposed else (1,)
+    for m, n, k, warps, parts in product((1, 2, 4), (2, 4, 8, 16), (128, 256), (4, 8), split):
+        if gemm.half == "up" or m == 1:
+            yield Variant("rows", m, n, k, warps, 4 if on.lanes == 32 else 2, parts)
+
+
 def _depths(gemm: Gemm) -> tuple[int, ...]:
     """Steps along the inner dimension that divide it."""
     return tuple(depth for depth in (64, 128) if gemm.inner % depth == 0)
 
 
-TRIED: Mapping[Family, Callable[[Gemm, Chip], Iterator[Variant]]] = {"tiles": _tiles, "tma": _tma, "swap": _swap}
+TRIED: Mapping[Family, Callable[[Gemm, Chip], Iterator[Variant]]] = {
+    "tiles": _tiles,
+    "tma": _tma,
+    "swap": _swap,
+    "persistent": _persistent,
+    "rows": _rows,
+}
 
 
 @cache
@@ -94,10 +131,15 @@ def ranked(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
     Raises: CompileError if none fits.
     """
     made = [(variant, predict(gemm, variant, tokens, on)) for variant in candidates(gemm, on)]
-    found = [Candidate(variant, prediction) for variant, prediction in made if prediction is not None]
+    found = [Candidate(variant, p) for variant, p in made if p is not None and _worth(variant, p, on)]
     if not found:
         raise CompileError(f"no tile of {gemm} fits {on.name}")
     return tuple(sorted(found, key=lambda c: (c.made.us, c.variant.block_m, c.variant.shared(gemm, on))))
+
+
+def _worth(variant: Variant, made: Prediction, on: Chip) -> bool:
+    """Whether a variant is tried: programs that stay have to have tiles to go over. That they gain is not measured."""
+    return variant.kernel != "persistent" or made.work.programs >= TILES_EACH * on.sms
 
 
 def best(gemm: Gemm, tokens: int, on: Chip) -> Candidate:
@@ -113,36 +155,51 @@ def by_family(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
     return tuple(found.values())
 
 
-def of_order(gemm: Gemm, tokens: int, on: Chip, order: str | None) -> tuple[Candidate, ...]:
-    """`ranked`, those that add a row's terms in one order (`Variant.order`; None: all)."""
-    return tuple(c for c in ranked(gemm, tokens, on) if order is None or c.variant.order(gemm, on) == order)
+Orders: TypeAlias = frozenset[str]
+"""Orders of adding, as of `Variant.order`."""
+
+
+def of_orders(gemm: Gemm, tokens: int, on: Chip, orders: Orders) -> tuple[Candidate, ...]:
+    """`ranked`, those that add a row's terms in one of some orders."""
+    return tuple(c for c in ranked(gemm, tokens, on) if c.variant.order(gemm, on) in orders)
 
 
 @dataclass(frozen=True)
-class Invariant:
-    """An order of adding that every number of tokens can have.
+class Invariance:
+    """How far the order of adding is one for all numbers of tokens.
 
     Args:
-        order: as of `Variant.order`; a row then gets the same bits in whatever batch it comes.
-        loss: how much longer the fastest variants of it take than the fastest of all: the worst share over BUCKETS.
+        orders: that variants may have. If it is one, a row gets the same bits in whatever batch it comes.
+        loss: how much longer the fastest variants of them take than the fastest of all: the worst share over BUCKETS.
         tokens: where that is.
     """
 
-    order: str
+    orders: Orders
     loss: float
     tokens: int
 
 
 @cache
-def invariant(gemm: Gemm, on: Chip) -> Invariant:
-    """The order of adding that costs least where all numbers of tokens shall share one."""
-    found = list[Invariant]()
-    for order in dict.fromkeys(c.variant.order(gemm, on) for c in ranked(gemm, BUCKETS[-1], on)):
-        losses = list[tuple[float, int]]()
-        for tokens in BUCKETS:
-            losses.append((of_order(gemm, tokens, on, order)[0].made.us / best(gemm, tokens, on).made.us - 1, tokens))
-        found.append(Invariant(order, *max(losses)))
-    return min(found, key=lambda one: one.loss)
+def invariance(gemm: Gemm, on: Chip, most: float) -> Invariance:
+    """The fewest orders of adding that make no number of tokens slower by more than a share of `most`.
+
+    One order; or those of `rows`, for a few tokens, and one for all others; or any.
+    """
+    by_kernel = {c.variant.order(gemm, on): c.variant.kernel for t in BUCKETS for c in ranked(gemm, t, on)}
+    few = frozenset(order for order, kernel in by_kernel.items() if kernel == "rows")
+    for sets in ([frozenset({o}) for o in by_kernel], [few | {o} for o in by_kernel if o not in few]):
+        one = min((_loss(gemm, on, orders) for orders in sets), key=lambda found: found.loss)
+        if one.loss <= most:
+            return one
+    return Invariance(frozenset(by_kernel), 0.0, BUCKETS[0])
+
+
+def _loss(gemm: Gemm, on: Chip, orders: Orders) -> Invariance:
+    losses = list[tuple[float, int]]()
+    for tokens in BUCKETS:
+        found = of_orders(gemm, tokens, on, orders)
+        losses.append((found[0].made.us / best(gemm, tokens, on).made.us - 1 if found else inf, tokens))
+    return Invariance(orders, *max(losses))
 
 
 @dataclass(frozen=True)
@@ -154,15 +211,15 @@ class Range:
 
 
 @cache
-def ranges(gemm: Gemm, on: Chip, order: str | None = None) -> tuple[Range, ...]:
+def ranges(gemm: Gemm, on: Chip, orders: Orders) -> tuple[Range, ...]:
     """The variants by ascending token count: as few as stay within SLACK of the fastest of each bucket.
 
     Args:
-        order: the one order of adding that they shall have; None: any.
+        orders: of adding that they may have.
     """
-    found, good, first = list[Range](), _near(gemm, BUCKETS[0], on, order), 0
+    found, good, first = list[Range](), _near(gemm, BUCKETS[0], on, orders), 0
     for i, tokens in enumerate(BUCKETS[1:], 1):
-        here = _near(gemm, tokens, on, order)
+        here = _near(gemm, tokens, on, orders)
         if not good & here:
             found.append(Range(BUCKETS[i - 1], _settled(gemm, on, BUCKETS[first:i], good)))
             good, first = here, i
@@ -171,9 +228,9 @@ def ranges(gemm: Gemm, on: Chip, order: str | None = None) -> tuple[Range, ...]:
     return (*found, Range(None, _settled(gemm, on, BUCKETS[first:], good)))
 
 
-def _near(gemm: Gemm, tokens: int, on: Chip, order: str | None) -> set[Variant]:
+def _near(gemm: Gemm, tokens: int, on: Chip, orders: Orders) -> set[Variant]:
     """The variants within SLACK of the fastest."""
-    found = of_order(gemm, tokens, on, order)
+    found = of_orders(gemm, tokens, on, orders)
     return {c.variant for c in found if c.made.us <= found[0].made.us * SLACK}
 
 

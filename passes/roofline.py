@@ -34,10 +34,13 @@ LAUNCH = 3e-6  # seconds
 SHOWS = 0.02  # of what the roofs below the highest take: they overlap with it, not wholly
 SEARCH = 3 * LATENCY  # a program finds its tile: offsets, then rows, then the first operands
 PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles that vLLM's tuning prefers on H100
+LONG = 256  # bytes of a piece from which longer ones are not faster
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
 HELD = 0.4  # of a step's operands: how much is in registers at a time
 SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
 CACHED = 0.5  # the share of the L2 that data stays in until its next reader
+DIVIDED = 4  # warps of a persistent program whose work Triton divides into fetching and multiplying
+MOST_PAIRS = 1024  # that a program of `rows` looks through
 WEIGHT_SIZES = {"fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}
 
 
@@ -53,6 +56,8 @@ class Gemm:
         launches: kernels that it takes besides the GEMM: one where k rows are added, or a tail finishes them.
         transposed: whether `columns` are next to each other in the weights, not `inner`.
         partial: dtype of rows that are still to be added.
+        tail: whether whole rows go through a region before they are added.
+        listed: whether a list of tiles comes with the op.
     """
 
     half: Literal["up", "down"]
@@ -66,6 +71,8 @@ class Gemm:
     packing: str = "plain"
     transposed: bool = False
     partial: DType = DType.f32
+    tail: bool = False
+    listed: bool = True
 
     @property
     def weight_size(self) -> float:
@@ -126,14 +133,24 @@ class Variant:
     def shared(self, gemm: Gemm, on: Chip) -> int:
         """Bytes of shared memory of one program: a stage that is in registers takes none; barriers where TMA loads."""
         if self.kernel == "rows":
-            return 0
+            return (self.num_stages - 1) * self.products(gemm) * gemm.dtype.itemsize + 1024
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
-        return stages * self.step(gemm) + (0 if self.kernel == "tiles" else 256)
+        spare = 0 if self.kernel == "tiles" else 256
+        if self.kernel == "persistent" and self.num_warps == DIVIDED:
+            spare += self.block_m * min(128, self.block_n) * 4  # results on their way to other warps
+        return stages * self.step(gemm) + spare
+
+    def products(self, gemm: Gemm) -> int:
+        """Weights that one step of `rows` meets: those of a token's k experts in the down-projection."""
+        return self.block_n * self.block_k * (gemm.parts if gemm.half == "up" else gemm.k)
 
     def registers(self, gemm: Gemm, on: Chip) -> float:
         """Registers of a thread: sums, addresses of what it stores and loads, operands on their way; fitted to what
         ptxas makes of the kernels."""
         threads = self.num_warps * on.lanes
+        if self.kernel == "rows":
+            base = ROW_REGISTERS if gemm.half == "up" else 2 * ROW_REGISTERS
+            return base + 1.2 * self.block_m * self.products(gemm) / threads
         if self.kernel == "persistent":
             threads = 256  # two groups of warps share the products
         sums = self.block_m * self.block_n * gemm.parts / threads
@@ -209,16 +226,17 @@ def work(gemm: Gemm, variant: Variant, tokens: int) -> Work:
 
 
 def _decode(gemm: Gemm, variant: Variant, tokens: int, steps: int, columns: int) -> Work:
-    """A program for each row: a pair's going up; a token's, with its k experts one after the other, going down."""
-    rows, turns = (tokens * gemm.k, 1) if gemm.half == "up" else (tokens, gemm.k)
-    inner = steps * turns * variant.block_k
-    weights = variant.block_n * gemm.parts
+    """Programs of `rows`: going up, one for block_m rows of an expert; going down, for a token with its k experts."""
+    hit, pairs, size = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, gemm.dtype.itemsize
+    m, slots = variant.block_m, 1 if gemm.half == "up" else gemm.k
+    groups = tokens if gemm.half == "down" else hit * max(1.0, pairs / hit / m + (1 - 1 / m) / 2)
+    products = variant.products(gemm)
     return Work(
-        rows * columns * variant.split,
-        steps * turns,
-        2 * weights * inner,
-        int(inner * (weights * gemm.weight_size + gemm.dtype.itemsize)),
-        variant.block_n * (4 if variant.split > 1 else gemm.dtype.itemsize),
+        groups * columns * variant.split,
+        steps,
+        2 * m * products * steps,
+        int(steps * (products * gemm.weight_size + m * slots * variant.block_k * size)),
+        m * variant.block_n * (4 if variant.split > 1 else size),
     )
 
 
@@ -240,7 +258,9 @@ GROUP_M = 8
 
 
 def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction | None:
-    """Time of a variant for `tokens` tokens; None where it does not fit the chip."""
+    """Time of a variant for `tokens` tokens; None where it does not fit the chip, or cannot see so many."""
+    if variant.kernel == "rows" and tokens * gemm.k > MOST_PAIRS:
+        return None
     shared, threads = variant.shared(gemm, on), variant.num_warps * on.lanes
     registers = variant.registers(gemm, on)
     if shared > on.shared or registers > 255:
@@ -249,7 +269,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     resident = max(1, min(resident, on.shared // shared)) if shared else resident
     hit, pairs, done = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, work(gemm, variant, tokens)
     busiest = ceil(done.programs / on.sms - 1e-9)
-    piece = variant.block_k * gemm.weight_size
+    piece = min(LONG, (variant.block_n if gemm.transposed else variant.block_k) * gemm.weight_size)
     waiting = done.steps * LATENCY / (variant.num_stages - 1)
     rounds = max(1.0, busiest / resident)
     searches = 1.0 if variant.kernel in ("persistent", "rows") else rounds
@@ -263,7 +283,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     hidden = sum(roofs.values()) - roofs[limiter]
     seconds = roofs[limiter] + SHOWS * hidden + LAUNCH + after(gemm, variant, tokens, on)
     rows = done.programs * variant.block_m / (-(-gemm.columns // variant.block_n) * variant.split)
-    waste = 0.0 if variant.kernel == "rows" else rows / pairs - 1
+    waste = 0.0 if variant.kernel == "rows" and gemm.half == "down" else rows / pairs - 1
     return Prediction(seconds * 1e6, limiter, {k: v * 1e6 for k, v in roofs.items()}, waste, hit, done, resident)
 
 

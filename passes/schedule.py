@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
+from sparsec.dialects.moe.common import known
 from sparsec.ir.core import Module, Op
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.chips import Chip, chip
-from sparsec.passes.cost import invariant, ranges
+from sparsec.passes.cost import invariance, ranges
 from sparsec.passes.roofline import Gemm
 
 
@@ -52,8 +53,7 @@ def gpu_variants(op: Op, on: Chip, invariant_loss: float = 0.03) -> tuple[dict[s
     if not isinstance(op, GatherGemm | GemmCombine):
         return ()
     gemm = gemm_of(op)
-    same = invariant(gemm, on)
-    order = same.order if same.loss <= invariant_loss else None
+    orders = invariance(gemm, on, invariant_loss).orders
     return tuple(
         {
             **({} if range_.up_to is None else {"up_to": range_.up_to}),
@@ -61,21 +61,25 @@ def gpu_variants(op: Op, on: Chip, invariant_loss: float = 0.03) -> tuple[dict[s
             "predicted_us": round(range_.chosen.made.us, 2),
             "limiter": range_.chosen.made.limiter,
         }
-        for range_ in ranges(gemm, on, order)
+        for range_ in ranges(gemm, on, orders)
     )
 
 
 def gemm_of(op: GatherGemm | GemmCombine) -> Gemm:
     """What the cost model needs to know of an op."""
+    listed, dtype = op.tiles is not None, op.results[0].tensor.dtype
     if isinstance(op, GatherGemm):
-        inner, dtype = op.x.tensor.shape[-1], op.x.tensor.dtype
-        assert isinstance(inner, int)
+        inner = known(op.x.tensor.shape[-1])
         parts = 1 if op.layout == "single" else 2
-        return Gemm("up", op.num_experts, op.k, inner, op.width, parts, dtype, 0, op.packing, op.up_transposed)
-    inner, columns, dtype = op.h.tensor.shape[-1], op.y.tensor.shape[-1], op.h.tensor.dtype
-    assert isinstance(inner, int) and isinstance(columns, int)
-    launches = 0 if op.k == 1 and op.tail is None else 1
-    return Gemm("down", op.num_experts, op.k, inner, columns, 1, dtype, launches, op.packing, op.down_transposed)
+        return Gemm(
+            "up", op.num_experts, op.k, inner, op.width, parts, dtype,
+            packing=op.packing, transposed=op.up_transposed, listed=listed,
+        )  # fmt: skip
+    inner, columns, tail = known(op.h.tensor.shape[-1]), known(op.y.tensor.shape[-1]), op.tail is not None
+    return Gemm(
+        "down", op.num_experts, op.k, inner, columns, 1, dtype, 0 if op.k == 1 and not tail else 1,
+        op.packing, op.down_transposed, tail=tail, listed=listed,
+    )  # fmt: skip
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
