@@ -173,7 +173,7 @@ class MxFp4(_Base):
             beyond = [f"(depth < {self.inner} - k - {offset})[None, :]"] if tail else []
             return f"tl.load(a_at + {offset}{masked(['live[:, None]', *beyond])})"
 
-        lines = [f"{stem}_scale = tl.load({stem}_scale_at{column})" for stem in accumulators]
+        lines = [f"{stem}_exponents = tl.load({stem}_scale_at{column})" for stem in accumulators]
         lines += [
             "for half in tl.static_range(2):",
             f"    low = {rows('64 * half')}",
@@ -182,7 +182,7 @@ class MxFp4(_Base):
         for stem, acc in accumulators.items():
             lines += [
                 f"    w = tl.load({stem}_at + 32 * half{b})",
-                f"    w_low, w_high = from_mxfp4(w, {stem}_scale >> 16 * half, low.dtype, PTX)",
+                f"    w_low, w_high = from_mxfp4(w, {stem}_exponents >> 16 * half, low.dtype, PTX)",
                 f"    {acc} = tl.dot(low, w_low, {acc}{self.precision})",
                 f"    {acc} = tl.dot(high, w_high, {acc}{self.precision})",
             ]

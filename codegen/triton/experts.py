@@ -123,7 +123,7 @@ def epilogue(op: GatherGemm, accumulators: Mapping[str, str], bound: list[str]) 
 RESERVED = tuple(
     "x order offsets tiles up up_bias weights h tokens expert start stop row_block column_block rows live pair columns "  # noqa: SIM905
     "depth a a_at weight bank up_at gate_at bias_at first both acc gate linear k E E_PAD K H I GROUP_M BLOCK_M BLOCK_N "
-    "BLOCK_K COLUMNS PDL PTX up_scale scales scale gate_scale gate_scale_at up_scale_at half low high w w_low "
+    "BLOCK_K COLUMNS PDL PTX up_scale scales scale gate_exponents up_exponents gate_scale_at up_scale_at half low high w w_low "
     "w_high".split()
 )
 """Variables of the kernel itself, which the activation's must not shadow."""
