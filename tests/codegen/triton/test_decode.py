@@ -1,0 +1,154 @@
+"""The family `rows` compiles to wide copies and plain arithmetic without spills; and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from sparsec import pipeline
+from sparsec.codegen.triton.compile import TARGETS, Binary
+from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
+from sparsec.diagnostics import CompileError
+from sparsec.ir.core import Func
+from sparsec.runtime.dims import compile_dim
+from tests.codegen.layers import LAYERS
+from tests.codegen.triton import build
+from tests.codegen.triton.test_compile import silu
+
+pytest.importorskip("triton")
+ROWS: dict[str, Any] = {"kernel": "rows", "up_to": 16, "num_warps": 4, "num_stages": 4}
+BF16 = torch.bfloat16
+
+ISSUED = 132 * 4 * 32 * 1.755e9
+"""Instructions of threads that an H100 issues in a second: 4 warps per multiprocessor and clock."""
+
+BANDWIDTH = 3.0e12
+"""Bytes per second that a copy reaches on it."""
+
+
+def qwen_up(block_m: int = 1) -> Func:
+    tile = {"block_m": block_m, "block_n": 8, "block_k": 256}
+    return build.gather_gemm(silu, 2048, 768, 128, 8, BF16, variants=({**ROWS, **tile},))
+
+
+def qwen_down() -> Func:
+    return build.gemm_combine(2048, 768, 128, 8, BF16, variants=({**ROWS, "block_n": 4, "block_k": 128},))
+
+
+def oss_up() -> Func:
+    tile = {"block_m": 1, "block_n": 32, "block_k": 64}
+    return build.gather_gemm(silu, 2880, 2880, 32, 4, BF16, "interleaved", True, True, variants=({**ROWS, **tile},))
+
+
+def oss_down() -> Func:
+    tile = {"block_n": 32, "block_k": 32, "split": 4}
+    return build.gemm_combine(2880, 2880, 32, 4, BF16, True, True, variants=({**ROWS, **tile},))
+
+
+def mixtral_down() -> Func:
+    return build.gemm_combine(4096, 14336, 8, 2, BF16, variants=({**ROWS, "block_n": 8, "block_k": 256},))
+
+
+def first(kernel: TritonKernel) -> tuple[Binary, dict[str, Any]]:
+    launch = kernel.variants[0].config["launches"][0]
+    return kernel.binaries[launch["file"]], launch
+
+
+def inner_loop(ptx: str) -> list[str]:
+    """The instructions of the loop that copies weights."""
+    lines = [re.sub(r"^@!?%p\d+\s+", "", line.strip()) for line in ptx.splitlines()]
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L")}
+    for i, line in enumerate(lines):
+        target = re.match(r"bra(?:\.uni)?\s+(\$L\w+);", line)
+        if target and labels.get(target[1], i) < i:
+            body = lines[labels[target[1]] : i + 1]
+            if any("cp.async.cg" in inner for inner in body):
+                return [inner for inner in body if re.match(r"[a-z]", inner)]
+    raise AssertionError("no loop copies anything")
+
+
+@pytest.mark.parametrize(
+    ("func", "step"),
+    [
+        (qwen_up, 2 * 8 * 256),
+        (lambda: qwen_up(4), 2 * 8 * 256),
+        (qwen_down, 8 * 4 * 128),
+        (oss_up, 2 * 32 * 64),
+        (oss_down, 4 * 32 * 32),
+    ],
+)
+def test_arithmetic_keeps_up_with_memory(func: Any, step: int) -> None:
+    """`step` weights are copied 16 bytes at a time, and take less than half of what can be issued meanwhile."""
+    binary, launch = first(emit_kernel(func(), "cuda:sm_90"))
+    loop = inner_loop(binary.assembly)
+    copies = [line for line in loop if line.startswith("cp.async.cg.shared.global")]
+    assert all("0x10, %r" in line for line in copies)
+    assert len(copies) * 16 * launch["threads"] == step * 2
+    assert sum(line.startswith("fma.rn.f32") for line in loop) >= step // launch["threads"]
+    assert "mma" not in binary.assembly and "atom" not in binary.assembly
+    per_byte = len(loop) * launch["threads"] / (step * 2)
+    assert per_byte * BANDWIDTH < ISSUED / 2
+
+
+def test_weights_are_asked_for_before_h_is_ready() -> None:
+    kernel = emit_kernel(qwen_down(), "cuda:sm_90")
+    (launch,) = kernel.variants[0].config["launches"]
+    text = kernel.binaries[launch["file"]].assembly
+    assert launch["pdl"] and launch["args"][-2:] == [{"out": 0}, {"size": "t"}]
+    wait = text.index("griddepcontrol.wait")
+    assert 0 < text.index("prefetch.global.L2") < wait < text.index("cp.async.cg")
+    assert text.rindex("prefetch.global.L2") < wait
+
+
+def test_early_starts_are_for_hopper_and_later() -> None:
+    binary, launch = first(emit_kernel(qwen_down(), "cuda:sm_80"))
+    assert not launch["pdl"] and "prefetch" not in binary.assembly and "cp.async.cg" in binary.assembly
+
+
+def test_many_programs_even_for_one_token() -> None:
+    """At least two for each multiprocessor of an H100; parts of I are added by a second launch."""
+    for func in (qwen_up(), qwen_down(), oss_up(), oss_down(), mixtral_down()):
+        launches = sketch_kernel(func).schedules[0].entries
+        rows, blocks = (compile_dim(size) for size in launches[0].grid)
+        assert (rows if isinstance(rows, int) else rows({"t": 1})) * int(str(blocks)) >= 2 * 132
+        parts = launches[0].constants.get("SPLIT", 1)
+        assert [entry.name for entry in launches[1:]] == (["gemm_combine_0_rows_sum"] if parts > 1 else [])
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_100", "hip:gfx942", "hip:gfx950"])
+@pytest.mark.slow
+def test_every_target(target: str) -> None:
+    for func in (qwen_up(), qwen_up(2), qwen_up(4), qwen_down(), oss_up(), oss_down(), mixtral_down()):
+        for binary in emit_kernel(func, target).binaries.values():
+            assert binary.spills in (0, None) and binary.shared <= TARGETS[target].shared_limit // 4
+
+
+def test_few_registers() -> None:
+    """Enough programs of 128 threads fit a multiprocessor to keep four of them there."""
+    for func in (qwen_up(), qwen_down(), oss_up(), oss_down()):
+        for binary in emit_kernel(func, "cuda:sm_90").binaries.values():
+            assert binary.spills in (0, None) and (binary.registers or 0) <= 128
+            assert 4 * binary.shared <= TARGETS["cuda:sm_90"].shared_limit
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "variant", "message"),
+    [
+        (8, 2, {**ROWS, "up_to": None}, "at most 1024 pairs, a variant is for any number of"),
+        (8, 2, {**ROWS, "up_to": 513}, "at most 1024 pairs, a variant is for 1026"),
+        (64, 33, ROWS, "32 experts of a token side by side, this has 33"),
+    ],
+)
+def test_what_is_too_many_is_refused(experts: int, k: int, variant: dict[str, Any], message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        sketch_kernel(build.gemm_combine(64, 32, experts, k, BF16, variants=(variant,)))
+
+
+def test_tails_are_refused() -> None:
+    func = pipeline.run(LAYERS["tail"].module(), target="cuda:sm_90").module.funcs["gemm_combine_0"]
+    func.body.ops[0].attrs["variants"] = (ROWS,)
+    with pytest.raises(CompileError, match="the tail takes whole rows"):
+        sketch_kernel(func)
