@@ -33,9 +33,9 @@ class Streamed:
     """What these families share: the weights' descriptor, tile sizes, and the loop.
 
     Args:
+        layout, transposed: of the bank.
         swapped: whether the weights are the tensor cores' first operand.
-
-    Attributes: `parts` are the accumulators, and for each the coordinates of its block of weights in the descriptor.
+        bank: the descriptor's name.
     """
 
     def __init__(self, gemm: GroupedGemm, layout: str, transposed: bool, swapped: bool, bank: str) -> None:
@@ -48,36 +48,31 @@ class Streamed:
         if self.inner % 16 or row * item % ENGINE_BYTES:
             rows = f"rows of {row * item} bytes with {self.inner} terms to a sum"
             raise unsupported(op, f"{rows}: the copy engine takes multiples of {ENGINE_BYTES} bytes and of 16 terms")
-        self.alternate = layout == "interleaved" and transposed  # the engine steps over rows, not within them
-        self.parts = self._parts()
+        # The engine steps over rows, not within them: of a transposed bank it brings columns that alternate only
+        # together, and those that follow each other only apart. As the first operand, a block of both that lie apart
+        # would take a way through registers.
+        self.pair = self.count == 2 and not transposed and not swapped
+        self.alternate = layout == "interleaved" and transposed
+        self.wide = "2 * BLOCK_N" if self.pair or self.alternate else "BLOCK_N"
 
-    def _parts(self) -> dict[str, str]:
-        if self.transposed:
-            match self.layout:
-                case "single":
-                    return {"acc": "expert, k, first"}
-                case "concat":
-                    return {"gate": "expert, k, first", "linear": f"expert, k, {self.gemm.columns} + first"}
-                case _:
-                    return {"acc": "expert, k, 2 * first"}
-        match self.layout:
-            case "single":
-                return {"acc": "expert, first, k"}
-            case "concat":
-                return {"gate": "2 * expert, first, k", "linear": "2 * expert + 1, first, k"}
-            case _:
-                row = f"expert * {self.gemm.columns} + first"
-                return {"gate": f"0, {row}, k", "linear": f"1, {row}, k"}
+    def parts(self) -> dict[str, str]:
+        """The accumulators, and where in the descriptor the block of weights of each begins."""
+        if self.pair:
+            return {"acc": "expert, 0, first, k"}
+        if not self.transposed:
+            both = {"gate": "expert, 0, first, k", "linear": "expert, 1, first, k"}
+            return both if self.count == 2 else {"acc": "expert, first, k"}
+        if self.layout == "concat":
+            return {"gate": "expert, k, first", "linear": f"expert, k, {self.gemm.columns} + first"}
+        return {"acc": "expert, k, 2 * first" if self.alternate else "expert, k, first"}
 
     def columns(self) -> dict[str, str]:
-        """The expert's columns that each accumulator holds."""
-        match self.layout:
-            case "single":
-                return {"acc": "columns"}
-            case "concat":
-                return {"gate": "columns", "linear": "columns + I"}
-            case _:
-                return {"acc": "both"} if self.alternate else {"gate": "2 * columns", "linear": "2 * columns + 1"}
+        """The tiles that the loop leaves, and which of the expert's columns they hold."""
+        if self.layout == "concat":
+            return {"gate": "columns", "linear": "columns + I"}
+        if self.layout == "single" or self.alternate:
+            return {"acc": "both" if self.alternate else "columns"}
+        return {"gate": "2 * columns", "linear": "2 * columns + 1"}
 
     def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
         """Tile sizes of a variant: BLOCK_M rows of tokens and BLOCK_N columns, as everywhere.
@@ -97,41 +92,43 @@ class Streamed:
     def map(self, of: Argument, sizes: Mapping[str, int]) -> Parameter:
         """The descriptor of the weights for tiles of `sizes`.
 
-        [matrices, columns, inner], where the two matrices of a gated expert are apart; transposed [experts, inner,
-        columns of both].
+        [experts, columns, inner], for gated experts [experts, 2, columns, inner] whether the columns of the two kinds
+        follow each other or alternate; of transposed banks [experts, inner, columns of both].
         """
         experts, columns, inner = self.gemm.experts, self.gemm.columns, self.inner
-        dtype, n, k = self.gemm.bank.tensor.dtype, sizes["BLOCK_N"], sizes["BLOCK_K"]
+        n, k, row = sizes["BLOCK_N"], sizes["BLOCK_K"], self.count * columns
         if self.transposed:
-            row = self.count * columns
-            block = 2 * n if self.alternate else n
-            return tensor_map(self.bank, dtype, of, [experts, inner, row], [inner * row, row, 1], [1, k, block])
-        if self.layout == "interleaved":
-            return tensor_map(self.bank, dtype, of, [2, experts * columns, inner], [inner, 2 * inner, 1], [1, n, k])
-        shape = [self.count * experts, columns, inner]
-        return tensor_map(self.bank, dtype, of, shape, [columns * inner, inner, 1], [1, n, k])
+            shape, strides, block = [experts, inner, row], [inner * row, row, 1], [1, k, 2 * n if self.alternate else n]
+        elif self.count == 2:
+            apart = [inner, 2 * inner] if self.layout == "interleaved" else [columns * inner, inner]
+            shape, strides, block = [experts, 2, columns, inner], [row * inner, *apart, 1], [1, 1 + self.pair, n, k]
+        else:
+            shape, strides, block = [experts, columns, inner], [columns * inner, inner, 1], [1, n, k]
+        return tensor_map(self.bank, self.gemm.bank.tensor.dtype, of, shape, strides, block)
 
     def loop(self, inner: str, row: str) -> list[str]:
         """Tiles [BLOCK_M, columns] of sums over `inner`; `row` are pointers to the rows' first elements."""
-        wide = "2 * BLOCK_N" if self.alternate else "BLOCK_N"
-        shape = f"[{wide}, BLOCK_M]" if self.swapped else f"[BLOCK_M, {wide}]"
-        axes = ("[None, :]", "[:, None]") if self.swapped else ("[:, None]", "[None, :]")
+        shape = f"[{self.wide}, BLOCK_M]" if self.swapped else f"[BLOCK_M, {self.wide}]"
+        rows, depth = ("[None, :]", "[:, None]") if self.swapped else ("[:, None]", "[None, :]")
         precision = ', input_precision="ieee"' if self.gemm.bank.tensor.dtype is DType.f32 else ""
+        parts = self.parts()
         lines = [
             *(["both = 2 * first + tl.arange(0, 2 * BLOCK_N)"] if self.alternate else []),
             "depth = tl.arange(0, BLOCK_K)",
-            f"a_at = {row.format(axes[0])} + depth{axes[1]}",
-            *(f"{name} = tl.zeros({shape}, tl.float32)" for name in self.parts),
+            f"a_at = {row.format(rows)} + depth{depth}",
+            *(f"{name} = tl.zeros({shape}, tl.float32)" for name in parts),
             f"for k in tl.range(0, {inner}, BLOCK_K):",
-            f"    a = tl.load(a_at, mask=live{axes[0]}, other=0)",
+            f"    a = tl.load(a_at, mask=live{rows}, other=0)",
         ]
-        for name, at in self.parts.items():
-            block = f"{self.bank}.load([{at}]).reshape({f'BLOCK_K, {wide}' if self.transposed else f'{wide}, BLOCK_K'})"
+        sides = f"BLOCK_K, {self.wide}" if self.transposed else f"{self.wide}, BLOCK_K"
+        for name, at in parts.items():
+            block = f"{self.bank}.load([{at}]).reshape({sides})"
             block = f"tl.trans({block})" if self.transposed is self.swapped else block
-            operands = f"{block}, a" if self.swapped else f"a, {block}"
-            lines.append(f"    {name} = tl.dot({operands}, {name}{precision})")
-        lines.append("    a_at += BLOCK_K")
-        return [*lines, *(f"{name} = tl.trans({name})" for name in self.parts if self.swapped)]
+            lines.append(f"    {name} = tl.dot({f'{block}, a' if self.swapped else f'a, {block}'}, {name}{precision})")
+        lines += ["    a_at += BLOCK_K", *(f"{name} = tl.trans({name})" for name in parts if self.swapped)]
+        if self.pair:  # in registers: the two kinds lie in the same thread
+            lines.append("gate, linear = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))")
+        return lines
 
     def launch(self, name: str, parameters: list[Parameter], variant: Mapping[str, Any]) -> Entry:
         """The GEMM's launch; no more warps than there are rows of 16 of the first operand for."""
