@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue, up_parameters
+from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue
 from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed
 from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring
 from sparsec.codegen.triton.products import CONSTANTS, Products, launch, signature
@@ -55,7 +55,11 @@ class Up:
     def __init__(self, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
         self.name, self.op, self.gemm = f"{func.name}_rows", op, gemm
         self.products = Products(gemm, op.up_transposed, "BLOCK_M", "0", "H", None)
-        self.parameters = up_parameters(gemm, op, wiring)
+        operands = {"x": op.x, "order": op.order, "offsets": op.offsets, "up": op.up}
+        operands |= {"up_bias": op.up_bias} if op.up_bias is not None else {}
+        operands |= {"weights": op.weights} if op.weights is not None else {}
+        h = Parameter("h", POINTERS[op.h.tensor.dtype], wiring.result(op.h))
+        self.parameters = [*(gemm.pointer(name, value, wiring) for name, value in operands.items()), h, TOKENS]
 
     def functions(self) -> list[str]:
         op, gemm = self.op, self.gemm
