@@ -55,7 +55,10 @@ ROWS_OF_H = "Row i of h is the activated up-projection of the token of pair orde
 
 
 def up_parameters(gemm: GroupedGemm, op: GatherGemm, wiring: Wiring) -> list[Parameter]:
-    """What an up-projection reads and writes: `x, order, tiles (or offsets), up, (up_bias), (weights), (up_scale), h, tokens`."""
+    """What an up-projection reads and writes.
+
+    `x, order, tiles (or offsets), up, (up_bias), (weights), (up_scale), h, tokens`
+    """
     operands = {"x": op.x, "order": op.order, **gemm.where(), "up": op.up}
     operands |= {"up_bias": op.up_bias} if op.up_bias is not None else {}
     operands |= {"weights": op.weights} if op.weights is not None else {}
@@ -123,8 +126,8 @@ def epilogue(op: GatherGemm, accumulators: Mapping[str, str], bound: list[str]) 
 RESERVED = tuple(
     "x order offsets tiles up up_bias weights h tokens expert start stop row_block column_block rows live pair columns "  # noqa: SIM905
     "depth a a_at weight bank up_at gate_at bias_at first both acc gate linear k E E_PAD K H I GROUP_M BLOCK_M BLOCK_N "
-    "BLOCK_K COLUMNS PDL PTX up_scale scales scale gate_exponents up_exponents gate_scale_at up_scale_at half low high w w_low "
-    "w_high".split()
+    "BLOCK_K COLUMNS PDL PTX up_scale scales scale gate_exponents up_exponents gate_scale_at up_scale_at half low high "
+    "w w_low w_high".split()
 )
 """Variables of the kernel itself, which the activation's must not shadow."""
 

@@ -5,7 +5,7 @@ float are put where the wide one has them, and a product by a power of two sets 
 """
 # pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
 # mypy: disable-error-code="no-untyped-def, assignment, attr-defined, no-untyped-call"
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, SIM300
 
 import triton
 import triton.language as tl

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.dtypes import to_torch
-from sparsec.dialects.moe import ExpertBank, Experts, Layer, Pack
+from sparsec.dialects.moe import Experts, GatherGemm, GemmCombine, Layer, Pack
 from sparsec.ir.core import Attr, Block, Func, Module, Value
 from sparsec.ir.derived import Derivation, derivations
 from sparsec.ir.equal import ValueMap, clone_block, clone_op
 from sparsec.ir.interp import evaluate_func
 from sparsec.ir.types import DType, TensorType, Type
+from sparsec.runtime import blocks
 from sparsec.runtime.tiles import find_scales, pack
 
 TOKENS = 64
@@ -38,7 +39,7 @@ class LayerError:
 
     Attributes:
         scope: where the layer is in the model.
-        packing: `int8` or `int4`.
+        packing: `int8`, `int4`, `fp8` or `mxfp4`.
         activations: `model` or `int8`.
         experts, hidden, width: E, H and I.
         error: ||y' - y|| / ||y||.
@@ -93,7 +94,71 @@ def layer_errors(module: Module, weights: Mapping[str, Tensor]) -> list[LayerErr
                 hidden = cast("int", op.x.tensor.shape[-1])
                 kind = (op.packing, op.activations, op.num_experts, hidden, op.width)
                 found.append(LayerError(op.loc.scope, *kind, error))
+        if isinstance(op, GatherGemm):
+            for down in op.h.users:
+                if isinstance(down, GemmCombine) and (packing := _packing_of(op, down)) is not None:
+                    error = _error_of_pair(module, op, down, made, weights)
+                    if error is not None:
+                        kind = (packing, "model", op.num_experts, cast("int", op.x.tensor.shape[-1]), op.width)
+                        found.append(LayerError(op.loc.scope, *kind, error))
     return found
+
+
+def _packing_of(up: GatherGemm, down: GemmCombine) -> str | None:
+    return next((op.packing for op in (up, down) if op.packing != "plain"), None)
+
+
+def _error_of_pair(
+    module: Module, up: GatherGemm, down: GemmCombine, made: Mapping[str, Derivation], weights: Mapping[str, Tensor]
+) -> float | None:
+    """The error of a layer whose banks lie in blocks."""
+    experts, hidden, width = up.num_experts, cast("int", up.x.tensor.shape[-1]), up.width
+    generator = torch.Generator().manual_seed(0)
+    chosen = _chosen(experts, 3 * hidden * width, generator)
+    exact, rounded = list[Tensor](), list[Tensor]()
+    for op, value, turned in ((up, up.up, up.up_transposed), (down, down.down, down.down_transposed)):
+        source = str(module.main.arg_attrs[value]["source"])
+        bank, transposed = weights.get(source), turned
+        if op.packing != "plain" and all(name in weights or name in made for name in made[source].of):
+            bank, how = _before_packing(module, made[source], weights)
+            transposed = how.transposed
+        if bank is None or bank.is_meta:
+            return None
+        plain = bank[chosen].float()
+        plain = plain.transpose(1, 2).contiguous() if transposed else plain
+        exact.append(plain)
+        if op.packing != "plain":
+            scales = blocks.find_scales(plain, False, op.packing)
+            plain = blocks.unpack(blocks.pack(plain, scales, False, op.packing), scales, op.packing, plain.shape[2])
+        rounded.append(plain)
+    biases = list[Tensor | None]()
+    for bias in (up.up_bias, down.down_bias):
+        source = "" if bias is None else str(module.main.arg_attrs[bias]["source"])
+        if bias is not None and source not in weights:
+            return None
+        biases.append(weights[source][chosen].float() if bias is not None else None)
+    shared = _inputs(hidden, len(chosen), min(up.k, len(chosen)), generator)
+    block = clone_block(up.activation, {}, _wide, _wide_attr)
+    attrs: dict[str, Attr] = {"layout": up.layout, "weight_on": "output" if up.weights is None else "input"}
+    return _distance(*(_alone(block, attrs, [*shared, *banks, *biases]) for banks in (exact, rounded)))
+
+
+def _chosen(experts: int, each: int, generator: torch.Generator) -> Tensor:
+    """Some experts, in order; `each` has so many weights."""
+    count = max(1, min(experts, EXPERTS, VALUES // each))
+    return torch.randperm(experts, generator=generator)[:count].sort().values
+
+
+def _inputs(hidden: int, experts: int, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x, ids and weights."""
+    x = torch.randn(TOKENS, hidden, generator=generator)
+    ids = torch.rand(TOKENS, experts, generator=generator).topk(k).indices
+    return x, ids, torch.rand(TOKENS, k, generator=generator)
+
+
+def _distance(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
+    (y, other) = (result.double() for result in (*exact, *rounded))
+    return float((other - y).norm() / y.norm()) if y.norm() else 0.0
 
 
 def _error(
@@ -101,8 +166,7 @@ def _error(
 ) -> float | None:
     experts, hidden, width = op.num_experts, cast("int", op.x.tensor.shape[-1]), op.width
     generator = torch.Generator().manual_seed(0)
-    count = max(1, min(experts, EXPERTS, VALUES // ((op.parts + 1) * hidden * width)))
-    chosen = torch.randperm(experts, generator=generator)[:count].sort().values
+    chosen = _chosen(experts, (op.parts + 1) * hidden * width, generator)
     exact, rounded, scales = list[Tensor](), list[Tensor](), list[Tensor]()
     for value in (op.up, op.down):
         derivation = made[str(module.main.arg_attrs[value]["source"])]
@@ -123,20 +187,14 @@ def _error(
         derivation = made[str(module.main.arg_attrs[bias]["source"])]
         (packed,) = evaluate_func(module, derivation.func, [weights[name] for name in derivation.of])
         biases.append(packed[chosen])
-    k = min(op.k, count)
-    x = torch.randn(TOKENS, hidden, generator=generator)
-    ids = torch.rand(TOKENS, count, generator=generator).topk(k).indices
-    shares = torch.rand(TOKENS, k, generator=generator)
-    block = _wide_block(op)
+    block = clone_block(op.activation, {}, _wide, _wide_attr)
     attrs: dict[str, Attr] = {"layout": op.layout, "weight_on": op.weight_on}
     quantised: dict[str, Attr] = {**attrs, "packing": op.packing, "activations": op.activations}
-    shared = (x, ids, shares)
-    results = [
-        *_alone(block, {**attrs, "packing": "tiles"}, [*shared, *exact, *biases]),
-        *_alone(block, quantised, [*shared, *rounded, *biases, *scales]),
-    ]
-    y, other = (result.double() for result in results)
-    return float((other - y).norm() / y.norm()) if y.norm() else 0.0
+    shared = _inputs(hidden, len(chosen), min(op.k, len(chosen)), generator)
+    return _distance(
+        _alone(block, {**attrs, "packing": "tiles"}, [*shared, *exact, *biases]),
+        _alone(block, quantised, [*shared, *rounded, *biases, *scales]),
+    )
 
 
 def _before_packing(module: Module, made: Derivation, weights: Mapping[str, Tensor]) -> tuple[Tensor, Pack]:
@@ -162,11 +220,6 @@ def _wide(type: Type) -> Type:
 
 def _wide_attr(value: Attr) -> Attr:
     return DType.f32 if isinstance(value, DType) and value.is_float else value
-
-
-def _wide_block(op: ExpertBank) -> Block:
-    """The activation, in f32."""
-    return clone_block(op.activation, {}, _wide, _wide_attr)
 
 
 def _alone(activation: Block, attrs: dict[str, Attr], given: Sequence[Tensor | None]) -> list[Tensor]:

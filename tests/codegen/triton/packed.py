@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from sparsec.dialects import moe
 from sparsec.dialects.moe import packed_type, scale_type
 from sparsec.ir.core import Func
 from sparsec.ir.types import DType
@@ -16,9 +15,9 @@ from sparsec.runtime import blocks
 def packed(func: Func, packing: str) -> Func:
     """A kernel function on a plain bank [E, N, K] as one on a packed bank, with its scales as a further parameter."""
     old: Any = func.body.ops[0]
-    name = "up" if isinstance(old, moe.GatherGemm) else "down"
-    bank = old.up if name == "up" else old.down
-    experts, columns, inner = bank.tensor.shape
+    name = "up" if old.name == "moe.gather_gemm" else "down"
+    bank: Any = getattr(old, name)
+    experts, columns, inner = (int(str(size)) for size in bank.tensor.shape)
     bank.type = packed_type(packing, 1, experts, columns, inner, DType.f32)
     scales = scale_type(packing, 1, experts, columns, inner)
     assert scales is not None
@@ -29,11 +28,11 @@ def packed(func: Func, packing: str) -> Func:
     arguments[at] = scale
     attrs = {key: value for key, value in old.attrs.items() if key != f"{name}_transposed"}
     regions = list(old.regions)
+    old.regions = ()
     new = type(old)(arguments, None, {**attrs, "packing": packing}, regions)
     func.body.insert_before(old, new)
     for result, other in zip(old.results, new.results, strict=True):
         result.replace_by(other)
-    old.regions = []
     old.erase()
     return func
 
