@@ -26,6 +26,9 @@ TILES_EACH = 4
 MOST_SLOTS = 32
 """Most experts of a token that `rows` keeps side by side."""
 
+STEP = 8192
+"""Bytes of weights that one step of `rows` loads."""
+
 SLACK = 1.005
 """How much longer than the fastest a variant may take where it spares another binary."""
 
@@ -104,10 +107,14 @@ def _persistent(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 
 
 def _rows(gemm: Gemm, on: Chip) -> Iterator[Variant]:
-    split = (1, 2, 4) if gemm.half == "down" and gemm.transposed else (1,)
-    for m, n, k, warps, parts in product((1, 2, 4), (2, 4, 8, 16), (128, 256), (4, 8), split):
-        if gemm.half == "up" or m == 1:
-            yield Variant("rows", m, n, k, warps, 4 if on.lanes == 32 else 2, parts)
+    """Steps of 8 KB, of which three are on their way: several programs then share an SM, and no load waits alone."""
+    size, beside = gemm.dtype.itemsize, gemm.parts if gemm.half == "up" else gemm.slots
+    apart = gemm.transposed  # columns lie together: a piece is as long as they are
+    split = (1, 2, 4, 8) if gemm.half == "down" and apart else (1,)
+    for n, m, parts in product((16, 32, 64) if apart else (4, 8, 16), (1, 2, 4), split):
+        k = STEP // (size * beside * n)
+        if k >= 8 and (gemm.half == "up" or m == 1):
+            yield Variant("rows", m, n, k if apart else min(k, 512 // size), 4, 4, parts)
 
 
 def _depths(gemm: Gemm) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles th
 LONG = 256  # bytes of a piece from which longer ones are not faster
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
 HELD = 0.4  # of a step's operands: how much is in registers at a time
+PORT = 64  # bytes that an SM takes from the L2 in a clock
 SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
 CACHED = 0.5  # the share of the L2 that data stays in until its next reader
 DIVIDED = 4  # warps of a persistent program whose work Triton divides into fetching and multiplying
@@ -55,7 +56,6 @@ class Gemm:
         packing: how the weights lie in memory (`moe.gather_gemm`).
         launches: kernels that it takes besides the GEMM: one where k rows are added, or a tail finishes them.
         transposed: whether `columns` are next to each other in the weights, not `inner`.
-        partial: dtype of rows that are still to be added.
         tail: whether whole rows go through a region before they are added.
         listed: whether a list of tiles comes with the op.
     """
@@ -70,7 +70,6 @@ class Gemm:
     launches: int = 0
     packing: str = "plain"
     transposed: bool = False
-    partial: DType = DType.f32
     tail: bool = False
     listed: bool = True
 
@@ -85,9 +84,9 @@ class Gemm:
         return self.columns * self.parts * self.inner * self.weight_size
 
     @property
-    def stored(self) -> int:
-        """Bytes of an element that the GEMM stores."""
-        return (self.partial if self.launches else self.dtype).itemsize
+    def slots(self) -> int:
+        """Experts of a token that are computed side by side: k, padded."""
+        return 1 << (self.k - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class Variant:
     def shared(self, gemm: Gemm, on: Chip) -> int:
         """Bytes of shared memory of one program: a stage that is in registers takes none; barriers where TMA loads."""
         if self.kernel == "rows":
-            return (self.num_stages - 1) * self.products(gemm) * gemm.dtype.itemsize + 1024
+            return (self.num_stages - 1) * self.products(gemm) * gemm.dtype.itemsize + 4096
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
         spare = 0 if self.kernel == "tiles" else 256
         if self.kernel == "persistent" and self.num_warps == DIVIDED:
@@ -142,7 +141,7 @@ class Variant:
 
     def products(self, gemm: Gemm) -> int:
         """Weights that one step of `rows` meets: those of a token's k experts in the down-projection."""
-        return self.block_n * self.block_k * (gemm.parts if gemm.half == "up" else gemm.k)
+        return self.block_n * self.block_k * (gemm.parts if gemm.half == "up" else gemm.slots)
 
     def registers(self, gemm: Gemm, on: Chip) -> float:
         """Registers of a thread: sums, addresses of what it stores and loads, operands on their way; fitted to what
@@ -154,7 +153,7 @@ class Variant:
         if self.kernel == "persistent":
             threads = 256  # two groups of warps share the products
         sums = self.block_m * self.block_n * gemm.parts / threads
-        stored = self.block_m * self.block_n * gemm.stored / 8 / threads
+        stored = self.block_m * self.block_n * gemm.dtype.itemsize / 8 / threads
         pointed = self.block_n * gemm.parts * gemm.weight_size if self.kernel == "tiles" else 0
         pointed += 0 if self.kernel == "persistent" else self.block_m * gemm.dtype.itemsize
         loaded = pointed * self.block_k / 8 / threads
@@ -221,14 +220,14 @@ def work(gemm: Gemm, variant: Variant, tokens: int) -> Work:
         steps,
         2 * area * gemm.parts * steps * variant.block_k,
         steps * variant.step(gemm),
-        area * gemm.stored,
+        area * gemm.dtype.itemsize,
     )
 
 
 def _decode(gemm: Gemm, variant: Variant, tokens: int, steps: int, columns: int) -> Work:
     """Programs of `rows`: going up, one for block_m rows of an expert; going down, for a token with its k experts."""
     hit, pairs, size = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, gemm.dtype.itemsize
-    m, slots = variant.block_m, 1 if gemm.half == "up" else gemm.k
+    m, slots = variant.block_m, 1 if gemm.half == "up" else gemm.slots
     groups = tokens if gemm.half == "down" else hit * max(1.0, pairs / hit / m + (1 - 1 / m) / 2)
     products = variant.products(gemm)
     return Work(
@@ -250,7 +249,7 @@ def moved(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
     turns = 1.0
     if variant.kernel != "rows" and gemm.weights > on.cache * CACHED:
         turns = max(1.0, pairs / hit / (variant.block_m * GROUP_M))
-    return hit * gemm.weights * turns + rows * gemm.inner * size + results * gemm.stored
+    return hit * gemm.weights * turns + rows * gemm.inner * size + results * gemm.dtype.itemsize
 
 
 GROUP_M = 8
@@ -269,6 +268,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     resident = max(1, min(resident, on.shared // shared)) if shared else resident
     hit, pairs, done = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, work(gemm, variant, tokens)
     busiest = ceil(done.programs / on.sms - 1e-9)
+    through = done.loads + done.stores
     piece = min(LONG, (variant.block_n if gemm.transposed else variant.block_k) * gemm.weight_size)
     waiting = done.steps * LATENCY / (variant.num_stages - 1)
     rounds = max(1.0, busiest / resident)
@@ -276,7 +276,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     roofs: dict[Limiter, float] = {
         "memory": moved(gemm, variant, tokens, on) / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece),
         "compute": busiest * done.flops / (rate(gemm, variant, on) / on.sms),
-        "cache": done.programs * (done.loads + done.stores) / (on.cache_bandwidth * feed(variant)),
+        "cache": through * max(done.programs / on.cache_bandwidth, busiest / (PORT * on.clock)) / feed(variant),
         "latency": rounds * waiting + searches * SEARCH,
     }
     limiter = max(roofs, key=lambda roof: roofs[roof])
@@ -291,7 +291,7 @@ def after(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
     """Seconds of what follows the GEMM: the k rows of each token are read and added."""
     if not gemm.launches or (variant.kernel == "rows" and variant.split == 1):
         return 0.0
-    partial = tokens * gemm.k * gemm.columns * gemm.stored
+    partial = tokens * gemm.k * gemm.columns * gemm.dtype.itemsize
     fast = on.cache_bandwidth if partial < on.cache * CACHED else on.bandwidth
     written = tokens * gemm.columns * gemm.dtype.itemsize
     return gemm.launches * LAUNCH + (partial + written) / (fast * BANDWIDTH_SHARE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparsec.ir.types import DType
 from sparsec.passes.roofline import Gemm
@@ -21,11 +21,6 @@ class Shape:
         """Both its GEMMs."""
         up = Gemm("up", self.experts, self.k, self.hidden, self.width, 2, dtype, packing=packing)
         return up, Gemm("down", self.experts, self.k, self.width, self.hidden, 1, dtype, 1, packing)
-
-    def theirs(self) -> tuple[Gemm, Gemm]:
-        """The same as others compute it: rows that are to be added are in bf16."""
-        up, down = self.layer()
-        return up, replace(down, partial=DType.bf16)
 
     def flops(self, tokens: int) -> float:
         return 6.0 * tokens * self.k * self.hidden * self.width

@@ -39,13 +39,13 @@ def by_pointers(gemm: Gemm, tokens: int) -> Prediction:
 @pytest.mark.parametrize(("shape", "tokens", "us"), [(s, t, us) for s, row in LAYERS.items() for t, us in row.items()])
 def test_layers_take_what_was_measured(shape: Shape, tokens: int, us: float) -> None:
     """Within 15 %, though every one of these kernels is somewhat different from ours."""
-    predicted = sum(by_pointers(gemm, tokens).us for gemm in shape.theirs())
+    predicted = sum(by_pointers(gemm, tokens).us for gemm in shape.layer())
     assert 0.85 < predicted / us < 1.15
 
 
 @pytest.mark.parametrize("half", ["up", "down"])
 def test_gemms_take_what_was_measured(half: str) -> None:
-    gemm, tokens = QWEN3.theirs()[half == "down"], int(SGLANG["tokens"])
+    gemm, tokens = QWEN3.layer()[half == "down"], int(SGLANG["tokens"])
     predicted = by_pointers(gemm, tokens).us - 1e6 * after(gemm, best(gemm, tokens, H100).variant, tokens, H100)
     assert 0.85 < predicted / SGLANG[half] < 1.15
 
@@ -61,7 +61,7 @@ def test_preferred_tiles_are_those_of_tuned_files() -> None:
     """vLLM's files for H100 and H200, bf16: 16 x 64 x 128 or 16 x 128 x 128 (columns of gate and up together) for up
     to 32 tokens, 128 x 256 x 64 beyond 512."""
     for shape in (QWEN3, OLMOE, GPT_OSS):
-        for gemm in shape.theirs():
+        for gemm in shape.layer():
             few = next(c.variant for c in ranked(gemm, 16, H100) if c.variant.kernel == "tiles")
             assert (few.block_m, few.block_k) == (16, 128)
             assert few.block_n * gemm.parts in (64, 128, 256)

@@ -1,0 +1,210 @@
+"""What can be proven of GPU kernels without a GPU: they fit, spill nothing, use the instructions they are for, and move
+and multiply what the cost model counts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparsec.codegen.triton.compile import TARGETS, Binary
+from sparsec.codegen.triton.emit import TritonKernel, emit_kernel
+from sparsec.ir.core import Func
+from sparsec.ir.types import DType
+from sparsec.passes.chips import CHIPS
+from sparsec.passes.cost import FAMILIES, obstacle, ranges, ranked
+from sparsec.passes.roofline import Gemm, Variant, work
+from sparsec.passes.schedule import gemm_of, gpu_variants
+from tests.codegen.triton import build
+from tests.codegen.triton.ttir import account
+from tests.passes.published import DEEPSEEK_V3, GPT_OSS, MIXTRAL, OLMOE, QWEN3, Shape
+
+pytest.importorskip("triton")
+SMALL = Shape(8, 2, 512, 256)
+UNEVEN = Shape(8, 4, 320, 200)  # nothing is a multiple of a tile
+TORCH = {DType.bf16: torch.bfloat16, DType.f16: torch.float16, DType.f32: torch.float32}
+
+
+def silu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(a) * b
+
+
+@dataclass(frozen=True)
+class Case:
+    """A GEMM of a layer of some shape."""
+
+    shape: Shape
+    half: str
+    dtype: DType = DType.bf16
+    transposed: bool = False
+    layout: str = "concat"
+
+    def func(self, variants: Sequence[Any] = ()) -> Func:
+        s, dtype = self.shape, TORCH[self.dtype]
+        if self.half == "up":
+            sizes = (s.hidden, s.width, s.experts, s.k, dtype, self.layout, False, self.transposed)
+            return build.gather_gemm(silu, *sizes, variants=variants)
+        sizes = (s.hidden, s.width, s.experts, s.k, dtype, False, self.transposed)
+        return build.gemm_combine(*sizes, variants=variants, listed=True)
+
+    def gemm(self) -> Gemm:
+        return gemm_of(self.func().body.ops[0])  # type: ignore[arg-type]
+
+    def scheduled(self, target: str) -> TritonKernel:
+        """Compiled with the variants that the schedule chooses."""
+        return emit_kernel(self.func(gpu_variants(self.func().body.ops[0], CHIPS[target])), target)
+
+    def compiled(self, variant: Variant, target: str) -> Binary:
+        """The GEMM's binary of one variant."""
+        kernel = emit_kernel(self.func([_config(variant, 16), _config(replace(TILES, block_k=64))]), target)
+        launch = kernel.variants[0].config["launches"][0]
+        return kernel.binaries[launch["file"]]
+
+
+TILES = Variant("tiles", 64, 64, 64, 4, 3)
+"""Takes any number of tokens."""
+
+
+def _config(variant: Variant, up_to: int | None = None) -> dict[str, Any]:
+    sizes = {name: getattr(variant, name) for name in Variant.__dataclass_fields__}
+    return {**({} if up_to is None else {"up_to": up_to}), **sizes}
+
+
+def check_scheduled(case: Case, target: str) -> set[str]:
+    """Compile what the schedule chooses and look at every launch. Returns: the families that were chosen."""
+    kernel, on, gemm = case.scheduled(target), CHIPS[target], case.gemm()
+    for variant in kernel.variants:
+        choice = dict(variant.config["choice"])
+        choice = {name: choice[name] for name in Variant.__dataclass_fields__}
+        chosen = Variant(**choice)
+        for i, launch in enumerate(variant.config["launches"]):
+            binary = kernel.binaries[launch["file"]]
+            where = f"{case} on {target}, {chosen}, {launch['symbol']}"
+            assert not binary.spills, where
+            assert binary.shared <= TARGETS[target].shared_limit == on.shared, where
+            assert binary.registers is not None and binary.registers <= (512 if on.lanes == 64 else 255), where
+            if i == 0:
+                check_instructions(binary, chosen, gemm, target, where)
+                assert launch["num_stages"] == chosen.num_stages, f"{where}: its stages do not fit"
+                assert binary.shared <= chosen.shared(gemm, on), where
+    return {variant.config["choice"]["kernel"] for variant in kernel.variants}
+
+
+def check_instructions(binary: Binary, variant: Variant, gemm: Gemm, target: str, where: str) -> None:
+    """The matrix instruction and the copy engine where they are due."""
+    text, direct = binary.assembly, variant.direct(gemm, CHIPS[target])
+    if target == "cuda:sm_90":
+        assert ("wgmma.mma_async" in text) == (direct and variant.kernel != "rows"), where
+    if target == "cuda:sm_100":
+        assert ("tcgen05.mma" in text) == (direct and variant.kernel != "rows"), where
+    if target.startswith("cuda"):
+        by_engine = account(binary.ttir).engine
+        bank, rows = ("up", "x") if gemm.half == "up" else ("down", "h")
+        due = {"tma": {bank}, "swap": {bank}, "persistent": {bank, rows}}.get(variant.kernel, set[str]())
+        assert by_engine == due and ("cp.async.bulk.tensor" in text) == bool(due), where
+
+
+CHOSEN = [Case(QWEN3, "up"), Case(QWEN3, "down")]
+
+
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.half)
+def test_what_is_chosen_for_hopper_is_built_as_it_was_meant(case: Case) -> None:
+    families = check_scheduled(case, "cuda:sm_90")
+    assert "swap" in families and families & {"tma", "persistent"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", sorted(CHIPS))
+@pytest.mark.parametrize("shape", [MIXTRAL, QWEN3, OLMOE, GPT_OSS, DEEPSEEK_V3, UNEVEN], ids=str)
+def test_what_is_chosen_is_built_as_it_was_meant(shape: Shape, target: str) -> None:
+    for half in ("up", "down"):
+        check_scheduled(Case(shape, half), target)
+    check_scheduled(Case(shape, "up", transposed=True, layout="interleaved"), target)
+    check_scheduled(Case(shape, "down", transposed=True), target)
+
+
+VARIANTS = [
+    ("up", Variant("tiles", 16, 64, 128, 4, 3)),
+    ("down", Variant("tiles", 128, 128, 64, 8, 3)),
+    ("up", Variant("swap", 32, 64, 64, 4, 4)),
+    ("down", Variant("swap", 16, 64, 128, 4, 3)),
+    ("up", Variant("tma", 128, 64, 64, 4, 4)),
+    ("down", Variant("persistent", 128, 128, 64, 4, 3)),
+    ("up", Variant("rows", 2, 8, 128, 4, 4)),
+    ("down", Variant("rows", 1, 8, 128, 4, 4)),
+]
+
+
+@pytest.mark.parametrize(("half", "variant"), VARIANTS, ids=str)
+def test_a_program_moves_and_multiplies_what_the_model_counts(half: str, variant: Variant) -> None:
+    check_account(Case(SMALL, half), variant)
+
+
+def test_every_family_is_accounted_for() -> None:
+    assert {variant.kernel for _, variant in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("half", "variant"), VARIANTS, ids=str)
+def test_programs_of_other_layers_too(half: str, variant: Variant) -> None:
+    cases = [Case(QWEN3, half), Case(GPT_OSS, half, DType.f16), Case(UNEVEN, half), Case(SMALL, half, DType.f32)]
+    cases += [Case(SMALL, half, transposed=True), Case(QWEN3, half, transposed=True, layout="interleaved")]
+    possible = [case for case in cases if not obstacle(variant.kernel, case.gemm(), CHIPS["cuda:sm_90"])]
+    assert len(possible) >= 3
+    for case in possible:
+        check_account(case, variant)
+
+
+def check_account(case: Case, variant: Variant) -> None:
+    """Compare Triton's IR with `roofline.work`."""
+    gemm = case.gemm()
+    found, done = account(case.compiled(variant, "cuda:sm_90").ttir), work(gemm, variant, 16)
+    bank, rows, out = ("up", "x", "h") if gemm.half == "up" else ("down", "h", "partial")
+    out = "out" if variant.kernel == "rows" and gemm.half == "down" else out
+    assert found.flops == done.flops
+    loaded = found.loads[bank] + found.loads[rows]
+    if variant.kernel == "rows":  # they are asked for one step ahead; what the last one asks for is masked
+        loaded -= found.loads[rows] // (done.steps + 1)
+    assert loaded == done.loads
+    assert found.stores == {out: done.stores}
+    rest = {name: size for name, size in found.loads.items() if name not in (bank, rows)}
+    assert rest.keys() <= {"order", "offsets", "tiles", "weights"} and sum(rest.values()) < 8192
+    # One block of rows over all columns reads an expert's weights once.
+    if gemm.columns % variant.block_n == 0 and gemm.inner % (variant.block_k * variant.split) == 0:
+        experts = gemm.k if variant.kernel == "rows" and gemm.half == "down" else 1
+        blocks = gemm.columns // variant.block_n * variant.split
+        assert found.loads[bank] * blocks == experts * gemm.weights
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 1000, 8192])
+@pytest.mark.parametrize("shape", [MIXTRAL, QWEN3], ids=str)
+def test_the_number_of_programs_is_that_of_uniform_routing(shape: Shape, tokens: int) -> None:
+    """Blocks of rows of random routings, counted, against the model's expectation."""
+    drawn, experts = random.Random(0), range(shape.experts)
+    for rows in (16, 128):
+        total, rounds = 0, max(3, 400 // tokens)
+        for _ in range(rounds):
+            counts = [0] * shape.experts
+            for _ in range(tokens):
+                for expert in drawn.sample(experts, shape.k):
+                    counts[expert] += 1
+            total += sum(-(-count // rows) for count in counts)
+        expected = work(shape.layer()[0], Variant("tma", rows, shape.width, 64, 4, 3), tokens).programs
+        assert expected == pytest.approx(total / rounds, rel=0.05)
+
+
+def test_ranges_of_tokens_have_programs_for_all_of_them() -> None:
+    """The variant of every number of tokens may see as many: `rows` looks through a bounded number of pairs."""
+    for shape in (MIXTRAL, QWEN3, UNEVEN):
+        for gemm in shape.layer():
+            for range_ in ranges(gemm, CHIPS["cuda:sm_90"], frozenset(_orders(gemm))):
+                assert range_.chosen.variant.kernel != "rows" or (range_.up_to or 1 << 30) * shape.k <= 1024
+
+
+def _orders(gemm: Gemm) -> set[str]:
+    on = CHIPS["cuda:sm_90"]
+    return {c.variant.order(gemm, on) for tokens in (1, 4096) for c in ranked(gemm, tokens, on)}
