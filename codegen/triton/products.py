@@ -24,8 +24,8 @@ class Products:
     """
 
     def __init__(self, gemm: GroupedGemm, transposed: bool, rows: str, first: str, last: str, live: str | None) -> None:
-        if gemm.op.packing != "plain":
-            raise unsupported(gemm.op, f"'rows' does not read weights packed as {gemm.op.packing}")
+        if gemm.packing != "plain":
+            raise unsupported(gemm.op, f"'rows' would spend longer on widening {gemm.packing} weights than on reading them")
         self.gemm, self.transposed, self.rows = gemm, transposed, rows
         self.first, self.last, self.live = first, last, live
         axes = ("rows", "depth", "columns") if transposed else ("columns", "rows", "depth")
