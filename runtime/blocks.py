@@ -1,7 +1,7 @@
 """Expert banks in the block formats that the generated GPU kernels read: fp8 and mxfp4.
 
     fp8     float8_e4m3fn [E, N, K]; scales f32 [E, NB, KB], one for each block of 128 x 128 values: w = q * scale
-    mxfp4   uint8 [E, KB, N, 64]; scales uint8 [E, KB, N, 4], one for each 32 values of a column: w = q * 2^(scale - 127)
+    mxfp4   uint8 [E, KB, N, 64]; scales uint8 [E, KB, N, 4], one for each 32 values of a column: w = q 2^(scale - 127)
 
 A value of mxfp4 is a sign over one of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, in four bits. Block b of a column holds its values
 from 128 b on: byte j < 32 has value j in its lower half and 32 + j in its upper one, byte 32 + j those 64 places on. So
@@ -59,8 +59,8 @@ def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") 
         if not rows.isfinite().all():
             raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
         if packing == "fp8":
-            largest = _blocks(rows).abs().amax((1, 3))
-            out[e] = torch.where(largest == 0, 1.0, largest / LARGEST)
+            found = _blocks(rows).abs().amax((1, 3)) / LARGEST
+            out[e] = torch.where(found == 0, 1.0, found)
         else:
             groups = _groups(rows)
             if groups.abs().amax() > FP4[-1] * 2 ** (MOST - 127):
