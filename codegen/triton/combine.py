@@ -1,8 +1,9 @@
 """The kernels of the down-projection and the sum over a token's experts: `moe.gemm_combine`.
 
-The GEMM leaves one row of f32 for each pair, and a second kernel adds those of a token in the order of its slots, so
-that the result does not depend on who comes first. The GEMM weighs the rows, but where a tail has to see whole ones.
-With one choice per token there is nothing to add, and the GEMM writes the result itself.
+The GEMM leaves one row for each pair, rounded to the element type of the result, and a second kernel adds those of a
+token in f32 in the order of its slots, so that the result does not depend on who comes first. The GEMM weighs the rows,
+but where a tail has to see whole ones. With one choice per token there is nothing to add, and the GEMM writes the
+result itself.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from sparsec.ir.types import DType
 
 MAX_ROW = 16384
 """Most lanes of a row that a tail can hold in registers."""
+
+LINE, FETCHED = 128, 8
+"""Bytes of a cache line; lines of each column of weights to ask for early, so that those of all programs that run at
+once fit into the L2."""
 
 
 class Tiles:
@@ -52,7 +57,7 @@ class Down:
 
     Attributes:
         parameters: `h, order, tiles (or offsets), (weights), down, (down_bias), (down_scale), out, (kept), tokens`.
-        out: `partial` [pairs, H] f32, or `y` itself where there is nothing to add.
+        out: `partial` [pairs, H] in the element type of `y`, or `y` itself where there is nothing to add.
         weighs: whether the GEMM weighs its rows.
         kept: `kept` [pairs], which the GEMM sets to 0 for a skipped pair and to 1 else, where a tail has to know.
     """
@@ -61,8 +66,8 @@ class Down:
         self.op, self.gemm, self.dtype = op, gemm, op.y.tensor.dtype
         y = Parameter("y", POINTERS[self.dtype], wiring.result(op.y))
         alone = op.k == 1 and op.tail is None
-        size = op.k * gemm.columns * 4
-        self.out = out = y if alone else Parameter("partial", "*fp32", wiring.buffer(f"t * {size}"))
+        size = op.k * gemm.columns * self.dtype.itemsize
+        self.out = out = y if alone else Parameter("partial", y.type, wiring.buffer(f"t * {size}"))
         self.kept = Parameter("kept", I32, wiring.buffer(f"t * {op.k * 4}")) if op.tail is not None else None
         self.weighs = op.weighted and op.tail is None
         kept = [self.kept] if self.kept is not None else []
@@ -92,25 +97,29 @@ class Down:
     def launches(self) -> list[Entry]:
         return [] if self._sum is None else [self._sum[1]]
 
-    def lines(self, loop: list[str], bound: list[str]) -> list[str]:
+    def lines(self, loop: list[str], bound: list[str], bank: str = "down") -> list[str]:
         """The body of a GEMM whose programs make one tile each.
 
         Args:
             loop: makes `acc` [BLOCK_M, BLOCK_N], the sums of the tile's `rows` of h and `columns` (from `first` on).
             bound: conditions of `columns`.
+            bank: the parameter that points to the weights.
         """
         mask = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
+        ahead = [
+            *self.gemm.rows(),
+            "first = column_block * BLOCK_N",
+            "columns = first + tl.arange(0, BLOCK_N)",
+            *self._fetch(bank),
+        ]
         kept = "tl.full([BLOCK_M], 0, tl.int32) + (expert < E).to(tl.int32)"
         bias = f"tl.load(down_bias + expert.to(tl.int64) * H + columns{masked(bound)}).to(tl.float32)[None, :]"
         does = f"Row p of {self.out.name} is the down-projection of pair p by its expert"
         return [
             f'"""{does}{", times its weight" if self.weighs else ""}; 0 if skipped."""',
-            *self.gemm.head("H"),
+            *self.gemm.head("H", ahead),
             "if expert > E:",
             "    return",
-            *self.gemm.rows(),
-            "first = column_block * BLOCK_N",
-            "columns = first + tl.arange(0, BLOCK_N)",
             f"out = {self.out.name} + pair.to(tl.int64)[:, None] * H + columns[None, :]",
             *([f"tl.store(kept + pair, {kept}, mask=live & (column_block == 0))"] if self.kept is not None else []),
             "if expert == E:",
@@ -122,9 +131,28 @@ class Down:
             f"tl.store(out, {self.rounded('acc')}, mask={mask})",
         ]
 
+    def _fetch(self, bank: str) -> list[str]:
+        """Ask for FETCHED lines of each column of the tile's weights while GEMM1 still runs, which does not write them."""
+        if self.op.packing != "plain":
+            return []
+        line, inner = LINE // self.gemm.bank.tensor.dtype.itemsize, self.gemm.inner
+        expert = f"{bank} + tl.minimum(expert, E - 1).to(tl.int64) * (H * I)"
+        if self.op.down_transposed:
+            depth = f"tl.arange(0, {below(min(FETCHED * line, inner))})[:, None] * H"
+            columns = f"tl.minimum(first + tl.arange(0, (BLOCK_N + {line - 1}) // {line}) * {line}, H - 1)[None, :]"
+        else:
+            depth = f"tl.arange(0, {below(max(1, min(FETCHED, inner // line)))})[None, :] * {line}"
+            columns = "tl.minimum(columns, H - 1)[:, None] * I"
+        return [f"fetch({expert} + {columns} + {depth}, PDL)"]
+
     def rounded(self, text: str) -> str:
         """An f32 tile in the element type of `out`."""
-        return narrowed(text, self.dtype) if self.out.name == "y" else text
+        return narrowed(text, self.dtype)
+
+
+def below(size: int) -> int:
+    """The greatest power of two that is no more than `size`."""
+    return 1 << (size.bit_length() - 1)
 
 
 def down_summary(op: GemmCombine) -> str:
@@ -161,7 +189,7 @@ def _combine(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Paramet
         "columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)",
         "total = tl.zeros([BLOCK_H], tl.float32)",
         "for slot in tl.static_range(K):",
-        f"    total += tl.load(partial + (token * K + slot) * H + columns{mask})",
+        f"    total += tl.load(partial + (token * K + slot) * H + columns{mask}).to(tl.float32)",
         f"tl.store(y + token * H + columns, {narrowed('total', op.y.tensor.dtype)}"
         f"{', mask=columns < H' if tail else ''})",
     ]
@@ -187,7 +215,7 @@ def _finish(func: Func, op: GemmCombine, hidden: int, parameters: tuple[Paramete
     weight = ["weight = tl.load(weights + pair).to(tl.float32)"] if op.weighted else []
     body = [
         "pair = token * K + slot",
-        f"row = tl.load(partial + pair * H + columns[None, :]{masked([within] if within else [])})",
+        f"row = tl.load(partial + pair * H + columns[None, :]{masked([within] if within else [])}).to(tl.float32)",
         *steps,
         *weight,
         "# A pair that is skipped adds nothing, whatever the tail makes of zeros.",

@@ -1,8 +1,8 @@
 """The family `persistent` of the down-projection: as many programs as multiprocessors, each going over many tiles.
 
 Rows of h lie one behind the other for each expert, so that the copy engine (TMA) of Hopper fetches both operands. With
-four warps to a program, Triton adds eight more and divides the work (warp specialisation): some only fetch, a tile
-ahead, while the others multiply and store. With eight warps all do everything.
+four warps to a tile of 128 rows, Triton adds eight more and divides the work (warp specialisation): some only fetch,
+into the next tile, while the others multiply and store. With eight warps all do everything.
 
 A row's sum over I is taken in steps of BLOCK_K, each in the order of the matrix instruction's own steps, and a token's
 in the order of its slots, whatever the batch.
@@ -24,8 +24,8 @@ from sparsec.ir.types import DType
 
 ENGINE_BYTES = 16
 """The copy engine takes rows that are a multiple of this long."""
-DIVIDED = 4
-"""Warps of a program whose work Triton divides."""
+DIVIDED = 128, 4
+"""Rows of a tile and warps of a program whose work Triton 3.6 divides."""
 
 
 class Persistent:
@@ -55,8 +55,8 @@ class Persistent:
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
         sizes, gemm = self.sizes(variant), self.gemm
         most, _ = gemm.grid(sizes)
-        warps = int(variant.get("num_warps", DIVIDED))
-        constants = {**sizes, "DIVIDED": int(warps == DIVIDED), "PDL": 0}
+        warps = int(variant.get("num_warps", 4))
+        constants = {**sizes, "DIVIDED": int((sizes["BLOCK_M"], warps) == DIVIDED), "PDL": 0}
         stages = int(variant.get("num_stages", 3))
         entry = Entry(self.name, tuple(self._parameters(sizes)), constants, (f"min(sms, {most})", "1"), warps, stages)
         return (entry, *self.down.launches())
@@ -73,7 +73,7 @@ class Persistent:
     def _parameters(self, sizes: Mapping[str, int]) -> list[Parameter]:
         """The down-projection's, with `h` and `down` as descriptors."""
         gemm, dtype = self.gemm, self.gemm.a.tensor.dtype
-        m, n, k = sizes["BLOCK_M"], min(128, sizes["BLOCK_N"]), sizes["BLOCK_K"]
+        m, n, k = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         experts, columns, inner = gemm.experts, gemm.columns, gemm.inner
         given = list[Parameter]()
         for parameter in self.down.parameters:
@@ -117,19 +117,8 @@ class Persistent:
             "pair = tl.load(order + rows, mask=live, other=0)",
         ]
 
-        def dot(sums: str, half: str) -> str:
-            at = f"expert, k, column + {half}" if transposed else f"expert, column + {half}, k"
-            shape = "BLOCK_K, HALF" if transposed else "HALF, BLOCK_K"
-            block = f"down.load([{at}]).reshape({shape})"
-            return f"{sums} = tl.dot(a, {block if transposed else f'tl.trans({block})'}, {sums})"
-
-        def store(sums: str) -> list[str]:
-            return [
-                *([f"{sums} += {bias}.to(tl.float32)[None, :]"] if self.op.down_bias is not None else []),
-                *([f"{sums} *= weight"] if down.weighs else []),
-                f"tl.store({out}, {down.rounded(sums)}, mask={mask})",
-            ]
-
+        at = "expert, k, column" if transposed else "expert, column, k"
+        block = f"down.load([{at}]).reshape({'BLOCK_K, BLOCK_N' if transposed else 'BLOCK_N, BLOCK_K'})"
         skipped = [
             *find,
             *rows,
@@ -140,29 +129,20 @@ class Persistent:
         loop = [
             *find,
             "column = column_block * BLOCK_N",
-            "acc = tl.zeros([BLOCK_M, HALF], tl.float32)",
-            "if WIDE:",
-            "    beyond = tl.zeros([BLOCK_M, HALF], tl.float32)",
+            "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
             "for k in tl.range(0, I, BLOCK_K):",
-            "    a = h.load([first, k])",
-            f"    {dot('acc', '0')}",
-            "    if WIDE:",
-            f"        {dot('beyond', 'HALF')}",
+            f"    acc = tl.dot(h.load([first, k]), {block if transposed else f'tl.trans({block})'}, acc)",
             *rows,
             *([kept.format(1)] if down.kept is not None else []),
-            *(["weight = tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if down.weighs else []),
-            "columns = column + tl.arange(0, HALF)",
-            *store("acc"),
-            "if WIDE:",
-            *(f"    {line}" for line in ["columns += HALF", *store("beyond")]),
+            "columns = column + tl.arange(0, BLOCK_N)",
+            *([f"acc += {bias}.to(tl.float32)[None, :]"] if self.op.down_bias is not None else []),
+            *(["acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]"] if down.weighs else []),
+            f"tl.store({out}, {down.rounded('acc')}, mask={mask})",
         ]
         times = ", times its weight" if down.weighs else ""
         return [
             f'"""Row p of {down.out.name} is the down-projection of pair p by its expert{times}; 0 if skipped."""',
             "COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N",
-            "# A tile of 256 columns is made in halves: its way out through shared memory needs no more than one.",
-            "WIDE: tl.constexpr = BLOCK_N > 128",
-            "HALF: tl.constexpr = BLOCK_N // 2 if WIDE else BLOCK_N",
             "counts = tile_list(tiles, tokens * K, E, BLOCK_M)",
             "count, every = tl.load(counts) * COLUMNS, tl.load(counts + 1) * COLUMNS",
             "arrive(PDL)",

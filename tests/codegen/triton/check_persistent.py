@@ -50,7 +50,7 @@ def test_layouts(bias: bool, transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("hidden", [256, 296, 520])
-def test_tiles_in_halves(hidden: int) -> None:
+def test_wide_tiles(hidden: int) -> None:
     check(9, 2, 3, "skip", bias=True, hidden=hidden, variant=WIDE)
 
 

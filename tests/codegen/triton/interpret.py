@@ -24,7 +24,7 @@ from sparsec.runtime.dtypes import DTYPES as ELEMENTS
 from sparsec.runtime.tensor_maps import TensorMap
 from sparsec.runtime.triton_kernels import launcher
 
-DTYPES = {"*fp32": torch.float32, "*i32": torch.int32}
+DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
 FOLDER = tempfile.TemporaryDirectory()
 
 
