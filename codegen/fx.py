@@ -58,10 +58,10 @@ class FxBuilder:
         for arg in func.body.args:
             self._bind(arg)
         for op in func.body.ops:
-            self._emit(op)
+            self.emit(op)
         return fx.GraphModule(self.root, self.graph)
 
-    def _emit(self, op: Op) -> None:
+    def emit(self, op: Op) -> None:
         match op:
             case Return():
                 results = [self.nodes[value] for value in op.operands]
@@ -72,7 +72,7 @@ class FxBuilder:
             case Launch():
                 inputs = [None if value is None else self.nodes[value] for value in op.inputs]
                 node = self.graph.call_function(torch.ops.sparsec.launch.default, (self.kernels[op.callee], inputs))
-                self._results(op, node, many=True)
+                self.results(op, node, many=True)
             case AtenOp():
                 self._call(op)
             case _:
@@ -95,9 +95,9 @@ class FxBuilder:
         if any(param.name == "device" for param in op.target._schema.arguments) and _creates(op):
             kwargs["device"] = self.device
         many = len(op.target._schema.returns) != 1 or "List" in str(op.target._schema.returns[0].type)
-        self._results(op, self.graph.call_function(op.target, tuple(args), kwargs), many)
+        self.results(op, self.graph.call_function(op.target, tuple(args), kwargs), many)
 
-    def _results(self, op: Op, node: fx.Node, many: bool) -> None:
+    def results(self, op: Op, node: fx.Node, many: bool) -> None:
         for i, result in enumerate(op.results):
             self.nodes[result] = self.graph.call_function(operator.getitem, (node, i)) if many else node
             self._bind(result)

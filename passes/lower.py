@@ -9,7 +9,18 @@ from typing import ClassVar
 
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.kernel import Alloc, Launch
-from sparsec.dialects.moe import ExpertBank, GatherGemm, GemmCombine, Group, Layer, Route, RouteGroup
+from sparsec.dialects.moe import (
+    BankGrad,
+    BiasGrad,
+    ExpertBank,
+    GatherGemm,
+    GemmCombine,
+    Group,
+    HiddenGrad,
+    Layer,
+    Route,
+    RouteGroup,
+)
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.opdef import OpDef
@@ -38,6 +49,7 @@ class LowerKernels(Pass):
         numbers = Counter(name.rpartition("_")[0] for name in kernels.values())
 
         roots = ["moe.route", "moe.route_group", "moe.group", "moe.gather_gemm", "moe.gemm_combine"]
+        roots += ["moe.hidden_grad", "moe.bank_grad", "moe.bias_grad"]
 
         @rule(*roots, *(("moe.experts", "moe.layer") if ctx.target == "cpu" else ()))
         def launch(op: Op, rw: Rewriter) -> bool:
@@ -83,8 +95,12 @@ def token_dim(op: OpDef) -> Dim:
         return op.logits.tensor.shape[0]
     if isinstance(op, Group):
         return op.ids.tensor.shape[0]
-    if isinstance(op, ExpertBank | GatherGemm):
+    if isinstance(op, ExpertBank | GatherGemm | HiddenGrad):
         return op.x.tensor.shape[0]
+    if isinstance(op, BankGrad):
+        return op.tokens.tensor.shape[0]
+    if isinstance(op, BiasGrad):
+        return op.rows.tensor.shape[0]
     assert isinstance(op, GemmCombine)
     return op.weights.tensor.shape[0]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsec.runtime import cpu_kernels
+from sparsec.runtime import cpu_kernels, gradients
 from sparsec.runtime.context import Context, KernelCall, Operand, RegionCall
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
@@ -153,6 +153,34 @@ def _expert_bank(
     return run
 
 
+def _hidden_grad(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    attrs = (bool(kernel.attrs.get("up_transposed", False)), bool(kernel.attrs.get("down_transposed", False)))
+    body, layout = _region(kernel, "gradient", context), str(kernel.attrs.get("layout", "concat"))
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        return gradients.hidden_grad(_tensors(*ins[:7]), [*ins, None, None][7:9], body, layout, *attrs)
+
+    return run
+
+
+def _bank_grad(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    k, transposed = _attr(kernel, "k", int), bool(kernel.attrs.get("transposed", False))
+
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        rows, tokens, order, offsets = _tensors(*ins)
+        return (gradients.bank_grad(rows, tokens, order, offsets, k, transposed),)
+
+    return run
+
+
+def _bias_grad(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:
+    def run(ins: Sequence[Operand]) -> Sequence[Tensor]:
+        rows, order, offsets = _tensors(*ins[:3])
+        return (gradients.bias_grad(rows, order, offsets, ins[3] if len(ins) > 3 else None),)
+
+    return run
+
+
 _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]] = {
     "moe.experts": _experts,
     "moe.group": _group,
@@ -161,6 +189,9 @@ _MAKERS: dict[str, Callable[[Kernel, Sequence[int | None], Context], KernelCall]
     "moe.route_group": _route_group,
     "moe.gather_gemm": _gather_gemm,
     "moe.gemm_combine": _gemm_combine,
+    "moe.hidden_grad": _hidden_grad,
+    "moe.bank_grad": _bank_grad,
+    "moe.bias_grad": _bias_grad,
 }
 
 

@@ -28,10 +28,11 @@ from sparsec.ir.core import Func, Module
 from sparsec.ir.derived import derivations
 from sparsec.ir.equal import func_key
 from sparsec.ir.interp import evaluate_func
-from sparsec.launch import register
+from sparsec.launch import register, target_of
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.live_weights import LiveWeight
 from sparsec.runtime.release import release
+from sparsec.training import is_differentiated, with_banks
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ def sparsec(
             once and not twice. The model's own tensors then hold NaN: it can be run by what was compiled, at any
             sizes, but not eagerly, and not be saved, changed or moved.
 
-    A graph that is differentiated is left to Inductor as it is: the fused kernels have no backward yet.
+    In a graph that is differentiated banks of experts become one operator each, which has a gradient
+    (`sparsec.differentiable`); the rest, routers among it, is differentiated by PyTorch. The options on weights and
+    activations do not apply to it.
 
     Raises: SparsecError for an unknown option.
     """
@@ -63,22 +66,18 @@ def sparsec(
             "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8' or 'int4', "
             f"'activations': 'model' or 'int8', 'free_weights': False or True}}, was given {dict(options or {})}"
         )
-    if _is_differentiated(graph_module, example_inputs):
-        _logger.info("a graph that is differentiated is left to PyTorch")
-        return _differentiable(graph_module, list(example_inputs), dense)
+    if is_differentiated(graph_module, example_inputs):
+        try:
+            trained = with_banks(graph_module, list(example_inputs))
+        except CompileError as error:
+            warnings.warn(f"sparsec leaves this graph to PyTorch:\n{error}", stacklevel=2)
+            trained = None
+        return _differentiable(trained or graph_module, list(example_inputs), dense)
     forward, inference = (partial(_inductor, is_inference=False), _inductor) if dense == "inductor" else (_aten, _aten)
     backend = aot_autograd(
         fw_compiler=forward, inference_compiler=_Compiler(inference, config, free), decompositions={}
     )
     return backend(graph_module, list(example_inputs))  # type: ignore[no-any-return]
-
-
-def _is_differentiated(graph_module: GraphModule, example_inputs: Sequence[Any]) -> bool:
-    """Whether gradients are asked for: outside of `torch.no_grad()`, for inputs that require them."""
-    if any(node.target is torch._C._set_grad_enabled for node in graph_module.graph.nodes):
-        return False  # it may be that none is: AOT autograd finds out
-    needed = (isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
-    return torch.is_grad_enabled() and any(needed)
 
 
 def _differentiable(graph_module: GraphModule, example_inputs: list[Any], dense: str) -> Callable[..., Any]:
@@ -184,7 +183,7 @@ def fuse(graph_module: GraphModule, example_inputs: Sequence[Any], config: Confi
         _logger.info("no bank of experts in this graph: it is left to PyTorch")
         return None
     device = _device_of(example_inputs)
-    target = _target_of(device)
+    target = target_of(device)
     lowered = pipeline.run(imported.module, target=target).module
     emitted = emit(lowered, target, here=True)
     kernels = {name: register(kernel, device, emitted.files) for name, kernel in emitted.plan.kernels.items()}
@@ -255,14 +254,3 @@ def _device_of(example_inputs: Sequence[Any]) -> torch.device:
     if len(devices) != 1:
         raise CompileError(f"the graph's inputs are on {len(devices)} devices; sparsec compiles for one")
     return devices.pop()
-
-
-def _target_of(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    if device.type != "cuda":
-        raise CompileError(f"sparsec has no target for device '{device}'")
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return f"hip:{properties.gcnArchName.split(':')[0]}"
-    return f"cuda:sm_{properties.major}{properties.minor}"

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from sparsec.diagnostics import CompileError
 from sparsec.ir.types import Sym, evaluate
 from sparsec.runtime.backends import bind
 from sparsec.runtime.context import Context, KernelCall
 from sparsec.runtime.dtypes import DTYPES
+from sparsec.runtime.gpu_driver import architecture
 from sparsec.runtime.plan import Kernel
 
 
@@ -45,6 +47,20 @@ def register(kernel: Kernel, device: torch.device, files: Mapping[str, bytes]) -
         generated = kernel.backend == "triton" or (kernel.name in context.paths and context.paths[kernel.name].isa)
         _KERNELS[name] = _Registered(kernel, call, bool(kernel.regions) and not generated)
     return name
+
+
+def kernel_call(name: str) -> KernelCall:
+    """A registered kernel as a function of its operands."""
+    return _KERNELS[name].call
+
+
+def target_of(device: torch.device) -> str:
+    """The target that kernels for a device are compiled for. Raises: CompileError."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise CompileError(f"sparsec has no target for device '{device}'")
+    return architecture(device)
 
 
 @torch.library.custom_op("sparsec::launch", mutates_args=(), schema="(str kernel, Tensor?[] inputs) -> Tensor[]")

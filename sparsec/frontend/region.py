@@ -28,7 +28,7 @@ from sparsec.ir.opdef import make
 from sparsec.ir.types import DType, Sym, TensorType
 
 ROWS = Sym("r")
-_PROBE = 7919  # rows while recording: a prime that no model's sizes contain, read back as `r`
+PROBE = 7919  # rows while recording: a prime that no model's sizes contain, read back as `r`
 _aten = torch.ops.aten
 _NORMS = {  # kernels that also return statistics: what they are called where only the first result counts
     _aten._fused_rms_norm.default: _aten.rms_norm.default,
@@ -53,10 +53,10 @@ def record(fn: Callable[[torch.Tensor], torch.Tensor], width: int, gated: bool, 
     Raises: UnsupportedActivation.
     """
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-        projected = torch.empty(_PROBE, 2 * width if gated else width, dtype=dtype, device="meta")
+        projected = torch.empty(PROBE, 2 * width if gated else width, dtype=dtype, device="meta")
         with (recorder := _Recorder(projected)):
             out = fn(projected)
-    if tuple(out.shape) != (_PROBE, width):
+    if tuple(out.shape) != (PROBE, width):
         raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
     layout, parts = _parts(recorder.calls, projected, width) if gated else ("single", [projected])
     return layout, encode(_region(recorder.calls, parts, out))
@@ -78,11 +78,11 @@ def record_rows(
     Raises: UnsupportedActivation.
     """
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-        y = torch.empty(_PROBE, width, dtype=dtype, device="meta")
+        y = torch.empty(PROBE, width, dtype=dtype, device="meta")
         given = [y, *(torch.empty(shape, dtype=kind, device="meta") for shape, kind in params)]
         with (recorder := _Recorder(y)):
             out = fn(*given)
-    if tuple(out.shape) != (_PROBE, width):
+    if tuple(out.shape) != (PROBE, width):
         raise UnsupportedActivation(f"it returns the shape {[*out.shape]}, not [rows, {width}]")
     return encode(_region(recorder.calls, given, out))
 
@@ -175,7 +175,7 @@ def _slice_place(bound: dict[str, Any], width: int) -> tuple[str, int] | None:
 def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> Block:
     symbols = Symbols()
     block = Block()
-    builder = _RowBuilder(block, symbols)
+    builder = RowBuilder(block, symbols)
     values = {id(part): block.add_arg(builder.type_of(part), _name(i)) for i, part in enumerate(parts)}
 
     def resolve(item: Any) -> Any:
@@ -185,7 +185,7 @@ def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> B
             return values[id(item)]
         if isinstance(item, list | tuple):
             return [resolve(part) for part in item]
-        if isinstance(item, int) and 0 < item < _PROBE**2 and item % _PROBE == 0:
+        if isinstance(item, int) and 0 < item < PROBE**2 and item % PROBE == 0:
             raise UnsupportedActivation("it depends on the number of rows")
         return item
 
@@ -208,12 +208,12 @@ def _region(calls: list[Any], parts: list[torch.Tensor], out: torch.Tensor) -> B
     return block
 
 
-class _RowBuilder(Builder):
+class RowBuilder(Builder):
     def type_of(self, result: Any) -> TensorType:
         type = super().type_of(result)
         if not isinstance(type, TensorType):
             raise UnsupportedActivation("it computes with sizes")
-        return TensorType(tuple(ROWS if dim == _PROBE else dim for dim in type.shape), type.dtype)
+        return TensorType(tuple(ROWS if dim == PROBE else dim for dim in type.shape), type.dtype)
 
 
 def _name(i: int) -> str:

@@ -157,7 +157,7 @@ def test_gradients_are_those_of_pytorch(graphs: list[int]) -> None:
     layer.zero_grad()
     compiled(x).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        assert expected[name] is not None and torch.equal(parameter.grad, expected[name])
+        assert expected[name] is not None and relative(parameter.grad, expected[name]) < 1e-5
     assert graphs == []
     with torch.no_grad():
         assert relative(compiled(x), layer(x)) < 1e-5
