@@ -132,7 +132,7 @@ class Down:
         ]
 
     def _fetch(self, bank: str) -> list[str]:
-        """Ask for FETCHED lines of each column of the tile's weights while GEMM1 still runs, which does not write them."""
+        """Ask for FETCHED lines of each column of the weights while GEMM1 still runs, which does not write them."""
         if self.op.packing != "plain":
             return []
         line, inner = LINE // self.gemm.bank.tensor.dtype.itemsize, self.gemm.inner

@@ -95,10 +95,11 @@ class GroupedGemm:
         """Whether `block` divides `size` in every variant, so that no mask is needed."""
         return all(size % self.sizes(variant)[block] == 0 for variant in self.variants)
 
-    def head(self, columns: str) -> list[str]:
+    def head(self, columns: str, ahead: Sequence[str] = ()) -> list[str]:
         """Find the tile, once it may be read: in the list of tiles where there is one, else by the offsets.
 
-        For GEMM2 that is before GEMM1 has ended: where its tiles are was written before GEMM1 began.
+        For GEMM2 that is before GEMM1 has ended: where its tiles are was written before GEMM1 began. `ahead` is what it
+        does besides until then.
         """
         function, where = "find_tile", "offsets, tokens * K, E, E_PAD"
         if self.op.tiles is not None:
@@ -109,7 +110,7 @@ class GroupedGemm:
             f"    tl.program_id(0), {where}, COLUMNS, BLOCK_M, GROUP_M",
             ")",
         ]
-        return ["arrive(PDL)", *find] if isinstance(self.op, GatherGemm) else [*find, "arrive(PDL)"]
+        return ["arrive(PDL)", *find] if isinstance(self.op, GatherGemm) else [*find, *ahead, "arrive(PDL)"]
 
     def where(self) -> dict[str, Value]:
         """What `head` reads, by the parameter's name."""

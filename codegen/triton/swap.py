@@ -176,15 +176,16 @@ class DownProjection:
         self.name, self.op, self.gemm = f"{func.name}_{family}", op, gemm
         self.streamed = Streamed(gemm, "single", op.down_transposed, family == "swap", "down")
         self.down = Down(func, op, gemm, wiring)
+        self.parameters = [*self.down.parameters, gemm.pointer("bank", op.down, wiring)]
 
     def functions(self) -> list[str]:
         bound = [] if self.streamed.whole() else ["columns < H"]
-        lines = self.down.lines(self.streamed.loop("I", "h + rows.to(tl.int64){} * I"), bound)
-        text = self.gemm.signature(self.name, self.down.parameters) + "\n" + indent(lines)
+        lines = self.down.lines(self.streamed.loop("I", "h + rows.to(tl.int64){} * I"), bound, "bank")
+        text = self.gemm.signature(self.name, self.parameters) + "\n" + indent(lines)
         return [text, *self.down.functions()]
 
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
-        return (self.streamed.launch(self.name, self.down.parameters, variant), *self.down.launches())
+        return (self.streamed.launch(self.name, self.parameters, variant), *self.down.launches())
 
 
 UP = {name: partial(Up, name) for name in ("swap", "tma")}
