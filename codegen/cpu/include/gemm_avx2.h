@@ -27,6 +27,7 @@ template <class Element>
 struct Avx2 {
   typedef Element Elem;
   static constexpr int STRETCH = 8;  // steps
+  static constexpr int SLICE = 0;    // it slices the steps itself
 
   static void begin() {}
   static void end() {}

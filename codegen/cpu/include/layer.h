@@ -34,7 +34,7 @@ struct Layer {
 
   // A chunk's rows fill most of a 2 MB second-level cache, or a slice of its activations half of it, not both at a time.
   // Weights of an expert that has more rows are read once for each of its chunks.
-  static constexpr int MOST_ROWS = most(32, least(320, int((3 << 19) / (UP_STEPS * 64) / 32 * 32)));
+  static constexpr int MOST_ROWS = most(32, least(MOST_ROWS_SWEPT, int((3 << 19) / (UP_STEPS * 64) / 32 * 32)));
   // Steps that cannot be parted.
   static constexpr int64_t UNIT = NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S);
   static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (1 << 20) / (MOST_ROWS * 64)));
