@@ -25,7 +25,8 @@ class Products:
 
     def __init__(self, gemm: GroupedGemm, transposed: bool, rows: str, first: str, last: str, live: str | None) -> None:
         if gemm.packing != "plain":
-            raise unsupported(gemm.op, f"'rows' would spend longer on widening {gemm.packing} weights than on reading them")
+            longer = f"'rows' would spend longer on widening {gemm.packing} weights than on reading them"
+            raise unsupported(gemm.op, longer)
         self.gemm, self.transposed, self.rows = gemm, transposed, rows
         self.first, self.last, self.live = first, last, live
         axes = ("rows", "depth", "columns") if transposed else ("columns", "rows", "depth")

@@ -26,25 +26,25 @@ def variants(**kwargs: Any) -> tuple[dict[str, Any], ...]:
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "single"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_up_layouts(layout: str, transposed: bool) -> None:
-    check_up(7, 2, 5, layout, True, transposed, torch.float32, "skip", variants=variants(block_m=2))
+    check_up(4, 2, 3, layout, True, transposed, torch.float32, "skip", variants=variants(block_m=2))
 
 
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_down_layouts(transposed: bool, split: int) -> None:
-    check_down(7, 3, 5, True, transposed, torch.float32, "skip", width=40, variants=variants(split=split, block_k=4))
+    check_down(4, 3, 5, True, transposed, torch.float32, "skip", 24, 20, variants(split=split, block_k=4))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_half_precision_and_whole_tiles(transposed: bool) -> None:
-    check_up(5, 2, 4, "concat", True, transposed, torch.float16, "even", 64, 32, variants())
-    check_down(5, 2, 4, True, transposed, torch.float16, "even", 64, 32, variants(split=4))
+    check_up(3, 2, 4, "concat", True, transposed, torch.float16, "even", 32, 16, variants())
+    check_down(3, 2, 4, True, transposed, torch.float16, "even", 16, 64, variants(split=4))
 
 
 def test_parts_that_are_empty() -> None:
     """Five parts of one block each, where there are three blocks; and tokens beyond those that `rows` is for."""
     for tokens in (0, 1, 41):
-        check_down(tokens, 2, 4, True, False, torch.float32, "even", width=48, variants=variants(split=5))
+        check_down(tokens, 2, 4, True, False, torch.float32, "even", 16, 48, variants(split=5))
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -55,10 +55,10 @@ def test_k_from_one_to_all(k: int, kind: str) -> None:
     check_down(3, k, 4, False, False, torch.float32, kind, variants=variants())
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 9), st.integers(1, 3), st.integers(3, 9), st.sampled_from(["even", "hot", "skip"]),
-    st.integers(3, 50), st.integers(3, 50), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.booleans(),
+    st.integers(0, 6), st.integers(1, 3), st.integers(3, 9), st.sampled_from(["even", "hot", "skip"]),
+    st.integers(3, 40), st.integers(3, 40), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.booleans(),
 )  # fmt: skip
 def test_any_size(
     tokens: int, k: int, experts: int, kind: str, hidden: int, width: int, block_m: int, split: int, transposed: bool
@@ -71,12 +71,12 @@ def test_any_size(
 def test_bits_do_not_depend_on_the_batch() -> None:
     """Tokens in one batch, one by one, and with rows in groups: the same bits."""
     torch.manual_seed(0)
-    tokens, k, experts, hidden, width = 6, 2, 3, 40, 24
+    tokens, k, experts, hidden, width = 4, 2, 3, 24, 20
     x, ids, weights = torch.randn(tokens, hidden), loads(tokens, k, experts, "even"), torch.rand(tokens, k)
     up, down = torch.randn(experts, 2 * width, hidden), torch.randn(experts, hidden, width)
     second = kernel(build.gemm_combine(hidden, width, experts, k, torch.float32, variants=variants(split=2)))
     found = list[torch.Tensor]()
-    for block_m, batch in ((1, tokens), (1, 1), (4, tokens), (2, 3)):
+    for block_m, batch in ((1, tokens), (1, 1), (4, 3)):
         tiles = variants(block_m=block_m)
         first = kernel(build.gather_gemm(silu, hidden, width, experts, k, torch.float32, variants=tiles))
         parts = list[torch.Tensor]()

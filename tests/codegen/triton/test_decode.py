@@ -16,6 +16,7 @@ from sparsec.ir.core import Func
 from sparsec.runtime.dims import compile_dim
 from tests.codegen.layers import LAYERS
 from tests.codegen.triton import build
+from tests.codegen.triton.packed import packed
 from tests.codegen.triton.test_compile import silu
 
 pytest.importorskip("triton")
@@ -152,3 +153,9 @@ def test_tails_are_refused() -> None:
     func.body.ops[0].attrs["variants"] = (ROWS,)
     with pytest.raises(CompileError, match="the tail takes whole rows"):
         sketch_kernel(func)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_packed_banks_are_refused(packing: str) -> None:
+    with pytest.raises(CompileError, match=packing):
+        sketch_kernel(packed(build.gemm_combine(256, 128, 8, 2, BF16, variants=(ROWS,)), packing))
