@@ -25,7 +25,7 @@ from tests.codegen.triton.routers import ROUTERS, Router
 from tests.passes.route_layers import HIDDEN, Layer, kernel_of
 
 pytest.importorskip("triton")
-CHECKED = ["cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942"]
+CHECKED = ["cuda:sm_80", "cuda:sm_90", "cuda:sm_100", "hip:gfx942", "hip:gfx950"]
 TINY = ({"up_to": None, "block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2},)
 
 
