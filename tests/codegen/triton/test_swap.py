@@ -114,3 +114,16 @@ def test_chips_without_the_engine_are_named() -> None:
     func = build.gemm_combine(64, 64, 4, 2, torch.bfloat16, variants=by("swap", FEW))
     with pytest.raises(CompileError, match="cuda:sm_80"):
         emit_kernel(func, "cuda:sm_80")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("family", ["swap", "tiles"])
+def test_the_second_gemm_asks_for_weights_before_it_waits(family: str, transposed: bool) -> None:
+    """So that they are on their way while the first one's last programs still run."""
+    variants = by(family, [(16, 64, 64, 4, 3)])
+    kernel = emit_kernel(
+        build.gemm_combine(128, 192, 4, 2, torch.bfloat16, transposed=transposed, variants=variants), "cuda:sm_90"
+    )
+    ((_, binary),) = gemms(kernel)
+    asked = binary.assembly.index("prefetch.global.L2")
+    assert asked < binary.assembly.index("griddepcontrol.wait") < binary.assembly.index("mma")
