@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sparsec.dialects.moe import experts_hit
 from sparsec.ir.types import DType
@@ -89,6 +89,13 @@ class Gemm:
         return 1 << (self.k - 1).bit_length()
 
 
+def as_text(variant: Mapping[str, Any]) -> str:
+    """A variant for people: of its fields, or of what an artifact says of it."""
+    parts = f" / {variant['split']}" if variant.get("split", 1) > 1 else ""
+    tile = " x ".join(str(variant[f"block_{side}"]) for side in "mnk")
+    return f"{variant['kernel']} {tile}{parts}, {variant['num_warps']} warps, {variant['num_stages']} stages"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute a GEMM: a family of kernels, its tile, warps per program, stages of loads, parts of K.
@@ -105,9 +112,7 @@ class Variant:
     split: int = 1
 
     def __str__(self) -> str:
-        split = f" / {self.split}" if self.split > 1 else ""
-        tile = f"{self.block_m} x {self.block_n} x {self.block_k}{split}"
-        return f"{self.kernel} {tile}, {self.num_warps} warps, {self.num_stages} stages"
+        return as_text(vars(self))
 
     @property
     def first(self) -> int:

@@ -13,6 +13,9 @@ from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import invariance, ranges
 from sparsec.passes.roofline import Gemm
 
+INVARIANT_LOSS = 0.03
+"""How much slower, as a share, kernels may be so that a row's bits do not depend on the batch."""
+
 
 @register
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ScheduleVariants(Pass):
 
     name: ClassVar[str] = "schedule"
 
-    invariant_loss: float = 0.03
+    invariant_loss: float = INVARIANT_LOSS
 
     def run(self, module: Module, ctx: PassContext) -> None:
         if ctx.target == "cpu":
@@ -41,7 +44,7 @@ class ScheduleVariants(Pass):
         ctx.changed("scheduled ops", count)
 
 
-def gpu_variants(op: Op, on: Chip, invariant_loss: float = 0.03) -> tuple[dict[str, Any], ...]:
+def gpu_variants(op: Op, on: Chip, invariant_loss: float = INVARIANT_LOSS) -> tuple[dict[str, Any], ...]:
     """Variants of a fused op for a GPU; none for other ops.
 
     GEMMs: `kernel` (the family), `block_m, block_n, block_k, num_warps, num_stages, split` with `predicted_us` at the

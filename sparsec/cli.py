@@ -115,6 +115,19 @@ def info_command(**options: Any) -> None:
     info_model.run(**options)
 
 
+@cli.command("schedule")
+@click.argument("model")
+@target_option
+@click.option("--tokens", type=click.IntRange(min=1), multiple=True, help="Compare all families at this many tokens.")
+@click.option("--weights", type=click.Choice(["fp8", "mxfp4"]), help="As if the experts' weights were stored so.")
+@click.option("--json", "as_json", is_flag=True)
+def schedule_command(**options: Any) -> None:
+    """Say how MODEL (or an artifact) runs on a GPU, and why: predicted times, limits, runners-up. Needs no GPU."""
+    from sparsec.commands import schedule_model
+
+    schedule_model.run(**options)
+
+
 @cli.command("opt")
 @click.argument("source", type=click.Path(path_type=Path, allow_dash=True), required=False)
 @click.option("--passes", help="A pipeline: canonicalize,raise-route{max-ops=64},dce. Default: a reproducer's own.")

@@ -49,6 +49,24 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Scheduled:
+    """How a GPU kernel of an artifact runs for up to `up_to` tokens (None: any number), as the cost model chose.
+
+    Args:
+        variant: family of kernels and tile, as text.
+        predicted_us: at the range's upper end. A prediction, or, where `measured_us` is given, what that replaced.
+        measured_us: what `sparsec tune` measured; None if it did not.
+    """
+
+    kernel: str
+    up_to: int | None
+    variant: str
+    predicted_us: float
+    limiter: str
+    measured_us: float | None
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What `sparsec info` prints.
 
@@ -66,6 +84,7 @@ class ModelInfo:
         dtypes: parameters by dtype.
         unreached: parameters that the traced inputs do not lead to, a vision tower say: in `active`, not in `traffic`.
         notes: what the figures leave out or assume.
+        scheduled: GEMMs of an artifact for a GPU.
     """
 
     name: str
@@ -81,6 +100,7 @@ class ModelInfo:
     dtypes: dict[str, int]
     unreached: int = 0
     notes: list[str] = field(default_factory=list[str])
+    scheduled: list[Scheduled] = field(default_factory=list[Scheduled])
 
 
 def summarise(name: str, flow: Dataflow, batches: Sequence[int] = BATCHES) -> ModelInfo:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.diagnostics import SparsecError
-from sparsec.inspect.accounting import BATCHES, ModelInfo, Routed, summarise
+from sparsec.inspect.accounting import BATCHES, ModelInfo, Routed, Scheduled, summarise
 from sparsec.ir.core import Module
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def info(
         path = Path(model)
         if (path / "manifest.json").is_file():
             found = _of_module(load_module(path), path.name, batches)
-            return replace(found, notes=[*found.notes, *_runners(path)])
+            return replace(found, notes=[*found.notes, *_runners(path)], scheduled=_scheduled(path))
         model = load_meta(path)
     if isinstance(model, Captured):
         model = model.module
@@ -121,6 +121,22 @@ def _runners(artifact: Path) -> list[str]:
         choice = choices.get(kernel.name)
         named.setdefault(str(choice) if choice else by.get(kernel.backend, kernel.backend), []).append(kernel.name)
     return [f"{', '.join(names)}: run by {runner}" for runner, names in named.items()]
+
+
+def _scheduled(artifact: Path) -> list[Scheduled]:
+    """The choices that the GPU kernels of an artifact hold. Raises: ArtifactError."""
+    from sparsec.passes.roofline import as_text
+    from sparsec.runtime.artifact import open_artifact
+
+    rows = list[Scheduled]()
+    for kernel in open_artifact(artifact, verify=False).plan.kernels.values():
+        for variant in kernel.variants:
+            choice: Any = variant.config.get("choice") or {}
+            if "predicted_us" in choice:
+                measured = choice.get("measured_us")
+                us, limiter = float(choice["predicted_us"]), str(choice["limiter"])
+                rows.append(Scheduled(kernel.name, variant.up_to, as_text(choice), us, limiter, measured))
+    return rows
 
 
 def load_meta(folder: Path) -> nn.Module:
@@ -192,10 +208,20 @@ def render(model: ModelInfo) -> RenderableType:
         hit = (f"{n:.1f}" for n in row.experts_hit)
         traffic.add_row(str(row.batch), _bytes(row.weight_bytes), _bytes(row.weight_bytes / row.batch), *hit)
 
+    kernels = Table(title="kernels", title_justify="left", title_style="bold", box=None)
+    for column in ("kernel", "up to", "variant", "predicted us", "limiter", "measured us"):
+        kernels.add_column(column, justify="right" if column[-1] == "s" else "left")
+    for one in model.scheduled:
+        measured = "not measured" if one.measured_us is None else f"{one.measured_us:.1f}"
+        ends = "any" if one.up_to is None else f"{one.up_to} tokens"
+        kernels.add_row(one.kernel, ends, one.variant, f"{one.predicted_us:.1f}", one.limiter, measured)
+
     notes = [Text(f"note: {note}") for note in model.notes]
     if not model.routed:
         notes.append(Text(f"nothing sparse found; looked for {LOOKED_FOR}"))
-    return Group(facts, "", traffic, *([""] if notes else []), *notes)
+    return Group(
+        facts, "", traffic, *(["", kernels] if model.scheduled else []), *([""] if notes else []), *notes
+    )  # fmt: skip
 
 
 def _describe(routed: Routed) -> str:

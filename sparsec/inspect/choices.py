@@ -1,0 +1,166 @@
+"""Why kernels for GPUs are scheduled as they are: for each GEMM and number of tokens, what every family would take.
+
+Everything here is predicted by the cost model (`sparsec.passes.roofline`); nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.ir.core import Module
+from sparsec.passes.chips import Chip, chip
+from sparsec.passes.cost import BUCKETS, FAMILIES, Invariance, Range, by_family, invariance, obstacle, of_orders, ranges
+from sparsec.passes.roofline import Family, Gemm, Limiter, Prediction, predict
+from sparsec.passes.schedule import INVARIANT_LOSS, gemm_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one family would take.
+
+    Args:
+        variant: its fastest, as text; "" where it has none.
+        us, limiter, roofs: as of `roofline.Prediction`; 0, "", {} where it has none.
+        why: why it is not chosen, or that it is.
+    """
+
+    family: Family
+    variant: str
+    us: float
+    limiter: Limiter | str
+    roofs: dict[str, float]
+    why: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for a number of tokens, and what else might: the family that runs first, then by time."""
+
+    tokens: int
+    offers: list[Offer]
+
+    @property
+    def chosen(self) -> Offer:
+        return self.offers[0]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One GEMM of one shape.
+
+    Args:
+        title: which, and its sizes.
+        ops: how many ops of the module are alike.
+        orders: in which its variants add a row's terms; one if a row gets the same bits in every batch.
+        loss: what that costs at worst, as a share.
+    """
+
+    title: str
+    ops: int
+    orders: list[str]
+    loss: float
+    choices: list[Choice]
+
+
+def explain(module: Module, target: str, tokens: Sequence[int] = BUCKETS) -> list[Explained]:
+    """Why the GEMMs of a module (from phase `fuse` on) run on a GPU target as they do. Raises: CompileError."""
+    on, counts = chip(target), dict[Gemm, int]()
+    for op in module.walk():
+        if isinstance(op, GatherGemm | GemmCombine):
+            gemm = gemm_of(op)
+            counts[gemm] = counts.get(gemm, 0) + 1
+    return [_explained(gemm, count, on, tokens) for gemm, count in counts.items()]
+
+
+def _explained(gemm: Gemm, count: int, on: Chip, tokens: Sequence[int]) -> Explained:
+    same = invariance(gemm, on, INVARIANT_LOSS)
+    table = ranges(gemm, on, same.orders)
+    used = dict.fromkeys(range_.chosen.variant.order(gemm, on) for range_ in table)
+    choices = [_choice(gemm, on, same, table, number) for number in tokens]
+    return Explained(_title(gemm, on), count, list(used), same.loss, choices)
+
+
+def _title(gemm: Gemm, on: Chip) -> str:
+    parts = f"{gemm.parts} x {gemm.columns}" if gemm.parts > 1 else str(gemm.columns)
+    packing = "" if gemm.packing == "plain" else f" by {gemm.packing}"
+    sizes = f"{gemm.inner} -> {parts}, {gemm.k} of {gemm.experts} experts, {gemm.dtype.value}{packing}"
+    return f"{gemm.half}-projection {sizes}, on {on.name}"
+
+
+def _choice(gemm: Gemm, on: Chip, same: Invariance, table: Sequence[Range], tokens: int) -> Choice:
+    chosen = next(range_ for range_ in table if range_.up_to is None or tokens <= range_.up_to).chosen.variant
+    made = predict(gemm, chosen, tokens, on)
+    assert made is not None
+    here = Offer(chosen.kernel, str(chosen), made.us, made.limiter, _roofs(made), "chosen")
+    best = {candidate.variant.kernel: candidate for candidate in by_family(gemm, tokens, on)}
+    others, without = list[Offer](), list[Offer]()
+    for family in FAMILIES:
+        if family == chosen.kernel:
+            continue
+        if family not in best:
+            without.append(Offer(family, "", 0.0, "", {}, obstacle(family, gemm, on) or _absence(family)))
+            continue
+        allowed = next((c for c in of_orders(gemm, tokens, on, same.orders) if c.variant.kernel == family), None)
+        variant, offered = (allowed or best[family]).variant, (allowed or best[family]).made
+        why = f"{100 * (offered.us / made.us - 1):+.1f} %"
+        if allowed is None:
+            why += ", and adds in another order"
+        elif offered.us <= made.us:
+            why += ", not worth another binary"
+        others.append(Offer(family, str(variant), offered.us, offered.limiter, _roofs(offered), why))
+    return Choice(tokens, [here, *sorted(others, key=lambda offer: offer.us), *without])
+
+
+def _absence(family: Family) -> str:
+    match family:
+        case "persistent":
+            return "too few tiles for programs that stay"
+        case "rows":
+            return "more pairs than a program looks through"
+        case _:
+            return "no tile of it fits the chip"
+
+
+def _roofs(made: Prediction) -> dict[str, float]:
+    return {str(name): round(us, 2) for name, us in made.roofs.items()}
+
+
+def render(found: Sequence[Explained], detailed: bool) -> RenderableType:
+    """The choices as tables for a terminal: a line for each number of tokens, or (`detailed`) for each family."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[RenderableType] = []
+    for one in found:
+        same = f"a row gets the same bits in every batch (at most {100 * one.loss:.1f} % slower)"
+        orders = (
+            same if len(one.orders) == 1 else f"terms are added in {len(one.orders)} orders: {', '.join(one.orders)}"
+        )
+        title = f"{one.title} ({one.ops} alike)" if one.ops > 1 else one.title
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, caption=Text(orders),
+                      caption_justify="left", header_style="dim")  # fmt: skip
+        for column in ("tokens", "us", "limiter", "variant", "memory", "compute", "cache", "latency"):
+            table.add_column(column, justify="left" if column in ("limiter", "variant") else "right")
+        table.add_column("", ratio=1)
+        for choice in one.choices:
+            if detailed:
+                for offer in choice.offers:
+                    table.add_row(str(choice.tokens), *_cells(offer), Text(offer.why))
+            else:
+                rest = "; ".join(f"{o.family} {o.why}" for o in choice.offers[1:] if o.variant)
+                table.add_row(str(choice.tokens), *_cells(choice.chosen), Text(rest, style="dim"))
+        shown += [table, ""]
+    return Group(*shown[:-1])
+
+
+def _cells(offer: Offer) -> list[str]:
+    if not offer.variant:
+        return ["", "", offer.family, "", "", "", ""]
+    return [f"{offer.us:.1f}", str(offer.limiter), offer.variant, *(f"{us:.1f}" for us in offer.roofs.values())]

@@ -1,0 +1,66 @@
+"""`sparsec schedule`: what it says of every number of tokens, and of families that were not chosen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsec import cli, pipeline
+from sparsec.inspect.choices import explain
+from sparsec.ir.parser import parse_module
+from sparsec.passes.cost import BUCKETS, FAMILIES
+from tests.passes.test_schedule import TEXT
+
+
+def test_every_number_of_tokens_has_its_reasons() -> None:
+    module = pipeline.run(parse_module(TEXT), target="cuda:sm_90", to="schedule").module
+    up, down = explain(module, "cuda:sm_90")
+    assert up.title.startswith("up-projection 2048 -> 2 x 768, 8 of 128 experts, bf16") and up.ops == 1
+    assert len(up.orders) == 1 and up.loss < 0.03
+    for one, op in ((up, module.main.body.ops[1]), (down, module.main.body.ops[2])):
+        assert [choice.tokens for choice in one.choices] == list(BUCKETS)
+        scheduled = {variant["kernel"] for variant in op.attrs["variants"]}  # type: ignore[union-attr]
+        assert {choice.chosen.family for choice in one.choices} == scheduled
+        for choice in one.choices:
+            assert sorted(offer.family for offer in choice.offers) == sorted(FAMILIES)
+            assert choice.chosen.why == "chosen" and all(offer.why for offer in choice.offers)
+            assert all(choice.chosen.us <= 1.04 * offer.us for offer in choice.offers if offer.variant)
+
+
+def test_families_that_cannot_do_it_say_why() -> None:
+    module = pipeline.run(parse_module(TEXT), target="cuda:sm_80", to="schedule").module
+    up, down = explain(module, "cuda:sm_80", [1, 4096])
+    said = {offer.family: offer.why for offer in up.choices[0].offers}
+    assert said["swap"] == said["tma"] == "NVIDIA A100 SXM 80 GB has no copy engine for tensors"
+    assert said["persistent"] == "rows that are gathered do not come by the copy engine"
+    assert {o.family: o.why for o in down.choices[1].offers}["rows"] == "more pairs than a program looks through"
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Path:
+    path = tmp_path / "layer.sparsec"
+    path.write_text(TEXT)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["sparsec", "schedule", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_command(layer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert len(found) == 2 and len(found[0]["choices"]) == len(BUCKETS)
+    assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--tokens", 16) == 0
+    printed = capfd.readouterr().out
+    assert "chosen" in printed and "swap" in printed and "limiter" in printed
+    assert run(monkeypatch, layer) == 1
+    assert "kernels for CPUs choose by themselves" in capfd.readouterr().err
