@@ -12,6 +12,7 @@ from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Module
 from sparsec.ir.interp import DerivedWeights, evaluate_module
 from sparsec.ir.parser import parse_module
+from sparsec.ir.printer import print_module
 from sparsec.ir.verify import verify_module
 
 TEXT = """
@@ -117,6 +118,44 @@ def test_the_modules_own_attribute_comes_first() -> None:
 def test_what_is_refused(kind: str, target: str, said: str) -> None:
     with pytest.raises(CompileError, match=said):
         pipeline.run_passes(parse_module(TEXT), f"pack-banks{{weights={kind}}}", target=target)
+
+
+def on_gpu(text: str, kind: str) -> pipeline.Result:
+    module = parse_module(text)
+    return pipeline.run_passes(module, f"derive-weights,fuse-experts,pack-banks{{weights={kind}}}", target="cuda:sm_90")
+
+
+@pytest.mark.parametrize(("kind", "most"), [("fp8", 0.06), ("mxfp4", 0.25)])
+def test_banks_of_a_gpu_lie_in_blocks(kind: str, most: float) -> None:
+    module = on_gpu(TEXT, kind).module
+    verify_module(module)
+    assert print_module(parse_module(print_module(module))) == print_module(module)
+    gemms = [op for op in module.main.body.ops if op.name in ("moe.gather_gemm", "moe.gemm_combine")]
+    assert [op.attrs["packing"] for op in gemms] == [kind, kind]
+    sources = {attrs["source"]: attrs["of"] for attrs in module.main.arg_attrs.values() if attrs["kind"] == "derived"}
+    assert sources[f"derived/e.*.up.{kind}"] == ("e.0.up", "e.1.up", "derived/e.*.up.scales")
+    wanted, found = run(parse_module(TEXT), weights()), run(module, weights())
+    assert 0.01 < ((found - wanted).norm() / wanted.norm()).item() < most
+
+
+def test_transposed_interleaved_banks_keep_the_order_of_their_columns() -> None:
+    text = TEXT.replace("96x64", "64x96").replace("64x48xf32> {kind", "48x64xf32> {kind").replace("2x96x64", "2x64x96")
+    text = text.replace("tensor<2x64x48xf32>", "tensor<2x48x64xf32>")
+    attrs = '{layout = "interleaved", up_transposed = true, down_transposed = true}'
+    text = text.replace("%up, %down) :", f"%up, %down) {attrs} :")
+    given = {name: weight.t().contiguous() for name, weight in weights().items()}
+    module = on_gpu(text, "fp8").module
+    wanted, found = run(parse_module(text), given), run(module, given)
+    assert 0.01 < ((found - wanted).norm() / wanted.norm()).item() < 0.06
+
+
+def test_banks_that_others_read_stay_and_a_remark_says_so() -> None:
+    text = TEXT.replace('-> (tensor<s0x64xf32> {kind = "output"})', "-> (tensor<s0x64xf32>, tensor<2x96x64xf32>)")
+    result = on_gpu(text.replace("return %y", "%z = aten.neg(%up) : tensor<2x96x64xf32>\n  return %y, %z"), "fp8")
+    packings = [op.attrs.get("packing") for op in result.module.main.body.ops if op.name.startswith("moe.g")]
+    assert packings == [None, None, "fp8"]
+    (remark,) = [remark for remark in result.remarks if remark.kind == "missed"]
+    assert "not fp8" in remark.message and "reads up" in remark.message
 
 
 def test_other_targets_keep_their_banks() -> None:

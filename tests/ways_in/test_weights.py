@@ -63,6 +63,26 @@ def test_quantised(model: Any, weights: str, tmp_path: Path) -> None:
     assert f'weights = "{weights}"' in (paths[1] / "module.sparsec").read_text()
 
 
+@pytest.mark.parametrize(("weights", "most"), [("fp8", 0.06), ("mxfp4", 0.3)])
+def test_quantised_for_a_gpu(model: Any, weights: str, most: float, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    plain = sparsec.compile(model, (X,), target="cuda:sm_90")
+    compiled = sparsec.compile(model, (X,), weights=weights, target="cuda:sm_90")
+    assert plain.weight_errors() == []
+    found = compiled.weight_errors()
+    assert [layer.scope for layer in found] == ["layers.0", "layers.1"]
+    assert all(most / 4 < layer.error < most for layer in found)
+    (row,) = summarise(found)
+    assert (row.layers, row.packing, row.experts, row.hidden, row.width) == (2, weights, 4, 128, 128)
+    path = compiled.save(tmp_path / "quantised")
+    assert open_artifact(path).manifest["weights"] == weights
+    sizes = [sum(file.stat().st_size for file in (made / "weights").iterdir())
+             for made in (path, plain.save(tmp_path / "plain"))]  # fmt: skip
+    assert sizes[0] < sizes[1] / (3.5 if weights == "fp8" else 6)
+    kernels = [kernel for kernel in compiled.emitted.plan.kernels.values() if kernel.op == "moe.gather_gemm"]
+    assert kernels and all(kernel.backend == "triton" for kernel in kernels)
+
+
 def test_the_environment_asks_too(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEC_WEIGHTS", "int8")
     assert sparsec.compile(model, (X,)).weight_errors()
@@ -72,8 +92,10 @@ def test_the_environment_asks_too(model: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_what_cannot_be_quantised_so(model: Any) -> None:
     with pytest.raises(SparsecError, match="stored as model, int8, int4, fp8, mxfp4, not as 'int3'"):
         sparsec.compile(model, (X,), weights="int3")
-    with pytest.raises(SparsecError, match="int8 weights are for target cpu"):
+    with pytest.raises(SparsecError, match="int8 weights are for target cpu, not for cuda:sm_90, which has fp8"):
         sparsec.compile(model, (X,), weights="int8", target="cuda:sm_90")
+    with pytest.raises(SparsecError, match="mxfp4 weights are for GPUs, not for cpu, which has int8 and int4"):
+        sparsec.compile(model, (X,), weights="mxfp4")
 
 
 def test_weights_without_values_have_no_error() -> None:

@@ -1,0 +1,74 @@
+"""Kernels on packed banks compile for every GPU, widen weights by few instructions, and load them ahead of time."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from sparsec.codegen.triton.compile import TARGETS
+from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
+from sparsec.diagnostics import CompileError
+from tests.codegen.triton import build
+from tests.codegen.triton.packed import packed
+
+pytest.importorskip("triton")
+FEW = {"up_to": 64, "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4}
+MANY = {"block_m": 128, "block_n": 64, "block_k": 128, "num_warps": 8, "num_stages": 3}
+SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in TARGETS if target != "cuda:sm_90"]
+
+
+def silu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(a) * b
+
+
+def kernels(packing: str, target: str, variants: Any = (FEW, MANY)) -> list[TritonKernel]:
+    funcs = [
+        build.gather_gemm(silu, 2048, 768, 128, 8, torch.bfloat16, variants=variants),
+        build.gemm_combine(2048, 768, 128, 8, torch.bfloat16, variants=variants),
+    ]
+    return [emit_kernel(packed(func, packing), target) for func in funcs]
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", *SLOW])
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_every_target(packing: str, target: str) -> None:
+    for kernel in kernels(packing, target):
+        launches = [launch for variant in kernel.variants for launch in variant.config["launches"]]
+        gemms = [launch for launch in launches if "BLOCK_K" in launch["constants"]]
+        assert len(gemms) == 2
+        for launch in gemms:
+            binary = kernel.binaries[launch["file"]]
+            assert binary.spills == 0 and binary.shared <= TARGETS[target].shared_limit
+            assert launch["constants"]["PTX"] == target.startswith("cuda")
+            if target == "cuda:sm_90":
+                assert ("wgmma.mma_async" in binary.assembly) == (launch["constants"]["BLOCK_M"] >= 64)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_widening_takes_one_product_for_two_weights(packing: str) -> None:
+    """No conversion of floats, and every load of the loop is asynchronous."""
+    kernel = kernels(packing, "cuda:sm_90", ({**FEW, "up_to": None},))[1]
+    (text,) = (binary.assembly for binary in kernel.binaries.values() if binary.symbol.endswith("_gemm"))
+    body = text[text.index("mma.sync") : text.rindex("mma.sync")]
+    weights = 64 * 128 // 128  # of a tile, by thread
+    assert text.count("fma.rn.bf16x2") == weights // 2
+    assert not re.search(r"cvt\.rn\.(f16x2|bf16x2)\.e\dm\d", text)
+    loads = len(re.findall(r"ld\.global", body))
+    assert loads <= (1 if packing == "fp8" else 0), "fp8 has one scale for a tile"
+
+
+def test_other_families_refuse() -> None:
+    func = packed(build.gemm_combine(64, 64, 4, 2, torch.bfloat16, variants=({**FEW, "kernel": "swap"},)), "fp8")
+    with pytest.raises(CompileError, match="family 'swap' reads plain weights, these are fp8"):
+        sketch_kernel(func)
+
+
+def test_tiles_are_cut_to_blocks() -> None:
+    """A scale holds for 128 of K: no tile is deeper."""
+    wide = ({**FEW, "block_k": 256}, {**MANY, "block_k": 64})
+    for packing, depths in (("fp8", [128, 64]), ("mxfp4", [128, 128])):
+        sketch = sketch_kernel(packed(build.gemm_combine(512, 512, 4, 2, torch.bfloat16, variants=wide), packing))
+        assert [schedule.entries[0].constants["BLOCK_K"] for schedule in sketch.schedules] == depths
