@@ -10,10 +10,10 @@ an expert computes all of them, so that its weights are read once; the others le
 neighbours, so that where it has more rows than that, the cache serves those that follow the first.
 
 Down-projection: a program for each token and block of columns, with the token's k experts side by side, one store, and
-neither atomics nor a buffer for each pair. Weights depend on the order alone, which is older than the launch before
-this one: they are on their way to the cache before h is ready. Where columns lie together in memory (a transposed bank)
-there are too few blocks of them, and I is cut into SPLIT parts, which a second launch adds in order. (The last program
-to arrive could add them, at the price of a count that outlives calls and of an order between programs of one launch.)
+neither a launch nor a buffer for rows that are still to be added. Weights depend on the order alone, which is older
+than the launch before this one: they are on their way to the cache before h is ready. Where columns lie together in
+memory (a transposed bank) there are too few blocks of them, and I is cut into SPLIT parts, each by its own program. The
+one that arrives last, as a count tells, adds what all have left, part by part: who it is makes no difference.
 
 The sum over the inner dimension is taken in the same order whatever the batch and BLOCK_M, as long as BLOCK_N, BLOCK_K,
 `num_warps` and SPLIT stay the same; the sum over slots too. Schedules choose those four from the layer's sizes alone.
@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue
-from sparsec.codegen.triton.gemm import GroupedGemm, masked, narrowed
-from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring
+from sparsec.codegen.triton.gemm import GroupedGemm, narrowed
+from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Wiring
 from sparsec.codegen.triton.products import CONSTANTS, Products, launch, signature
 from sparsec.codegen.triton.source import indent
 from sparsec.codegen.triton.tile import POINTERS, padded, unsupported
@@ -39,13 +39,16 @@ MOST_PAIRS = 1024
 MOST_SLOTS = 32
 """Most experts of a token that it keeps side by side."""
 
+MOST_COUNTS = 1 << 18
+"""Most totals that may be waiting for parts: the counts take four bytes each, in a buffer that outlives calls."""
+
 LINE = 128
 """Bytes of a cache line."""
 
 RESERVED = ("ahead", "linear_at", "acc_at")
 """Variables of the up-projection beside those of `tiles`."""
 
-SEARCH = ("SLOTS", "PAIRS", "SPLIT", "LINES")
+SEARCH = ("SLOTS", "PAIRS", "LINES", "SPLIT")
 """Compile-time parameters of the down-projection beside CONSTANTS."""
 
 
@@ -121,7 +124,7 @@ class Down:
     """The down-projection with the sum over slots.
 
     Raises: CompileError for packed weights, tails (they need whole rows), more slots than registers hold, and variants
-        that may see more pairs than a program looks through.
+        that may see more pairs than a program looks through, or make too many totals of parts.
     """
 
     def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
@@ -131,15 +134,21 @@ class Down:
         if op.k > MOST_SLOTS:
             raise unsupported(op, f"'rows' holds {MOST_SLOTS} experts of a token side by side, this has {op.k}")
         self.products = Products(gemm, op.down_transposed, "SLOTS", "begin", "end", "live")
-        self.y = Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))
-        split = max(map(_split, gemm.variants))
-        buffer = f"t * {split * gemm.columns * 4}"
-        self.partial = Parameter("partial", "*fp32", wiring.buffer(buffer)) if split > 1 else None
+        self.split = max(map(_split, gemm.variants))
         operands = {"h": op.h, "order": op.order, "offsets": op.offsets}
         operands |= {"weights": op.weights} if op.weighted else {}
         operands |= {"down": op.down}
         operands |= {"down_bias": op.down_bias} if op.down_bias is not None else {}
-        self.operands = [gemm.pointer(name, value, wiring) for name, value in operands.items()]
+        self.parameters = [gemm.pointer(name, value, wiring) for name, value in operands.items()]
+        self.parameters += [Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))]
+        if self.split > 1:
+            counts = max(map(self._counts, gemm.variants))
+            buffer = wiring.buffer(f"t * {self.split * gemm.columns * 4}")
+            self.parameters += [
+                Parameter("partial", "*fp32", buffer),
+                Parameter("counts", I32, wiring.kept(4 * counts)),
+            ]
+        self.parameters += [TOKENS]
 
     def functions(self) -> list[str]:
         op, products = self.op, self.products
@@ -174,32 +183,17 @@ class Down:
             lines.append(f"acc += tl.load({at}, mask={mask}, other=0).to(tl.float32)")
         if op.weighted:
             lines.append("acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]")
-        lines += [
-            "out += (token.to(tl.int64) * SPLIT + part) * H + columns",
-            f"tl.store(out, tl.sum(acc, axis=0).to(out.dtype.element_ty){', mask=columns < H' if bound else ''})",
-        ]
-        given = self._parameters(self.y)
-        texts = [signature(self.name, given, [*CONSTANTS, *SEARCH]) + "\n" + indent(lines)]
-        return texts if self.partial is None else [*texts, self._sum()]
+        lines += ["total = tl.sum(acc, axis=0)", *self._store(bound)]
+        return [signature(self.name, self.parameters, [*CONSTANTS, *SEARCH]) + "\n" + indent(lines)]
 
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
-        sizes, columns, split = self.products.sizes(variant), self.gemm.columns, _split(variant)
+        sizes = self.products.sizes(variant)
         reach = min(sizes["STAGES"] * sizes["BLOCK_K"], self.gemm.inner)
         lines = reach if self.op.down_transposed else -(-reach * self.op.down.tensor.dtype.itemsize // LINE)
-        pairs = padded(self._pairs(variant))
-        sizes |= {"SLOTS": padded(self.op.k), "PAIRS": pairs, "SPLIT": split, "LINES": padded(lines)}
-        out = self.partial if self.partial is not None and split > 1 else self.y
-        grid = "t", str(-(-columns // sizes["BLOCK_N"]) * split)
-        gemm = launch(self.name, self._parameters(out), sizes, grid, variant)
-        if out is self.y or self.partial is None:
-            return (gemm,)
-        block = min(1024, padded(columns))
-        constants = {"SPLIT": split, "BLOCK_H": block, "PDL": 0}
-        grid = "t", str(-(-columns // block))
-        return gemm, Entry(f"{self.name}_sum", (self.partial, self.y), constants, grid, 4, 1)
-
-    def _parameters(self, out: Parameter) -> list[Parameter]:
-        return [*self.operands, Parameter("out", out.type, out.argument), TOKENS]
+        pairs, split = padded(self._pairs(variant)), _split(variant)
+        sizes |= {"SLOTS": padded(self.op.k), "PAIRS": pairs, "LINES": padded(lines), "SPLIT": split}
+        grid = "t", str(self._blocks(variant) * split)
+        return (launch(self.name, self.parameters, sizes, grid, variant),)
 
     def _early(self) -> list[str]:
         """Ask for the first tiles of weights, by cache lines."""
@@ -212,23 +206,37 @@ class Down:
         column = f"tl.minimum(columns, H - 1){at['columns']} * I"
         return [line, f"fetch({experts} + {column} + line{at['depth']}, PDL)"]
 
-    def _sum(self) -> str:
-        """The kernel that adds the parts of I."""
-        tail = self.gemm.columns % min(1024, padded(self.gemm.columns)) != 0
-        mask = masked(["columns < H"] if tail else [])
-        lines = [
-            '"""A token: the sum of its SPLIT rows of partial, in order, rounded once."""',
-            "arrive(PDL)",
-            "token = tl.program_id(0).to(tl.int64)",
-            "columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)",
-            "total = tl.zeros([BLOCK_H], tl.float32)",
-            "for part in tl.static_range(SPLIT):",
-            f"    total += tl.load(partial + (token * SPLIT + part) * H + columns{mask})",
-            f"tl.store(y + token * H + columns, {narrowed('total', self.op.y.tensor.dtype)}"
-            f"{', mask=columns < H' if tail else ''})",
+    def _store(self, bound: list[str]) -> list[str]:
+        """Store `total` [BLOCK_N], or leave it as a part, and where that is the last one, add all of them."""
+        mask, other = (", mask=columns < H", ", other=0") if bound else ("", "")
+        store = f"tl.store(y + token.to(tl.int64) * H + columns, {narrowed('total', self.op.y.tensor.dtype)}{mask})"
+        if self.split == 1:
+            return [store]
+        return [
+            "if SPLIT > 1:",
+            "    parts = partial + token.to(tl.int64) * SPLIT * H + columns",
+            f"    tl.store(parts + part * H, total{mask})",
+            "    tl.debug_barrier()  # all threads have stored",
+            "    count = counts + token * (tl.num_programs(1) // SPLIT) + tl.program_id(1) // SPLIT",
+            "    if tl.atomic_add(count, 1) != SPLIT - 1:",
+            "        return",
+            "    tl.store(count, 0)",
+            "    total = tl.zeros([BLOCK_N], tl.float32)",
+            "    for i in tl.static_range(SPLIT):",
+            f'        total += tl.load(parts + i * H{mask}{other}, cache_modifier=".cg")',
+            store,
         ]
-        constants = "SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr"
-        return f"@triton.jit\ndef {self.name}_sum(partial, y, {constants}):\n{indent(lines)}"
+
+    def _blocks(self, variant: Mapping[str, Any]) -> int:
+        """Blocks of columns."""
+        return -(-self.gemm.columns // self.products.sizes(variant)["BLOCK_N"])
+
+    def _counts(self, variant: Mapping[str, Any]) -> int:
+        """The most totals that are made of parts at a time. Raises: CompileError if that is too many."""
+        counts = self._pairs(variant) // self.op.k * self._blocks(variant)
+        if counts > MOST_COUNTS:
+            raise unsupported(self.op, f"'rows' counts the parts of {MOST_COUNTS} totals at a time, not of {counts}")
+        return counts
 
     def _pairs(self, variant: Mapping[str, Any]) -> int:
         """The most pairs that a variant may see. Raises: CompileError if that is too many, or not known."""

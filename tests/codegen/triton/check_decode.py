@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsec.dialects.moe import group_reference
+from sparsec.dialects.moe import gemm_combine_reference, group_reference
 from tests.codegen.triton import build
 from tests.codegen.triton.check_experts import check_down, check_up, loads, silu
 from tests.codegen.triton.interpret import kernel
@@ -86,6 +86,18 @@ def test_bits_do_not_depend_on_the_batch() -> None:
             parts += second([h, order, offsets, weights[part], down])
         found.append(torch.cat(parts))
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_counts_are_left_zero() -> None:
+    """Of what outlives calls, the next call, of another number of tokens, finds nothing."""
+    torch.manual_seed(0)
+    h, down, weights = torch.randn(6, 20), torch.randn(3, 12, 20), torch.rand(3, 2)
+    run = kernel(build.gemm_combine(12, 20, 3, 2, torch.float32, variants=variants(split=2, block_k=4)))
+    for tokens in (3, 1, 3):
+        order, offsets = group_reference(torch.tensor([[0, 2], [1, 2], [2, 0]])[:tokens], 3)
+        (y,) = run([h[: 2 * tokens], order, offsets, weights[:tokens], down])
+        wanted = gemm_combine_reference(h, order, offsets, weights[:tokens], down, None, False, torch.float32)
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_skipped_pairs_are_not_read() -> None:
