@@ -24,9 +24,9 @@ from sparsec.ir.types import DType
 MAX_ROW = 16384
 """Most lanes of a row that a tail can hold in registers."""
 
-LINE, FETCHED = 128, 8
+LINE, FETCHED, FIRST = 128, 8, 512
 """Bytes of a cache line; lines of each column of weights to ask for early, so that those of all programs that run at
-once fit into the L2."""
+once fit into the L2; how many programs that are at most."""
 
 
 class Tiles:
@@ -143,7 +143,7 @@ class Down:
         else:
             depth = f"tl.arange(0, {below(max(1, min(FETCHED, inner // line)))})[None, :] * {line}"
             columns = "tl.minimum(columns, H - 1)[:, None] * I"
-        return [f"fetch({expert} + {columns} + {depth}, PDL)"]
+        return [f"if tl.program_id(0) < {FIRST}:", f"    fetch({expert} + {columns} + {depth}, PDL)"]
 
     def rounded(self, text: str) -> str:
         """An f32 tile in the element type of `out`."""
