@@ -40,8 +40,9 @@ _HALFWAY = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") -> Tensor:
     """Scales of a bank to be stored in blocks.
 
-    Those of fp8 take the largest value of a block to 448. Those of mxfp4 are the power of two that takes the largest of
-    its 32 to 4 up to 8, or the next one, whichever leaves the smaller squared error.
+    Those of fp8 take the largest value of a block to 448, or are the next power of two; those of mxfp4 are the power of
+    two that takes the largest of its 32 to 4 up to 8, or the next one: whichever leaves the smaller squared error. So
+    weights that were fp8 or mxfp4 before they were widened come back as they were, scales of fp8 but for rounding.
 
     Args:
         weight: [E, N, K], or [E, K, N] if transposed; any floats.
@@ -59,8 +60,7 @@ def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") 
         if not rows.isfinite().all():
             raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
         if packing == "fp8":
-            found = _blocks(rows).abs().amax((1, 3)) / LARGEST
-            out[e] = torch.where(found == 0, 1.0, found)
+            out[e] = _best_scales(_blocks(rows))
         else:
             groups = _groups(rows)
             if groups.abs().amax() > FP4[-1] * 2 ** (MOST - 127):
@@ -138,6 +138,22 @@ def _blocks(rows: Tensor) -> Tensor:
     """[N, K] as [NB, 128, KB, 128], zeros beyond."""
     beyond = (0, -rows.shape[1] % BLOCK, 0, -rows.shape[0] % BLOCK)
     return F.pad(rows, beyond).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+
+
+def _best_scales(blocks: Tensor) -> Tensor:
+    """The scales of [NB, 128, KB, 128]: of those tried, also after the values that they give are fitted to them."""
+    widest = blocks.abs().amax((1, 3), keepdim=True) / LARGEST
+    widest = torch.where(widest == 0, 1.0, widest)
+    fraction, exponent = torch.frexp(widest)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for scale in (widest, torch.ldexp(torch.ones_like(widest), exponent - (fraction == 0.5).int())):
+        q = (blocks / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
+        fitted = (blocks * q).sum((1, 3), keepdim=True) / q.square().sum((1, 3), keepdim=True)
+        for tried in (scale, fitted):
+            error = (blocks - q * tried).square().sum((1, 3), keepdim=True)
+            better = error < least
+            best, least = torch.where(better, tried, best), torch.where(better, error, least)
+    return best[:, 0, :, 0]
 
 
 def _over(scales: Tensor, columns: int, inner: int) -> Tensor:
