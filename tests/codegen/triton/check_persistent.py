@@ -14,6 +14,7 @@ from tests.codegen.triton.check_experts import close, loads
 from tests.codegen.triton.interpret import kernel
 
 NARROW: dict[str, Any] = {"kernel": "persistent", "block_m": 16, "block_n": 32, "block_k": 32, "num_warps": 4}
+DIVIDED: dict[str, Any] = {**NARROW, "block_m": 128, "block_n": 128, "block_k": 64, "num_stages": 4}
 WIDE: dict[str, Any] = {**NARROW, "block_n": 256, "num_warps": 8}
 
 
@@ -29,7 +30,7 @@ def check(
     h = torch.randn(tokens * k, width, dtype=dtype)
     h[int(offsets[-1]) :] = float("nan")  # rows of skipped pairs are not defined
     weights = torch.rand(tokens, k)
-    down = torch.randn((experts, width, hidden) if transposed else (experts, hidden, width), dtype=dtype) * 0.2
+    down = torch.randn((experts, width, hidden) if transposed else (experts, hidden, width), dtype=dtype) / width**0.5
     down_bias = torch.randn(experts, hidden, dtype=dtype) if bias else None
     tiles = tiles_reference(offsets, tokens * k)
     (y,) = kernel(func)([h, order, offsets, weights, down, down_bias, None, tiles])
@@ -52,6 +53,13 @@ def test_layouts(bias: bool, transposed: bool) -> None:
 @pytest.mark.parametrize("hidden", [256, 296, 520])
 def test_wide_tiles(hidden: int) -> None:
     check(9, 2, 3, "skip", bias=True, hidden=hidden, variant=WIDE)
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("kind", ["even", "skip"])
+def test_divided_work(kind: str, columns: int) -> None:
+    """Tiles as large as a GPU's: several steps over I, several tiles to a program."""
+    check(500, 2, 3, kind, bias=True, hidden=328, width=192, variant={**DIVIDED, "block_n": columns})
 
 
 def test_one_choice_writes_the_result_itself() -> None:
