@@ -12,6 +12,7 @@ from sparsec import pipeline
 from sparsec.codegen.triton.compile import TARGETS, Binary
 from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
 from sparsec.diagnostics import CompileError
+from sparsec.dialects.moe import gather_gemm_reference, gemm_combine_reference, group_reference
 from sparsec.ir.core import Func
 from sparsec.runtime.dims import compile_dim
 from tests.codegen.layers import LAYERS
@@ -179,3 +180,38 @@ def test_tails_are_refused() -> None:
 def test_packed_banks_are_refused(packing: str) -> None:
     with pytest.raises(CompileError, match=packing):
         sketch_kernel(packed(build.gemm_combine(256, 128, 8, 2, BF16, variants=(ROWS,)), packing))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bits_do_not_depend_on_the_batch_on_a_gpu(transposed: bool) -> None:
+    """Close to the reference, and the same bits for tokens by themselves, in batches, and with rows in groups."""
+    from tests.codegen.triton.test_gpu import SiluEnv, bound
+
+    torch.manual_seed(0)
+    tokens, k, experts, hidden, width = 16, 4, 12, 512, 384
+    last = {"block_m": 16, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
+    tile = {"block_n": 32, "block_k": 32} if transposed else {"block_n": 8, "block_k": 256}
+    x, weights = torch.randn(tokens, hidden).to(BF16), torch.rand(tokens, k)
+    ids = torch.randint(0, experts + 1, (tokens, k))
+    up = (torch.randn(experts, 2 * width, hidden) / hidden**0.5).to(BF16)
+    down = (torch.randn(experts, hidden, width) / width**0.5).to(BF16)
+    up, down = (bank.transpose(1, 2).contiguous() if transposed else bank for bank in (up, down))
+    found = list[torch.Tensor]()
+    for block_m, batch in ((1, tokens), (1, 1), (2, 5), (4, tokens)):
+        variants = ({**ROWS, **tile, "block_m": block_m, "split": 2}, last)
+        first = bound(build.gather_gemm(silu, hidden, width, experts, k, BF16, "concat", False, transposed, variants))
+        second = bound(build.gemm_combine(hidden, width, experts, k, BF16, False, transposed, variants))
+        parts = list[torch.Tensor]()
+        for part in torch.arange(tokens).split(batch):
+            order, offsets = group_reference(ids[part], experts)
+            (h,) = first([item.cuda() for item in (x[part], order, offsets, up)])
+            parts += second([h, *(item.cuda() for item in (order, offsets, weights[part], down))])
+        found.append(torch.cat(parts).cpu())
+    order, offsets = group_reference(ids, experts)
+    env: Any = SiluEnv()
+    wide = gather_gemm_reference(env, None, "concat", x.float(), order, offsets, up.float(), None, transposed, k)  # type: ignore[arg-type]
+    wanted = gemm_combine_reference(wide, order, offsets, weights, down.float(), None, transposed, torch.float32)
+    torch.testing.assert_close(found[0].float(), wanted, rtol=3e-2, atol=3e-2)
+    assert all(torch.equal(found[0], other) for other in found[1:])
