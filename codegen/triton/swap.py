@@ -118,13 +118,16 @@ class Streamed:
             f"a_at = {row.format(rows)} + depth{depth}",
             *(f"{name} = tl.zeros({shape}, tl.float32)" for name in parts),
             f"for k in tl.range(0, {inner}, BLOCK_K):",
-            f"    a = tl.load(a_at, mask=live{rows}, other=0)",
         ]
         sides = f"BLOCK_K, {self.wide}" if self.transposed else f"{self.wide}, BLOCK_K"
-        for name, at in parts.items():
+        for name, at in parts.items():  # first, since they do not wait for the rows' numbers
             block = f"{self.bank}.load([{at}]).reshape({sides})"
             block = f"tl.trans({block})" if self.transposed is self.swapped else block
-            lines.append(f"    {name} = tl.dot({f'{block}, a' if self.swapped else f'a, {block}'}, {name}{precision})")
+            lines.append(f"    {name}_block = {block}")
+        lines.append(f"    a = tl.load(a_at, mask=live{rows}, other=0)")
+        for name in parts:
+            operands = f"{name}_block, a" if self.swapped else f"a, {name}_block"
+            lines.append(f"    {name} = tl.dot({operands}, {name}{precision})")
         lines += ["    a_at += BLOCK_K", *(f"{name} = tl.trans({name})" for name in parts if self.swapped)]
         if self.pair:  # in registers: the two kinds lie in the same thread
             lines.append("gate, linear = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))")
