@@ -2,7 +2,8 @@
 
 Rows of h lie one behind the other for each expert, so that the copy engine (TMA) of Hopper fetches both operands. With
 four warps to a tile of 128 rows, Triton adds eight more and divides the work (warp specialisation): some only fetch,
-into the next tile, while the others multiply and store. With eight warps all do everything.
+into the next tile, while the others multiply and store. With eight warps all do everything, in one loop over the steps
+of all tiles, so that the next one's first blocks are on their way while a tile is stored.
 
 A row's sum over I is taken in steps of BLOCK_K, each in the order of the matrix instruction's own steps, and a token's
 in the order of its slots, whatever the batch.
@@ -149,6 +150,8 @@ class Persistent:
             "for tile in tl.range(count + tl.program_id(0), every, tl.num_programs(0)):",
             *(f"    {line}" for line in skipped),
             "# Rows of h past an expert's own are the next one's: they are multiplied, and not stored.",
-            "for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), warp_specialize=DIVIDED):",
+            "for tile in tl.range(",
+            "    tl.program_id(0), count, tl.num_programs(0), warp_specialize=DIVIDED, flatten=not DIVIDED",
+            "):",
             *(f"    {line}" for line in loop),
         ]
