@@ -1,6 +1,7 @@
-"""Runs generated kernels in Triton's interpreter, through the runtime's own launcher.
+"""Runs generated kernels in Triton's interpreter, through the runtime's own launcher; without it, on the GPU.
 
-TRITON_INTERPRET must be set before Triton is imported, so tests that use this run in a process of their own.
+TRITON_INTERPRET must be set before Triton is imported, so tests that use this run in a process of their own. Where it
+is not set and there is a GPU, the same tests run there, compiled: see `tests.codegen.triton.on_gpu`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sparsec.runtime import plan
 from sparsec.runtime.dtypes import DTYPES as ELEMENTS
 from sparsec.runtime.tensor_maps import TensorMap
 from sparsec.runtime.triton_kernels import launcher
+from tests.codegen.triton import on_gpu
 
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
 FOLDER = tempfile.TemporaryDirectory()
@@ -30,7 +32,8 @@ FOLDER = tempfile.TemporaryDirectory()
 
 def kernel(func: Func, **constants: int) -> Callable[[Sequence[torch.Tensor | None]], Sequence[torch.Tensor]]:
     """A kernel function as a function of its operands; `constants` replace those that entry points have."""
-    assert os.environ.get("TRITON_INTERPRET") == "1"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return on_gpu.kernel(func, **constants)
     sketch = sketch_kernel(func)
     _let_loops_run()
     name = "generated_" + hashlib.sha256(sketch.source.encode()).hexdigest()[:16]
