@@ -23,14 +23,14 @@ from torch import Tensor
 from sparsec import __version__
 from sparsec.codegen.emit import Emitted
 from sparsec.codegen.shards import write_shard
-from sparsec.runtime.artifact import FORMAT, VERSION, Progress, digest_line, is_safe
+from sparsec.runtime.artifact import FORMAT, VERSION, Artifact, Progress, digest_line, is_safe
 from sparsec.runtime.banks import bank_slots
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.plan import Arg, Plan
 from sparsec.runtime.plan_json import to_json
 
-__all__ = ["SHARD", "Progress", "checked_place", "write_artifact"]
+__all__ = ["SHARD", "Progress", "checked_place", "rewrite_kernels", "write_artifact"]
 
 SHARD = 512 << 20
 """Bytes of a shard where nothing else is asked for."""
@@ -109,10 +109,59 @@ def write_artifact(
             "files": writer.entries,
             "aliases": aliases,
         }
-        raw = json.dumps(manifest, indent=1).encode()
-        (folder / "manifest.json").write_bytes(raw)
-        (folder / "manifest.sha256").write_bytes(digest_line(raw))
+        _write_manifest(folder, manifest)
     return path
+
+
+def rewrite_kernels(artifact: Artifact, plan: Plan, files: Mapping[str, bytes], text: str) -> None:
+    """Give an artifact another plan and text, and the kernel files that the plan reads; weights stay as they are.
+
+    The folder is replaced at once; an error leaves the artifact as it was.
+
+    Args:
+        plan: as the artifact's, but for the kernels' variants.
+        files: new kernel files. Those that the plan goes on reading are taken from the artifact.
+        text: the IR.
+
+    Raises:
+        ArtifactError: a file that is kept is damaged, or the disk refuses.
+    """
+    read = {f"kernels/{name}.py" for name in plan.kernels} | set(_files_of(plan))
+    old: dict[str, dict[str, Any]] = artifact.manifest["files"]
+    kernels = {name: artifact.read(name) for name in old if name in read and name not in files}
+    renewed = {"plan.json": json.dumps(to_json(plan), allow_nan=False).encode(), "module.sparsec": text.encode()}
+    with _whole(artifact.path) as folder:
+        writer = _Writer(folder, 0, None)
+        for name, content in {**renewed, **kernels, **files}.items():
+            writer.write(name, content)
+        for name, entry in old.items():
+            if name not in writer.entries and not name.startswith("kernels/"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                _link(artifact.path / name, folder / name)
+                writer.entries[name] = entry
+        _write_manifest(folder, {**artifact.manifest, "files": writer.entries})
+
+
+def _files_of(plan: Plan) -> Generator[str]:
+    """The binaries that a plan's kernels name."""
+    for kernel in plan.kernels.values():
+        yield from kernel.binaries.values()
+        for variant in kernel.variants:
+            yield from (launch["file"] for launch in variant.config.get("launches", ()))
+
+
+def _link(source: Path, place: Path) -> None:
+    """The same file under another name; a copy where the disk knows no links."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    raw = json.dumps(manifest, indent=1).encode()
+    (folder / "manifest.json").write_bytes(raw)
+    (folder / "manifest.sha256").write_bytes(digest_line(raw))
 
 
 class _Writer:

@@ -20,6 +20,7 @@ class Chip:
         sms: multiprocessors (compute units).
         clock: of the SMs, under boost, 1/s.
         shared: bytes of shared memory that one block may use.
+        registers: of a thread, by the cost model's count, from which compilers begin to spill.
         lanes: threads of a warp (wavefront).
         wide: rows of the first operand that the matrix instruction reading shared memory takes (0: there is none).
         engine: whether there is a copy engine for blocks of tensors (TMA).
@@ -34,6 +35,7 @@ class Chip:
     sms: int
     clock: float
     shared: int
+    registers: int = 255
     lanes: int = 32
     wide: int = 0
     engine: bool = False
@@ -70,10 +72,10 @@ CHIPS = {
         "NVIDIA B200", 8.0e12, 11e12, 126 << 20, _flops(2250e12, 80e12), 148, 1.85e9, 227 << 10, wide=64, engine=True
     ),
     "hip:gfx942": Chip(
-        "AMD MI300X", 5.3e12, 17.2e12, 256 << 20, _flops(1307e12, 163e12), 304, 2.1e9, 64 << 10, lanes=64
+        "AMD MI300X", 5.3e12, 17.2e12, 256 << 20, _flops(1307e12, 163e12), 304, 2.1e9, 64 << 10, 230, lanes=64
     ),
     "hip:gfx950": Chip(
-        "AMD MI355X", 8.0e12, 17.2e12, 256 << 20, _flops(2516e12, 157e12), 256, 2.4e9, 160 << 10, lanes=64
+        "AMD MI355X", 8.0e12, 17.2e12, 256 << 20, _flops(2516e12, 157e12), 256, 2.4e9, 160 << 10, 230, lanes=64
     ),
 }
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import inf
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sparsec.diagnostics import CompileError
 from sparsec.ir.types import DType
@@ -83,7 +83,7 @@ def candidates(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 
 def _tiles(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     shallow = gemm.packing == "plain" and (on.lanes == 64 or gemm.dtype is DType.f32)
-    depths = (32, 64, 128) if shallow else (64, 128)
+    depths = (128,) if gemm.packing == "mxfp4" else (32, 64, 128) if shallow else (64, 128)
     stages = (2, 3) if on.lanes == 64 else (3, 4, 5)  # there, no asynchronous copies to keep under way
     for m, n, k, warps, deep in product((16, 32, 64, 128), (32, 64, 128, 256), depths, (4, 8), stages):
         yield Variant("tiles", m, n, k, warps, deep)
@@ -101,9 +101,9 @@ def _swap(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 
 
 def _persistent(gemm: Gemm, on: Chip) -> Iterator[Variant]:
-    for m, n, warps, deep in product((64, 128), (128, 256), (4, 8), (3, 4)):
-        if warps != DIVIDED or (m == 128 and on.divides):
-            yield Variant("persistent", m, n, 64, warps, deep)
+    tried = [(128, DIVIDED, 4), (128, DIVIDED, 5), (256, DIVIDED, 3), (256, DIVIDED, 4)] if on.divides else []
+    for n, warps, deep in [*tried, (128, 8, 4), (256, 8, 3), (256, 8, 4)]:
+        yield Variant("persistent", 128, n, 64, warps, deep)
 
 
 def _rows(gemm: Gemm, on: Chip) -> Iterator[Variant]:
@@ -224,30 +224,41 @@ def ranges(gemm: Gemm, on: Chip, orders: Orders) -> tuple[Range, ...]:
     Args:
         orders: of adding that they may have.
     """
-    found, good, first = list[Range](), _near(gemm, BUCKETS[0], on, orders), 0
-    for i, tokens in enumerate(BUCKETS[1:], 1):
-        here = _near(gemm, tokens, on, orders)
-        if not good & here:
-            found.append(Range(BUCKETS[i - 1], _settled(gemm, on, BUCKETS[first:i], good)))
-            good, first = here, i
+    near, at = list[dict[Variant, float]](), list[dict[Variant, Candidate]]()
+    for tokens in BUCKETS:
+        found = of_orders(gemm, tokens, on, orders)
+        least = found[0].made.us
+        at.append({c.variant: c for c in found if c.made.us <= least * SLACK})
+        near.append({variant: c.made.us / least for variant, c in at[-1].items()})
+    spare = partial(_spare, gemm, on)
+    return tuple(
+        Range(None if last == len(BUCKETS) - 1 else BUCKETS[last], at[last][variant])
+        for _, last, variant in merged(near, spare)
+    )
+
+
+def _spare(gemm: Gemm, on: Chip, variant: Variant) -> tuple[Any, ...]:
+    """Of equals, that of few rows and least memory."""
+    return variant.block_m, variant.shared(gemm, on), variant.num_warps, str(variant)
+
+
+def merged(
+    near: Sequence[Mapping[Variant, float]], spare: Callable[[Variant], Any] = str
+) -> list[tuple[int, int, Variant]]:
+    """The fewest ranges of buckets that one variant each can have: first and last bucket, and the best of those.
+
+    Args:
+        near: for each bucket the variants that are good enough, with their time over the fastest's.
+        spare: which of equals to take: that of the least.
+    """
+    found, first = list[tuple[int, int, Variant]](), 0
+    good = set(near[0])
+    for i in range(1, len(near) + 1):
+        here = good & set(near[i]) if i < len(near) else set[Variant]()
+        if not here:
+            cost = {variant: round(sum(times[variant] for times in near[first:i]), 6) for variant in good}
+            found.append((first, i - 1, min(good, key=lambda variant: (cost[variant], spare(variant)))))
+            good, first = set(near[i]) if i < len(near) else good, i
         else:
-            good &= here
-    return (*found, Range(None, _settled(gemm, on, BUCKETS[first:], good)))
-
-
-def _near(gemm: Gemm, tokens: int, on: Chip, orders: Orders) -> set[Variant]:
-    """The variants within SLACK of the fastest."""
-    found = of_orders(gemm, tokens, on, orders)
-    return {c.variant for c in found if c.made.us <= found[0].made.us * SLACK}
-
-
-def _settled(gemm: Gemm, on: Chip, buckets: Sequence[int], good: set[Variant]) -> Candidate:
-    """The best over some buckets of the variants that are good in all of them, as it does in the last one."""
-    cost = dict.fromkeys(good, 0.0)
-    at = dict[Variant, Candidate]()
-    for tokens in buckets:
-        for candidate in ranked(gemm, tokens, on):
-            if candidate.variant in cost:
-                cost[candidate.variant] += candidate.made.us / best(gemm, tokens, on).made.us
-                at[candidate.variant] = candidate
-    return at[min(good, key=lambda v: (round(cost[v], 6), v.block_m, v.shared(gemm, on), v.num_warps, str(v)))]
+            good = here
+    return found

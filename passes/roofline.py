@@ -139,9 +139,9 @@ class Variant:
         if self.kernel == "rows":
             return (self.num_stages - 1) * self.products(gemm) * gemm.dtype.itemsize + 4096
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
-        spare = 0 if self.kernel == "tiles" else 256
-        if self.kernel == "persistent" and self.num_warps == DIVIDED:
-            spare += self.block_m * min(128, self.block_n) * 4  # results on their way to other warps
+        spare = 256 if self.kernel != "tiles" or self.direct(gemm, on) else 0
+        if self.kernel == "persistent":
+            spare += self.block_m * min(128, self.block_n) * gemm.dtype.itemsize  # results on their way out
         return stages * self.step(gemm) + spare
 
     def products(self, gemm: Gemm) -> int:
@@ -162,6 +162,8 @@ class Variant:
         pointed = self.block_n * gemm.parts * gemm.weight_size if self.kernel == "tiles" else 0
         pointed += 0 if self.kernel == "persistent" else self.block_m * gemm.dtype.itemsize
         loaded = pointed * self.block_k / 8 / threads
+        if on.lanes == 64:  # loads go through registers
+            loaded += self.step(gemm) / 4 / threads
         held = 0 if self.direct(gemm, on) else self._held(gemm, threads, on)
         return ROW_REGISTERS + sums + stored + loaded + held
 
@@ -267,7 +269,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
         return None
     shared, threads = variant.shared(gemm, on), variant.num_warps * on.lanes
     registers = variant.registers(gemm, on)
-    if shared > on.shared or registers > 255:
+    if shared > on.shared or registers > on.registers:
         return None
     resident = max(1, min(int(65536 * (on.lanes // 32) / (registers * threads)), 2048 // threads))
     resident = max(1, min(resident, on.shared // shared)) if shared else resident

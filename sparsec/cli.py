@@ -128,6 +128,17 @@ def schedule_command(**options: Any) -> None:
     schedule_model.run(**options)
 
 
+@cli.command("tune")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--seconds", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Time to search in.")
+@click.option("--json", "as_json", is_flag=True)
+def tune_command(**options: Any) -> None:
+    """Time the likely kernels of ARTIFACT on the GPU here, and write the fastest into it. Optional, and once."""
+    from sparsec.commands import tune_artifact
+
+    tune_artifact.run(**options)
+
+
 @cli.command("opt")
 @click.argument("source", type=click.Path(path_type=Path, allow_dash=True), required=False)
 @click.option("--passes", help="A pipeline: canonicalize,raise-route{max-ops=64},dce. Default: a reproducer's own.")

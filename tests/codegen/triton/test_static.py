@@ -65,6 +65,9 @@ class Case:
         return kernel.binaries[launch["file"]]
 
 
+ASIDE = {"cuda:sm_100": 16}
+"""Bytes that ptxas keeps on the stack around a loop of tcgen05, though it has registers left; elsewhere none."""
+
 TILES = Variant("tiles", 64, 64, 64, 4, 3)
 """Takes any number of tokens."""
 
@@ -84,7 +87,7 @@ def check_scheduled(case: Case, target: str) -> set[str]:
         for i, launch in enumerate(variant.config["launches"]):
             binary = kernel.binaries[launch["file"]]
             where = f"{case} on {target}, {chosen}, {launch['symbol']}"
-            assert not binary.spills, where
+            assert binary.spills is not None and binary.spills <= ASIDE.get(target, 0), where
             assert binary.shared <= TARGETS[target].shared_limit == on.shared, where
             assert binary.registers is not None and binary.registers <= (512 if on.lanes == 64 else 255), where
             if i == 0:
@@ -153,10 +156,14 @@ def test_every_family_is_accounted_for() -> None:
 def test_programs_of_other_layers_too(half: str, variant: Variant) -> None:
     cases = [Case(QWEN3, half), Case(GPT_OSS, half, DType.f16), Case(UNEVEN, half), Case(SMALL, half, DType.f32)]
     cases += [Case(SMALL, half, transposed=True), Case(QWEN3, half, transposed=True, layout="interleaved")]
-    possible = [case for case in cases if not obstacle(variant.kernel, case.gemm(), CHIPS["cuda:sm_90"])]
-    assert len(possible) >= 3
-    for case in possible:
-        check_account(case, variant)
+    compared = 0
+    for case in cases:
+        gemm = case.gemm()
+        whole = variant.kernel in ("tiles", "rows") or gemm.inner % variant.block_k == 0
+        if whole and not obstacle(variant.kernel, gemm, CHIPS["cuda:sm_90"]):
+            check_account(case, variant)
+            compared += 1
+    assert compared >= 3
 
 
 def check_account(case: Case, variant: Variant) -> None:
