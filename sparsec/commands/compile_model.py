@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ def run(
         # Up to the lowered text shapes are enough.
         loaded = load_model(model, dtype=torch_dtype, random_weights=random_weights, meta=to != "emit")
         load_seconds = time.perf_counter() - began
+        if stored is None and "SPARSEC_WEIGHTS" not in os.environ and target != "cpu":
+            config = replace(config, weights=loaded.stored)
         began = time.perf_counter()
         status.step("capture")
         if to != "emit":

@@ -33,6 +33,8 @@ class LoadedModel:
         name: what to call it (the folder, file or factory).
         folder: the folder that it came from, where its tokenizer lies; None for others.
         config: transformers' configuration; None for others.
+        stored: how its files hold the weights where a GPU can take them so: `fp8`, `mxfp4`, else `model`. They are
+            widened as they are read.
     """
 
     model: nn.Module | ExportedProgram
@@ -41,6 +43,7 @@ class LoadedModel:
     kwargs: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     config: Any = None
+    stored: str = "model"
 
 
 def load_model(
@@ -96,6 +99,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, random_weights: bool, 
     config = _config(folder, transformers)
     cls = _architecture(folder, config, transformers)
     stored = any(folder.glob("*.safetensors"))
+    kind, widened = _packing(config, transformers)
     if not (stored or random_weights or meta):
         pickled = " but pickled ones, which are not read" if any(folder.glob("*.bin")) else ""
         raise CompileError(
@@ -103,7 +107,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, random_weights: bool, 
             hint="add --random-weights to compile the shape of the model only",
         )
     if stored and not random_weights and not meta:
-        model = _read(cls, folder, dtype)
+        model = _read(cls, folder, dtype, widened)
     else:
         try:
             model = _made(cls, config, dtype, meta)
@@ -113,7 +117,20 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, random_weights: bool, 
                 locations.of_exception(error),
             ) from error
     ids = torch.arange(_EXAMPLE[0] * _EXAMPLE[1]).reshape(_EXAMPLE) % int(config.get_text_config().vocab_size)
-    return LoadedModel(model.eval(), folder.resolve().name, (), {"input_ids": ids}, folder, config)
+    return LoadedModel(model.eval(), folder.resolve().name, (), {"input_ids": ids}, folder, config, kind)
+
+
+def _packing(config: Any, transformers: Any) -> tuple[str, Any]:
+    """How a checkpoint holds its weights (`LoadedModel.stored`), and what has transformers widen them everywhere."""
+    given = getattr(config, "quantization_config", None)
+    given = given if isinstance(given, dict) or given is None else given.to_dict()
+    method = (given or {}).get("quant_method")
+    if method == "mxfp4":
+        return "mxfp4", transformers.Mxfp4Config(dequantize=True)
+    if method == "fp8":
+        blocks = list((given or {}).get("weight_block_size") or [])
+        return "fp8" if blocks == [128, 128] else "model", transformers.FineGrainedFP8Config(dequantize=True)
+    return "model", None
 
 
 def _config(folder: Path, transformers: Any) -> Any:
@@ -149,8 +166,11 @@ def _architecture(folder: Path, config: Any, transformers: Any) -> Any:
     return cls
 
 
-def _read(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The model with its stored weights. Raises: CompileError, also where some are missing or have other shapes."""
+def _read(cls: Any, folder: Path, dtype: torch.dtype | None, widened: Any) -> nn.Module:
+    """The model with its stored weights; `widened` as of `_packing`.
+
+    Raises: CompileError, also where some are missing or have other shapes.
+    """
     try:
         model, report = cls.from_pretrained(
             folder,
@@ -159,6 +179,7 @@ def _read(cls: Any, folder: Path, dtype: torch.dtype | None) -> nn.Module:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if widened is None else {"quantization_config": widened}),
         )
     except Exception as error:  # damaged files, other shapes: each library raises its own
         raise CompileError(f"the weights in {folder} cannot be read: {_said(error)}") from error

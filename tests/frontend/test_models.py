@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparsec import cli
 from sparsec.diagnostics import CompileError
 from sparsec.frontend.capture import capture
 from sparsec.frontend.models import describe_absence, load_model
-from tests.frontend.helpers import mixtral, token_ids
+from sparsec.runtime.artifact import open_artifact
+from sparsec.runtime.blocks import find_scales, pack
+from tests.frontend.helpers import mixtral, randomised, token_ids
 
 FACTORY = """
 import torch
@@ -158,3 +163,50 @@ def test_no_archive_at_all(tmp_path: Path) -> None:
     (tmp_path / "text.pt2").write_text("hello")
     with pytest.raises(CompileError, match="no exported program"):
         load_model(tmp_path / "text.pt2")
+
+
+@pytest.mark.parametrize(
+    ("config", "stored"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "model"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+    ],
+)
+def test_how_a_checkpoint_holds_its_weights(folder: Path, config: dict[str, object], stored: str) -> None:
+    assert load_model(folder, meta=True).stored == "model"
+    change(folder, quantization_config=config)
+    assert load_model(folder, meta=True).stored == stored
+
+
+def test_a_checkpoint_in_fp8_stays_so_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its experts' values come back bit by bit, though transformers widens them to bf16."""
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    model = randomised(transformers.MixtralForCausalLM(config)).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    given = dict[str, torch.Tensor]()
+    for name, weight in load_file(file).items():
+        if ".experts." in name:
+            scales = find_scales(weight[None])
+            given[name], given[f"{name}_scale_inv"] = pack(weight[None], scales)[0], scales[0]
+        else:
+            given[name] = weight
+    save_file(given, file, metadata={"format": "pt"})
+    skipped = ["lm_head", *(f"model.layers.{i}.self_attn" for i in range(8))]
+    change(tmp_path / "model", quantization_config={
+        "quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": skipped,
+    })  # fmt: skip
+    command = ["sparsec", "compile", str(tmp_path / "model"), "-o", str(tmp_path / "made"), "--target", "cuda:sm_90"]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.main()
+    made = open_artifact(tmp_path / "made.sparsec")
+    assert made.manifest["weights"] == "fp8"
+    (down,) = [n for n in made.weights if n.endswith("layers.0.mlp.experts.down_proj.fp8")]
+    (source,) = [n for n in given if n.endswith("layers.0.block_sparse_moe.experts.1.w2.weight")]
+    assert torch.equal(made.weights[down][1].view(torch.uint8), given[source].view(torch.uint8))
