@@ -75,21 +75,37 @@ class Run:
 
 
 class State:
-    """Buffers that are zero between calls: each stream has its own, since calls on two streams may overlap."""
+    """Buffers that are zero between calls: each stream has its own, since calls on two streams may overlap.
+
+    CUDA graphs share one set, made before any of them: what a graph makes while it is captured is zero only after its
+    own first replay. Graphs with the same kernel must therefore not be replayed at the same time.
+    """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self.sizes, self.device = tuple(sizes), device
         self.buffers: dict[int, list[Tensor]] = {}
+        self.of_graphs = self._zeros()
 
     def here(self) -> list[Tensor]:
-        """Those of the current stream."""
+        """Those of the current stream, or of graphs while one is captured."""
         if not self.sizes:
             return []
+        if _capturing(self.device):
+            return self.of_graphs
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         if stream not in self.buffers:
-            zeros = [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in self.sizes]
-            self.buffers[stream] = zeros
+            self.buffers[stream] = self._zeros()
         return self.buffers[stream]
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in self.sizes]
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def bind(kernel: Kernel, slots: Sequence[int | None], context: Context) -> KernelCall:

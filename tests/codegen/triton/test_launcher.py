@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparsec.runtime import triton_kernels
 from sparsec.runtime.context import Context
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.plan import Kernel, Tensor, Variant
@@ -138,6 +139,22 @@ def test_state_is_zero_at_first_and_outlives_a_call() -> None:
     (_, first), (_, second) = recorder.launches
     assert [tensor.tolist() for tensor in first] == [[0] * 4, [0] * 8]
     assert all(one is other for one, other in zip(first, second, strict=True))
+
+
+def test_graphs_have_a_state_that_was_made_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that are made while a graph is captured are zeros only once it was replayed."""
+    recorder = Recorder()
+    variants = with_launch({"state": [4]}, args=[{"state": 0}])
+    call = launcher(kernel(variants=variants), CPU, recorder.load)
+    ins = [torch.zeros(6, 3), torch.zeros(3, 2)]
+    call(ins)
+    monkeypatch.setattr(triton_kernels, "_capturing", lambda device: True)
+    monkeypatch.setattr(torch, "zeros", None)  # nothing is made now
+    call(ins)
+    call(ins)
+    plain, first, second = (args[0] for _, args in recorder.launches)
+    assert first is second and first is not plain
+    assert not first.any()
 
 
 @pytest.mark.parametrize("state", [4, [0], [-1], ["t"], [1 << 40], [True]])
