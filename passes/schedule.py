@@ -86,12 +86,17 @@ def gemm_of(op: GatherGemm | GemmCombine) -> Gemm:
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
-    """A few tokens: one program routes and sorts them all. Else programs of as many rows as registers hold."""
+    """One program for up to 64 tokens, of as many warps as leave each thread 32 lanes at most; more tokens by blocks.
+
+    A single token takes one warp, in which no barrier costs anything. Where one program would have to go through more
+    than 4096 lanes, two launches of many programs are no slower (`codegen/triton/route.py` counts).
+    """
     widths = [op.num_experts, *(value.tensor.shape[-1] for value in op.operands if value.tensor.rank)]
     widest = max(_power(width) for width in widths if isinstance(width, int))
-    few, many = max(4, min(16, 4096 // widest)), max(4, min(32, 4096 // widest))
-    warps = 8 if widest >= 128 else 4  # 4 would spill registers
-    return ({"up_to": few, "block_rows": few, "num_warps": warps}, {"block_rows": many, "num_warps": warps})
+    some, few = max(1, min(16, 1024 // widest)), max(1, min(64, 4096 // widest))
+    warps = {1: 1 if widest <= 512 else 4} | {some: 4} | ({few: 8} if few > some else {})
+    ranges = ({"up_to": rows, "block_rows": rows, "num_warps": count} for rows, count in warps.items())
+    return (*ranges, {"block_rows": some, "num_warps": 4})
 
 
 def _power(size: int) -> int:

@@ -5,10 +5,10 @@ programs route some blocks of rows each and count their experts; then every prog
 those before it, and writes its pairs. Nobody waits for another program, and nothing is added by atomics: there are so
 few programs (MOST_PROGRAMS) that reading all counts costs each a microsecond or two, less than a launch between them.
 
-What one program costs, by E = 128, k = 8 on an H100: 64 rows are 32 lanes in each of its 256 threads, so that a pass
-over the tile takes some 100 cycles, and there are about 10 passes for each choice: 8 * 10 * 100 cycles are 5 us. Two
-launches take no less: two times the 2 us that a launch with a load, a reduction and a store needs, and what lies
-between them.
+By instructions, for E = 128 and k = 8 on Hopper: one program takes 800 in its only warp for one token, and 3200 in each
+of 8 warps for 32, of which softmax and top-k are most; at 4 a cycle that is about 3.6 us of a multiprocessor. Two
+launches with 8 rows a program take 1100 and 2400 in each of 4 warps, about a microsecond each and what lies between. So
+this is how far one program goes; with fewer experts up to 64 tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ RESERVED = tuple(
 CONSTANTS = "ROWS: tl.constexpr, PDL: tl.constexpr"
 MAX_LANES = 16384
 """Most lanes of a tile that still fit in registers."""
+
+FEW_PAIRS = 32
+"""Most pairs that one program sorts by comparing each with each."""
 
 MOST_PROGRAMS = 256
 """Most programs among which many tokens are divided: about two for each multiprocessor."""
@@ -244,7 +247,7 @@ class _Router:
     def _place_text(self) -> str:
         listing = [
             "if tl.program_id(1) == 1:",
-            "    list_tiles(tiles, count, stops, tokens * K, program, tl.num_programs(0), E, E_PAD)",
+            "    list_tiles(tiles, count, stops, total, tokens * K, program, tl.num_programs(0), E, E_PAD)",
             "    return",
         ]
         lines = [
@@ -253,10 +256,11 @@ class _Router:
             "program = tl.program_id(0)",
             "count, before = add_counts(counts, program, tl.num_programs(0), E, E_PAD)",
             "stops = tl.cumsum(count, axis=0)",
+            "total = tl.sum(count, axis=0)",
             *(listing if "tiles" in self._sorted else []),
             "if program == 0:",
             "    store_offsets(offsets, stops, E, E_PAD)",
-            "first, earlier, total = stops - count + before, tl.sum(before, axis=0), tl.sum(count, axis=0)",
+            "first, earlier = stops - count + before, tl.sum(before, axis=0)",
             "slot = tl.arange(0, K_PAD)[None, :]",
             "start = program * steps * ROWS",
             "stop = start + steps * ROWS",
@@ -267,7 +271,7 @@ class _Router:
             "    ids = tl.load(at, mask=live[:, None] & (slot < K), other=-1)",
             f"    {KEEP}",
             "    chosen = hits(ids, K, E_PAD)",
-            "    place(order, ids, chosen, rows, live, first, earlier, total, K, E_PAD)",
+            "    place(order, ids, chosen, rows, live, first, earlier, total, tokens * K, K, E_PAD)",
             "    here = tl.sum(chosen, axis=0)",
             "    first, earlier = first + here, earlier + tl.sum(here, axis=0)",
             "    start += ROWS",
@@ -276,6 +280,8 @@ class _Router:
         return self._entry(f"{self.func.name}_place", parameters, lines)
 
     def _alone_text(self) -> str:
+        tiles = "tiles" if "tiles" in self._sorted else "order"
+        listed = "tiles" in self._sorted
         lines = [
             '"""All tokens in one program: at most ROWS of them."""',
             "arrive(PDL)",
@@ -283,12 +289,16 @@ class _Router:
             "live = rows < tokens",
             *self._tile_of_ids(),
             KEEP,
-            "chosen = hits(ids, K, E_PAD)",
-            "count = tl.sum(chosen, axis=0)",
-            "stops = tl.cumsum(count, axis=0)",
-            "store_offsets(offsets, stops, E, E_PAD)",
-            *(["list_tiles(tiles, count, stops, tokens * K, 0, 1, E, E_PAD)"] if "tiles" in self._sorted else []),
-            "place(order, ids, chosen, rows, live, stops - count, 0, tl.sum(count, axis=0), K, E_PAD)",
+            f"if ROWS * K_PAD <= {FEW_PAIRS}:",
+            f"    group_few(order, offsets, {tiles}, ids, tokens, E, E_PAD, K, {listed})",
+            "else:",
+            "    chosen = hits(ids, K, E_PAD)",
+            "    count = tl.sum(chosen, axis=0)",
+            "    stops = tl.cumsum(count, axis=0)",
+            "    store_offsets(offsets, stops, E, E_PAD)",
+            "    total = tl.sum(count, axis=0)",
+            *(["    list_tiles(tiles, count, stops, total, tokens * K, 0, 1, E, E_PAD)"] if listed else []),
+            "    place(order, ids, chosen, rows, live, stops - count, 0, total, tokens * K, K, E_PAD)",
         ]
         parameters = f"{self._chosen}{self._placed}tokens, {CONSTANTS}"
         return self._entry(f"{self.func.name}_few", parameters, lines)

@@ -6,7 +6,7 @@ integers i32.
 """
 # pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
 # mypy: disable-error-code="no-untyped-def, assignment, attr-defined, no-untyped-call"
-# ruff: noqa: ANN001, ANN201, PLR0124, RUF059
+# ruff: noqa: ANN001, ANN201, PLR0124
 
 import triton
 import triton.language as tl
@@ -50,15 +50,31 @@ def softmax(x, AXIS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def order_key(x):
-    """Integers in the order of the floats x: -inf first, inf then NaN last, -0 and 0 alike; none is the least i32."""
+    """Integers in the order of the floats x: -inf first, inf then NaN last, -0 and 0 alike; neither the least i32 nor
+    the greatest."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(x != x, 0x7FFFFFFF, key)
+    return tl.where(x != x, 0x7FFFFFFE, key)
+
+
+@triton.jit
+def of_key(key):
+    """The float that `order_key` gave this integer for; -0 comes back as 0."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def first_lane(key, best, AXIS: tl.constexpr):
+    """The lowest lane along AXIS where key is `best`; the axis stays, with one lane."""
+    return tl.min(tl.where(key == best, lanes(key, AXIS), 0x7FFFFFFF), axis=AXIS, keep_dims=True)
 
 
 @triton.jit
 def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, LARGEST: tl.constexpr):
-    """The K greatest (or least) along the last axis, in order, of equals the lowest index first: values and indices."""
+    """The K greatest (or least) along the last axis, in order, of equals the lowest index first: values and indices.
+
+    Each takes two reductions of integers, which Hopper has an instruction for, and the values come from their keys.
+    """
     LAST: tl.constexpr = len(x.shape) - 1
     lane = lanes(x, LAST)
     key = order_key(x) if LARGEST else -1 - order_key(x)
@@ -67,24 +83,23 @@ def top_k(x, SIZE: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, LARGEST: 
     for axis in tl.static_range(LAST):
         slot = tl.expand_dims(slot, axis)
     for j in tl.static_range(K):
-        best, at = tl.max(key, axis=LAST, return_indices=True, keep_dims=True)
-        value = tl.sum(tl.where(lane == at, x, 0.0), axis=LAST, keep_dims=True)
+        best = tl.max(key, axis=LAST, keep_dims=True)
+        at = first_lane(key, best, LAST)
         if j == 0:
-            values = tl.where(slot == 0, value, 0.0)
+            keys = tl.where(slot == 0, best, 0)
             indices = tl.where(slot == 0, at, 0)
         else:
-            values = tl.where(slot == j, value, values)
+            keys = tl.where(slot == j, best, keys)
             indices = tl.where(slot == j, at, indices)
         key = tl.where(lane == at, -0x80000000, key)
-    return values, indices
+    return of_key(keys if LARGEST else -1 - keys), indices
 
 
 @triton.jit
 def arg_max(x, AXIS: tl.constexpr, SIZE: tl.constexpr):
     """The index of the greatest along AXIS, of equals the lowest; the axis stays, with one lane."""
     key = tl.where(lanes(x, AXIS) < SIZE, order_key(x), -0x80000000)
-    best, at = tl.max(key, axis=AXIS, return_indices=True, keep_dims=True)
-    return at
+    return first_lane(key, tl.max(key, axis=AXIS, keep_dims=True), AXIS)
 
 
 @triton.jit
@@ -198,39 +213,85 @@ def hits(ids, K: tl.constexpr, E_PAD: tl.constexpr):
 
 
 @triton.jit
-def place(order, ids, chosen, rows, live, first, earlier, total, K: tl.constexpr, E_PAD: tl.constexpr):
+def place(order, ids, chosen, rows, live, first, earlier, total, pairs, K: tl.constexpr, E_PAD: tl.constexpr):
     """Write the pairs of a block of rows to their places in `order`.
 
     `chosen` [rows, E_PAD] are the hits of `kept_ids` [rows, K_PAD], `first` [E_PAD] is where the block's first pair of
-    each expert goes, `earlier` counts the kept pairs before the block, `total` all that are kept.
+    each expert goes, `earlier` counts the kept pairs before the block, `total` those that are kept of all `pairs`.
     """
     slot = lanes(ids, 1)
-    kept = (ids >= 0).to(tl.int32)
     position = pick(first[None, :] + tl.cumsum(chosen, axis=0) - chosen, ids, E_PAD)
     if K > 1:  # a row may choose an expert twice
         twins = tl.expand_dims(ids, 1) == tl.expand_dims(ids, 2)
         twins = twins & (tl.expand_dims(slot, 1) < tl.expand_dims(slot, 2))
         position += tl.sum(twins.to(tl.int32), axis=2)
-    upto = tl.reshape(tl.cumsum(tl.reshape(kept, ids.shape[0] * ids.shape[1]), axis=0), ids.shape)
     pair = rows[:, None].to(tl.int32) * K + slot
-    at = tl.where(ids >= 0, position, total + pair - (earlier + upto - kept))
-    tl.store(order + at, pair, mask=live[:, None] & (slot < K))
+    if total < pairs:
+        kept = (ids >= 0).to(tl.int32)
+        upto = tl.reshape(tl.cumsum(tl.reshape(kept, ids.shape[0] * ids.shape[1]), axis=0), ids.shape)
+        position = tl.where(ids >= 0, position, total + pair - (earlier + upto - kept))
+    tl.store(order + position, pair, mask=live[:, None] & (slot < K))
+
+
+@triton.jit
+def group_few(order, offsets, tiles, ids, tokens, E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr,
+              LISTED: tl.constexpr):  # fmt: skip
+    """Sort a few pairs by comparing each with each: `order`, `offsets` and the tile lists for `kept_ids` [rows, K_PAD].
+
+    No sum runs over the experts, and with one warp no program waits for itself.
+    """
+    N: tl.constexpr = ids.shape[0] * ids.shape[1]
+    pairs = tokens * K
+    row = tl.arange(0, ids.shape[0])[:, None]
+    slot = lanes(ids, 1)
+    # Pairs that are skipped come last, and places that hold no pair after them.
+    key = tl.where((slot < K) & (row < tokens), tl.where(ids >= 0, ids, E), E + 1)
+    key = tl.reshape(key, N)
+    # Sums run over axis 0, which one warp holds in registers.
+    mine = key[None, :]
+    other = key[:, None]
+    index = tl.arange(0, N)
+    earlier = (other < mine) | ((other == mine) & (index[:, None] < index[None, :]))
+    place = tl.sum(earlier.to(tl.int32), axis=0)
+    start = tl.sum((other < mine).to(tl.int32), axis=0)
+    tl.store(order + place, tl.reshape(row * K + slot, N), mask=key <= E)
+    expert = tl.arange(0, E_PAD)
+    stops = tl.sum((other <= expert[None, :]).to(tl.int32), axis=0)
+    store_offsets(offsets, stops, E, E_PAD)
+    if LISTED:
+        stop = tl.sum((other <= mine).to(tl.int32), axis=0)
+        for list in tl.static_range(4):
+            if list == 0 or (8 << list) < N:  # else tiles are as in the list before
+                # The first pair of each tile writes it.
+                block = (place - start) // (16 << list)
+                first = (place - start == block * (16 << list)) & (key <= E)
+                at = tl.sum((earlier & first[:, None]).to(tl.int32), axis=0)
+                used = tl.sum((first & (key < E)).to(tl.int32), axis=0)
+                all = tl.sum(first.to(tl.int32), axis=0)
+            head = tiles + list * ((pairs // 16 + (E + 2)) * 4)
+            store_tile(head + (1 + at) * 4, key, start, stop, block, first)
+            store_tile(head, used, all, 0, 0, True)
+            past = tl.arange(0, 2 * N)
+            unused = (past >= all) & (past < pairs // (16 << list) + tl.minimum(E + 1, pairs))
+            store_tile(head + (1 + past) * 4, E + 1, pairs, pairs, 0, unused)
 
 
 @triton.jit
 def add_counts(counts, program, programs, E: tl.constexpr, E_PAD: tl.constexpr):
     """The sums of counts [programs, E] over all programs, and over those before this one: both [E_PAD]."""
+    MANY: tl.constexpr = max(1, min(16, 2048 // E_PAD))
     expert = tl.arange(0, E_PAD)[None, :]
-    total = tl.zeros([E_PAD], tl.int32)
-    before = tl.zeros([E_PAD], tl.int32)
+    total = tl.zeros([MANY, E_PAD], tl.int32)
+    before = tl.zeros([MANY, E_PAD], tl.int32)
     start = 0
     while start < programs:
-        other = start + tl.arange(0, 16)[:, None]
-        count = tl.load(counts + other * E + expert, mask=(other < programs) & (expert < E), other=0)
-        total += tl.sum(count, axis=0)
-        before += tl.sum(tl.where(other < program, count, 0), axis=0)
-        start += 16
-    return total, before
+        for i in tl.static_range(4):  # loads that do not wait for each other
+            other = start + i * MANY + tl.arange(0, MANY)[:, None]
+            count = tl.load(counts + other * E + expert, mask=(other < programs) & (expert < E), other=0)
+            total += count
+            before += tl.where(other < program, count, 0)
+        start += 4 * MANY
+    return tl.sum(total, axis=0), tl.sum(before, axis=0)
 
 
 @triton.jit
@@ -242,39 +303,39 @@ def store_offsets(offsets, stops, E: tl.constexpr, E_PAD: tl.constexpr):
 
 
 @triton.jit
-def list_tiles(tiles, count, stops, pairs, worker, workers, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Write the tile lists for the experts' counts of pairs and where these stop, both [E_PAD].
+def list_tiles(tiles, count, stops, kept, pairs, worker, workers, E: tl.constexpr, E_PAD: tl.constexpr):
+    """Write the tile lists, given the experts' counts of pairs and where these stop, both [E_PAD], and all `kept` ones.
 
-    List j is for tiles of 16 << j rows. Of `workers` programs each writes every so manieth row block of an expert.
+    List j is for tiles of 16 << j rows. Each of `workers` programs writes some row blocks of every expert.
     """
     list = tl.arange(0, 4)[:, None]
     expert = tl.arange(0, E_PAD)[None, :]
     rows = 16 << list
     blocks = (count[None, :] + rows - 1) // rows
     ends = tl.cumsum(blocks, axis=1)
-    used = tl.sum(blocks, axis=1, keep_dims=True)
-    kept = tl.sum(count, axis=0)
+    used = tl.max(ends, axis=1, keep_dims=True)
     skipped = (pairs - kept + rows - 1) // rows
     head = tiles + list * ((pairs // 16 + (E + 2)) * 4)
     if worker == 0:
         store_tile(head, used, used + skipped, 0, 0, list >= 0)
     at = head + (1 + ends - blocks) * 4
+    start = stops - count
     block = worker
-    most = tl.max(tl.max(blocks, axis=1), axis=0)
+    most = (tl.max(count, axis=0) + 15) // 16
     while block < most:
-        store_tile(at + block * 4, expert, stops[None, :] - count[None, :], stops[None, :], block, block < blocks)
+        store_tile(at + block * 4, expert, start[None, :], stops[None, :], block, block < blocks)
         block += workers
     # Skipped pairs, as expert E, and what lies past them, as expert E + 1.
-    rest = pairs // rows + tl.minimum(E + 1, pairs) - used
-    most = tl.max(tl.max(rest, axis=1), axis=0)
-    start = worker * 64
-    while start < most:
-        i = start + tl.arange(0, 64)[None, :]
+    most = (pairs - kept) // 16 + 1 + tl.minimum(E + 1, pairs)
+    past = pairs // rows + tl.minimum(E + 1, pairs) - used
+    first = worker * 64
+    while first < most:
+        i = first + tl.arange(0, 64)[None, :]
         of_skipped = i < skipped
         begin = tl.where(of_skipped, kept, pairs)
         store_tile(head + (1 + used + i) * 4, tl.where(of_skipped, E, E + 1), begin, pairs, tl.where(of_skipped, i, 0),
-                   i < rest)  # fmt: skip
-        start += workers * 64
+                   i < past)  # fmt: skip
+        first += workers * 64
 
 
 @triton.jit
