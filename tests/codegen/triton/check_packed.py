@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,17 @@ from tests.codegen.triton.check_experts import TorchEnv, clamped, close, loads, 
 from tests.codegen.triton.interpret import kernel
 from tests.codegen.triton.packed import packed, quantised
 
-SMALL = ({"up_to": None, "block_m": 16, "block_n": 16, "block_k": 32},)
+SMALL = ({"up_to": None, "block_m": 16, "block_n": 32, "block_k": 64},)
+DTYPES = [torch.float32, torch.float16]
+DTYPES += [] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.bfloat16]  # which the interpreter does not do
 DEEP = ({"up_to": 4, "block_m": 16, "block_n": 64, "block_k": 256}, {"block_m": 32, "block_n": 32, "block_k": 64})
+
+
+def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    if wanted.dtype is torch.bfloat16:
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+    else:
+        close(got, wanted)
 
 
 def check_up(
@@ -40,7 +50,7 @@ def check_up(
     wide_bias = None if up_bias is None else up_bias.float()
     wanted = gather_gemm_reference(env, body, layout, x.float(), order, offsets, up, wide_bias, False, k)
     used = int(offsets[-1])
-    close(h[:used], wanted[:used].to(dtype))
+    near(h[:used], wanted[:used].to(dtype))
 
 
 def check_down(
@@ -55,26 +65,31 @@ def check_down(
     made, scales, down = quantised(torch.randn(experts, hidden, width) * 0.2, packing)
     down_bias = torch.randn(experts, hidden, dtype=dtype) if bias else None
     (y,) = kernel(packed(func, packing))([h, order, offsets, weights, made, down_bias, scales])
-    close(y, gemm_combine_reference(h, order, offsets, weights, down, down_bias, False, dtype))
+    near(y, gemm_combine_reference(h, order, offsets, weights, down, down_bias, False, dtype))
 
 
 @pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "single"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_layouts(packing: str, layout: str, dtype: torch.dtype) -> None:
+def test_layouts(packing: str, layout: str) -> None:
     """Sizes beyond a block of 128 both ways, tails both ways."""
-    check_up(packing, 6, 2, 3, layout, True, dtype, "skip", 160, 88)
+    check_up(packing, 6, 2, 3, layout, True, torch.float32, "skip", 160, 88)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(packing: str, dtype: torch.dtype) -> None:
+    check_up(packing, 6, 2, 3, "concat", False, dtype, "skip", 160, 64)
     check_down(packing, 6, 2, 3, True, dtype, "skip", 136, 200)
 
 
 @pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
-@pytest.mark.parametrize("tokens", [0, 3, 33])
+@pytest.mark.parametrize("tokens", [0, 33])
 def test_whole_blocks_and_token_counts(packing: str, tokens: int) -> None:
     check_up(packing, tokens, 2, 4, "concat", False, torch.float32, "even", 256, 128, DEEP)
     check_down(packing, tokens, 2, 4, False, torch.float32, "hot", 128, 256, DEEP)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["fp8", "mxfp4"]), st.integers(1, 9), st.integers(1, 3), st.sampled_from(["even", "hot", "skip"]),
     st.integers(3, 300), st.integers(3, 150),
