@@ -1,7 +1,7 @@
 """`sparsec::bank`: a bank of experts that can be trained, by generated kernels forward and backward.
 
-    y, order, offsets = torch.ops.sparsec.bank(x, ids, weights, up, down, None, None, activation=..., gradient=...,
-                                               layout="concat", up_transposed=False, down_transposed=False)
+    y, *order = torch.ops.sparsec.bank(x, ids, weights, up, down, None, None, activation=..., gradient=...,
+                                       layout="concat", up_transposed=False, down_transposed=False)
 
 Operands and options are those of `sparsec::experts`; `gradient` is the region of `moe.hidden_grad`, as a string too.
 Of the forward pass only the operands and the order of the pairs are kept: the backward pass computes the up-projection
@@ -25,7 +25,7 @@ from sparsec.codegen.emit import emit
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.dtypes import from_torch
 from sparsec.dialects.kernel import Launch
-from sparsec.dialects.moe import BankGrad, BiasGrad, GatherGemm, GemmCombine, Group, HiddenGrad, group_types
+from sparsec.dialects.moe import TILE_ROWS, BankGrad, BiasGrad, GatherGemm, GemmCombine, Group, HiddenGrad, group_types
 from sparsec.frontend import region
 from sparsec.frontend.experts_op import fits
 from sparsec.ir.core import Attr, Block, Func, Module, Value
@@ -35,10 +35,10 @@ from sparsec.launch import kernel_call, register, target_of
 
 _OPTIONS = "str activation, str gradient, str layout, bool up_transposed, bool down_transposed"
 _BANKS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
-FORWARD = f"(Tensor x, Tensor ids, Tensor weights, {_BANKS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+FORWARD = f"(Tensor x, Tensor ids, Tensor weights, {_BANKS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
 BACKWARD = (
-    f"(Tensor y_grad, Tensor x, Tensor order, Tensor offsets, Tensor weights, {_BANKS}, *, bool[] needed, {_OPTIONS}) "
-    "-> Tensor[]"
+    f"(Tensor y_grad, Tensor x, Tensor order, Tensor offsets, Tensor tiles, Tensor weights, {_BANKS}, *, "
+    f"bool[] needed, {_OPTIONS}) -> Tensor[]"
 )
 WITH_GRADIENT = ("x", "weights", "up", "down", "up_bias", "down_bias")
 """Operands that have a gradient, in the order of `needed`."""
@@ -106,26 +106,91 @@ class _Main:
         self.block.append(op)
         return op
 
-    def program(self, results: Sequence[Value], device: torch.device) -> Program:
-        """Compile it. Its program takes the arguments that are not left out."""
+    def lowered(self, results: Sequence[Value], target: str) -> Module:
+        """The module that yields these values, as launches of kernels."""
         self.block.append(Return(list(results)))
         func = Func("main", self.block)
         func.arg_attrs = {arg: {"kind": "input"} for arg in self.block.args}
         func.result_attrs = {i: {"kind": "output"} for i in range(len(results))}
-        target = target_of(device)
         module = Module([func], {"phase": "fuse", "version": pipeline.VERSION, "target": target})
-        lowered = pipeline.run(module, target=target).module
-        for name, kernel in lowered.funcs.items():
-            if name != "main" and target == "cpu":
-                kernel.attrs["backend"] = "torch"  # weights change at every step: packing them does not pay
-        emitted = emit(lowered, target, here=True)
-        for remark in emitted.remarks:
-            warnings.warn(f"sparsec: {remark.message}", stacklevel=2)
-        names = {name: register(kernel, device, emitted.files) for name, kernel in emitted.plan.kernels.items()}
-        return _runner(lowered.main, {name: kernel_call(registered) for name, registered in names.items()})
+        return pipeline.run(module, target=target).module
 
 
-def _runner(main: Func, kernels: Mapping[str, Callable[[Sequence[Any]], Sequence[Tensor]]]) -> Program:
+def forward(kind: Kind, target: str) -> Module:
+    """x, ids, weights, banks -> y, order, offsets, and tiles on GPUs: as launches of kernels."""
+    main = _Main(("x", "ids", "weights", "up", "down", "up_bias", "down_bias"), kind.types)
+    listed: dict[str, Attr] = {} if target == "cpu" else {"listed": True}
+    group = main.op(Group, {"num_experts": kind.experts, **listed}, ids=main["ids"])
+    sort = dict(zip(("order", "offsets", "tiles"), group.results, strict=False))
+    attrs: dict[str, Attr] = {"k": _k(main), "layout": kind.layout, "up_transposed": kind.up_transposed}
+    up = {name: main.values[name] for name in ("x", "up", "up_bias")}
+    h = main.op(GatherGemm, attrs, region.decode(kind.activation), **sort, **up).h
+    down = {name: main.values[name] for name in ("weights", "down", "down_bias")}
+    y = main.op(GemmCombine, {"down_transposed": kind.down_transposed}, h=h, **sort, **down).y
+    return main.lowered([y, *group.results], target)
+
+
+def backward(kind: Kind, needed: Sequence[bool], target: str) -> Module:
+    """y_grad, x, weights, order, offsets, tiles, banks -> the gradients that are needed: as launches of kernels.
+
+    The types in `kind` lack those of order, offsets and tiles; tiles are left out on CPUs.
+    """
+    names = ("y_grad", "x", "weights", "order", "offsets", "tiles", "up", "down", "up_bias", "down_bias")
+    y_grad, x, weights, *banks = kind.types
+    assert weights is not None
+    order, offsets, tiles = group_types(weights, kind.experts, listed=True)
+    main = _Main(names, [y_grad, x, weights, order, offsets, None if target == "cpu" else tiles, *banks])
+    wanted = {name for name, needs in zip(WITH_GRADIENT, needed, strict=True) if needs}
+    sort = {"order": main["order"], "offsets": main["offsets"]}
+    flags: dict[str, Attr] = {"up_transposed": kind.up_transposed, "down_transposed": kind.down_transposed}
+    body = region.decode(kind.gradient)
+    hidden = main.op(HiddenGrad, {"layout": kind.layout, **flags}, body, **main.values)
+    grads = {"weights": hidden.weights_grad}
+    k: dict[str, Attr] = {"k": _k(main)}
+    if "x" in wanted:
+        attrs: dict[str, Attr] = {"down_transposed": not kind.up_transposed, "weighted": False}
+        rest = {"weights": main["weights"], "down": main["up"], "tiles": main.values["tiles"]}
+        grads["x"] = main.op(GemmCombine, attrs, h=hidden.h_grad, **sort, **rest).y
+    if "up" in wanted:
+        attrs = {**k, "transposed": kind.up_transposed}
+        grads["up"] = main.op(BankGrad, attrs, rows=hidden.h_grad, tokens=main["x"], **sort).grad
+    if "down" in wanted:
+        attrs = {**k, "transposed": not kind.down_transposed}
+        grads["down"] = main.op(BankGrad, attrs, rows=hidden.h, tokens=main["y_grad"], **sort).grad
+    if "up_bias" in wanted:
+        grads["up_bias"] = main.op(BiasGrad, {}, rows=hidden.h_grad, **sort).grad
+    if "down_bias" in wanted:
+        rest = {"rows": main["y_grad"], "weights": main["weights"]}
+        grads["down_bias"] = main.op(BiasGrad, {}, **rest, **sort).grad
+    return main.lowered([grads[name] for name in WITH_GRADIENT if name in wanted], target)
+
+
+@cache
+def _forward(kind: Kind) -> Program:
+    target = target_of(kind.device)
+    return _built(forward(kind, target), target, kind.device)
+
+
+@cache
+def _backward(kind: Kind, needed: tuple[bool, ...]) -> Program:
+    target = target_of(kind.device)
+    return _built(backward(kind, needed, target), target, kind.device)
+
+
+def _built(module: Module, target: str, device: torch.device) -> Program:
+    """Compile a lowered module."""
+    for name, kernel in module.funcs.items():
+        if name != "main" and target == "cpu":
+            kernel.attrs["backend"] = "torch"  # weights change at every step: packing them does not pay
+    emitted = emit(module, target, here=True)
+    for remark in emitted.remarks:
+        warnings.warn(f"sparsec: {remark.message}", stacklevel=2)
+    names = {name: register(kernel, device, emitted.files) for name, kernel in emitted.plan.kernels.items()}
+    return runner(module.main, {name: kernel_call(registered) for name, registered in names.items()})
+
+
+def runner(main: Func, kernels: Mapping[str, Callable[[Sequence[Any]], Sequence[Tensor]]]) -> Program:
+    """The launches of a lowered function as a function of its arguments, those that are left out as None."""
     launches = [op for op in main.body.ops if isinstance(op, Launch)]
     args, results = main.body.args, main.body.terminator.operands
 
@@ -140,52 +205,6 @@ def _runner(main: Func, kernels: Mapping[str, Callable[[Sequence[Any]], Sequence
     return run
 
 
-@cache
-def _forward(kind: Kind) -> Program:
-    """x, ids, weights, banks -> y, order, offsets."""
-    main = _Main(("x", "ids", "weights", "up", "down", "up_bias", "down_bias"), kind.types)
-    group = main.op(Group, {"num_experts": kind.experts}, ids=main["ids"])
-    attrs: dict[str, Attr] = {"k": _k(main), "layout": kind.layout, "up_transposed": kind.up_transposed}
-    sort = {"order": group.order, "offsets": group.offsets}
-    up = {name: main.values[name] for name in ("x", "up", "up_bias")}
-    h = main.op(GatherGemm, attrs, region.decode(kind.activation), **sort, **up).h
-    down = {name: main.values[name] for name in ("weights", "down", "down_bias")}
-    y = main.op(GemmCombine, {"down_transposed": kind.down_transposed}, h=h, **sort, **down).y
-    return main.program([y, group.order, group.offsets], kind.device)
-
-
-@cache
-def _backward(kind: Kind, needed: tuple[bool, ...]) -> Program:
-    """y_grad, x, weights, order, offsets, banks -> the gradients that are needed; types in `kind` lack the order's."""
-    names = ("y_grad", "x", "weights", "order", "offsets", "up", "down", "up_bias", "down_bias")
-    y_grad, x, weights, *banks = kind.types
-    assert weights is not None
-    main = _Main(names, [y_grad, x, weights, *group_types(weights, kind.experts), *banks])
-    wanted = {name for name, needs in zip(WITH_GRADIENT, needed, strict=True) if needs}
-    sort = {"order": main["order"], "offsets": main["offsets"]}
-    flags: dict[str, Attr] = {"up_transposed": kind.up_transposed, "down_transposed": kind.down_transposed}
-    body = region.decode(kind.gradient)
-    hidden = main.op(HiddenGrad, {"layout": kind.layout, **flags}, body, **main.values)
-    grads = {"weights": hidden.weights_grad}
-    k: dict[str, Attr] = {"k": _k(main)}
-    if "x" in wanted:
-        attrs: dict[str, Attr] = {"down_transposed": not kind.up_transposed, "weighted": False}
-        rest = {"weights": main["weights"], "down": main["up"]}
-        grads["x"] = main.op(GemmCombine, attrs, h=hidden.h_grad, **sort, **rest).y
-    if "up" in wanted:
-        attrs = {**k, "transposed": kind.up_transposed}
-        grads["up"] = main.op(BankGrad, attrs, rows=hidden.h_grad, tokens=main["x"], **sort).grad
-    if "down" in wanted:
-        attrs = {**k, "transposed": not kind.down_transposed}
-        grads["down"] = main.op(BankGrad, attrs, rows=hidden.h, tokens=main["y_grad"], **sort).grad
-    if "up_bias" in wanted:
-        grads["up_bias"] = main.op(BiasGrad, {}, rows=hidden.h_grad, **sort).grad
-    if "down_bias" in wanted:
-        rest = {"rows": main["y_grad"], "weights": main["weights"]}
-        grads["down_bias"] = main.op(BiasGrad, {}, **rest, **sort).grad
-    return main.program([grads[name] for name in WITH_GRADIENT if name in wanted], kind.device)
-
-
 def _k(main: _Main) -> int:
     return int(main["weights"].tensor.shape[1])
 
@@ -193,31 +212,36 @@ def _k(main: _Main) -> int:
 @torch.library.custom_op("sparsec::bank", mutates_args=(), schema=FORWARD)
 def bank(x: Tensor, ids: Tensor, weights: Tensor, *banks: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     operands = [x, ids, weights, *banks]
-    return tuple(_forward(kind_of(operands, 3, options))(operands))
+    y, order, offsets, *tiles = _forward(kind_of(operands, 3, options))(operands)
+    return (y, order, offsets, *(tiles or [order.new_zeros(1)]))
 
 
 @bank.register_fake
 def _bank_fake(
     x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, *biases: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fits(x, ids, up.shape[1 if options["up_transposed"] else 2], weights)
     columns = down.shape[2 if options["down_transposed"] else 1]
-    order = ids.new_empty(ids.shape[0] * ids.shape[1], dtype=torch.int32)
-    return x.new_empty(x.shape[0], columns), order, ids.new_empty(up.shape[0] + 1, dtype=torch.int32)
+    pairs = ids.shape[0] * ids.shape[1]
+    tiles = (1,) if x.device.type == "cpu" else (len(TILE_ROWS), pairs // TILE_ROWS[0] + up.shape[0] + 2, 4)
+    shapes = ((pairs,), (up.shape[0] + 1,), tiles)
+    order, offsets, listed = (ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return x.new_empty(x.shape[0], columns), order, offsets, listed
 
 
 @torch.library.custom_op("sparsec::bank_backward", mutates_args=(), schema=BACKWARD)
 def bank_backward(
-    y_grad: Tensor, x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, *banks: Tensor | None,
+    y_grad: Tensor, x: Tensor, order: Tensor, offsets: Tensor, tiles: Tensor, weights: Tensor, *banks: Tensor | None,
     needed: Sequence[bool], **options: Any,
 ) -> list[Tensor]:  # fmt: skip
     kind = kind_of([y_grad, x, weights, *banks], 3, options)
-    return _backward(kind, tuple(needed))([y_grad, x, weights, order, offsets, *banks])
+    listed = tiles if tiles.dim() > 1 else None  # on a CPU there are none
+    return _backward(kind, tuple(needed))([y_grad, x, weights, order, offsets, listed, *banks])
 
 
 @bank_backward.register_fake
 def _backward_fake(
-    y_grad: Tensor, x: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, *banks: Tensor | None,
+    y_grad: Tensor, x: Tensor, order: Tensor, offsets: Tensor, tiles: Tensor, weights: Tensor, *banks: Tensor | None,
     needed: Sequence[bool], **options: Any,
 ) -> list[Tensor]:  # fmt: skip
     return [
@@ -229,8 +253,8 @@ def _backward_fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Mapping[str, Any], output: Any) -> None:
     x, _, weights, *banks = inputs
-    _, order, offsets = output
-    ctx.save_for_backward(x, order, offsets, weights, *banks)
+    _, *sort = output
+    ctx.save_for_backward(x, *sort, weights, *banks)
     ctx.options = keyword_only_inputs
 
 

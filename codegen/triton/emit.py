@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsec.codegen.plan import constants
-from sparsec.codegen.triton import experts, families, pointwise, reduce, route, rowwise
+from sparsec.codegen.triton import backward, experts, families, pointwise, reduce, route, rowwise, weight_grads
 from sparsec.codegen.triton.compile import Binary, Target, compile_entry, target_of
 from sparsec.codegen.triton.launch import Entry, Json, Schedule, Sketch
 from sparsec.codegen.triton.tile import unsupported
-from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, Route, RouteGroup
+from sparsec.dialects.moe import BankGrad, BiasGrad, GatherGemm, GemmCombine, Group, HiddenGrad, Route, RouteGroup
 from sparsec.ir.core import Func
 from sparsec.runtime.plan import Variant
 
@@ -54,6 +54,12 @@ def sketch_kernel(func: Func) -> Sketch:
             return route.sketch(func, op)
         case GatherGemm() | GemmCombine():
             return families.gemm_sketch(func, op)
+        case HiddenGrad():
+            return backward.hidden_grad(func, op)
+        case BankGrad():
+            return weight_grads.bank_grad(func, op)
+        case BiasGrad():
+            return weight_grads.bias_grad(func, op)
         case _:
             raise unsupported(op, "it is not one of the fused ops")
 

@@ -14,6 +14,7 @@ from sparsec.dialects.moe.common import (
     offsets_problems,
     padded,
     results_are,
+    tiles_problems,
 )
 from sparsec.ir.opdef import Body, Cost, Env, OpDef, Operand, OptOperand, Result
 from sparsec.ir.types import DType, TensorType, Type, evaluate, product
@@ -44,6 +45,7 @@ class HiddenGrad(OpDef, name="moe.hidden_grad"):
     down: Operand  #: as of moe.experts
     up_bias: OptOperand
     down_bias: OptOperand
+    tiles: OptOperand  #: as of moe.gather_gemm
     h_grad: Result  #: [T * k, P * I], dtype of x: of the up-projection's columns
     h: Result  #: [T * k, I], dtype of x: activated rows times their pair's weight
     weights_grad: Result  #: [T, k], dtype of weights; 0 for a pair that is skipped
@@ -78,6 +80,7 @@ class HiddenGrad(OpDef, name="moe.hidden_grad"):
     def verify(self) -> Iterator[str]:
         yield from bank_problems(self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
         yield from offsets_problems(self.offsets, self.num_experts)
+        yield from tiles_problems(self.tiles, self.order, self.num_experts)
         if self.y_grad.tensor.shape[-1] != self.down.tensor.shape[2 if self.down_transposed else 1]:
             yield f"y_grad is {self.y_grad.type}, down {self.down.type}: their columns differ"
         taken = [(arg.tensor.shape[-1], arg.tensor.dtype) for arg in self.gradient.args]
@@ -98,7 +101,7 @@ class HiddenGrad(OpDef, name="moe.hidden_grad"):
         def gradient(rows: list[Any]) -> tuple[Any, ...]:
             return env.run(self.gradient, rows)
 
-        given = padded(self, args, 9)
+        given = padded(self, args, 10)
         return hidden_grad(given[:7], given[7:9], gradient, self.layout, self.up_transposed, self.down_transposed)
 
 
