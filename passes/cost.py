@@ -238,8 +238,8 @@ def ranges(gemm: Gemm, on: Chip, orders: Orders) -> tuple[Range, ...]:
 
 
 def _spare(gemm: Gemm, on: Chip, variant: Variant) -> tuple[Any, ...]:
-    """Of equals, that of few rows and least memory."""
-    return variant.block_m, variant.shared(gemm, on), variant.num_warps, str(variant)
+    """Of equals, that of few rows, few warps and least memory."""
+    return variant.block_m, variant.num_warps, variant.shared(gemm, on), str(variant)
 
 
 def merged(

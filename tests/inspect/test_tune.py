@@ -9,31 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsec import cli, pipeline
+from sparsec import cli
 from sparsec.codegen.artifact import write_artifact
-from sparsec.codegen.emit import emit
 from sparsec.diagnostics import SparsecError
 from sparsec.inspect.info import info
 from sparsec.inspect.tune import tune
 from sparsec.ir.core import Func
-from sparsec.ir.parser import parse_module
 from sparsec.ir.printer import print_module
 from sparsec.runtime.artifact import open_artifact
 from sparsec.runtime.plan import Kernel
-from tests.passes.test_schedule import TEXT
+from tests.codegen.triton import small
 
 pytest.importorskip("triton")
-SIZES = {
-    "128x1536x2048": "8x128x128", "128x2048x768": "8x128x64", "2048": "128", "768": "64",
-    "num_experts = 128": "num_experts = 8", "129x": "9x", "8*s0": "2*s0", "s0x8x": "s0x2x", "k = 8": "k = 2",
-}  # fmt: skip
-
-
-def small() -> str:
-    text = TEXT
-    for size, instead in SIZES.items():
-        text = text.replace(size, instead)
-    return text
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +32,9 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact for an H100 whose one GEMM kernel for many tokens is that of the model."""
-    module = pipeline.run(parse_module(small()), target="cuda:sm_90").module
-    weights = {"up": torch.randn(8, 128, 128).bfloat16(), "down": torch.randn(8, 128, 64).bfloat16()}
-    place = tmp_path_factory.mktemp("tune") / "layer.sparsec"
-    return write_artifact(place, emit(module, "cuda:sm_90"), weights, target="cuda:sm_90", text=print_module(module))
+    """An artifact for an H100, as it comes out of the compiler."""
+    place, text = tmp_path_factory.mktemp("tune") / "layer.sparsec", print_module(small.lowered("cuda:sm_90"))
+    return write_artifact(place, small.emitted("cuda:sm_90"), small.weights(), target="cuda:sm_90", text=text)
 
 
 @pytest.fixture
