@@ -45,6 +45,23 @@ def test_four_warps_divide_the_work(columns: int, transposed: bool) -> None:
     assert len(re.findall("griddepcontrol.wait", text)) == 1 and launch["pdl"]
 
 
+@pytest.mark.parametrize("columns", [128, 256])
+def test_both_groups_of_warps_store_their_own_rows(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own IR: the rows of each group begin at 0 or 64 of the tile, and nothing moves them on once more."""
+    triton: Any = pytest.importorskip("triton")
+    compiled, compile = list[Any](), triton.compile
+    monkeypatch.setattr(triton, "compile", lambda *a, **k: compiled.append(compile(*a, **k)) or compiled[-1])
+    variant = {**TILE, "block_n": columns, "num_warps": 4, "num_stages": 2}
+    qwen(variant, "cuda:sm_90", bias=columns == 128, transposed=columns == 128)
+    (text,) = [made.asm["ttgir"] for made in compiled if "warp_specialize" in made.asm["ttgir"]]
+    _, *groups = re.split(r"\n    partition\d\(", text)
+    assert len(groups) == 2
+    for group, begin in zip(groups, (0, 64), strict=True):
+        assert re.search(rf"make_range .*end = {begin + 64} : i32, start = {begin} : i32", group)
+        assert "ttng.warp_group_dot" in group and "tt.store" in group
+        assert not re.search(r"arith\.addi %\w+, %c64_i32\w* .*: i32 loc", group)
+
+
 @pytest.mark.parametrize("target", ["cuda:sm_90", "cuda:sm_100"])
 def test_eight_warps_do_everything(target: str) -> None:
     binary, _ = gemm_of(qwen({**TILE, "block_n": 256, "num_warps": 8}, target))
