@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from benchmarks.gpu import ahead
 from benchmarks.gpu.device import Device
@@ -90,9 +91,7 @@ def makers(setting: Setting) -> Mapping[str, Callable[[], Engine]]:
 
 
 def ours(setting: Setting, weights: str = "bf16") -> Engine:
-    """sparsec: its program for the layer, and for training what torch.compile makes of the module with its backend."""
-    from sparsec.backend import sparsec as backend
-
+    """sparsec: its program for the layer; in training, transformers' layer through torch.compile with its backend."""
     shape, module, device = setting.shape, setting.module, setting.device
     program, choice = ahead.program(shape, module, device, setting.ahead, None if weights == "bf16" else weights)
 
@@ -102,8 +101,18 @@ def ours(setting: Setting, weights: str = "bf16") -> Engine:
     if weights in PACKED:
         item, worst = PACKED[weights]
         return Engine(run, choice, untrained="packed weights are not trained", item=item, worst=worst)
-    other, banks = trained(module, "eager")
-    return Engine(run, choice, torch.compile(other, backend=backend, dynamic=True), banks=banks)
+    other, banks = trained(module, "grouped_mm")
+    train = torch.compile(other, backend=_own_gradients, fullgraph=True, dynamic=True)
+    return Engine(run, choice, train, banks=banks)
+
+
+def _own_gradients(graph: GraphModule, examples: Sequence[Any]) -> Any:
+    """sparsec's backend. Raises: Missing where it would leave gradients to PyTorch."""
+    from sparsec import backend, training
+
+    if training.is_differentiated(graph, examples) and training.with_banks(graph, list(examples)) is None:
+        raise Missing("its backend leaves the gradients of this layer to PyTorch")
+    return backend.sparsec(graph, examples)
 
 
 def grouped_mm(setting: Setting) -> Engine:
