@@ -33,7 +33,7 @@ LARGEST = 448.0
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of four-bit floats (e2m1), by their lower three bits; the fourth is the sign."""
 
-_HALFWAY = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_CHUNK = 1 << 16  # values that are rounded at a time: they stay in the cache
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ def find_scales(weight: Tensor, transposed: bool = False, packing: str = "fp8") 
         if not rows.isfinite().all():
             raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
         if packing == "fp8":
-            out[e] = _best_scales(_blocks(rows))
+            for place, part in zip(out[e], rows.split(BLOCK), strict=True):
+                place.copy_(_best_scales(_blocks(part)))
         else:
             groups = _groups(rows)
             if groups.abs().amax() > FP4[-1] * 2 ** (MOST - 127):
@@ -135,25 +136,24 @@ def _rows(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Tensor:
-    """[N, K] as [NB, 128, KB, 128], zeros beyond."""
-    beyond = (0, -rows.shape[1] % BLOCK, 0, -rows.shape[0] % BLOCK)
-    return F.pad(rows, beyond).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    """[n, K] as [n, KB, 128], zeros beyond."""
+    return F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
 
 
 def _best_scales(blocks: Tensor) -> Tensor:
-    """The scales of [NB, 128, KB, 128]: of those tried, also after the values that they give are fitted to them."""
-    widest = blocks.abs().amax((1, 3), keepdim=True) / LARGEST
+    """The scales [KB] of [n, KB, 128]: the best of those tried, as they are and fitted to the values that they give."""
+    widest = blocks.abs().amax((0, 2), keepdim=True) / LARGEST
     widest = torch.where(widest == 0, 1.0, widest)
     fraction, exponent = torch.frexp(widest)
     best, least = widest, torch.full_like(widest, torch.inf)
     for scale in (widest, torch.ldexp(torch.ones_like(widest), exponent - (fraction == 0.5).int())):
         q = (blocks / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
-        fitted = (blocks * q).sum((1, 3), keepdim=True) / q.square().sum((1, 3), keepdim=True)
+        fitted = (blocks * q).sum((0, 2), keepdim=True) / q.square().sum((0, 2), keepdim=True)
         for tried in (scale, fitted):
-            error = (blocks - q * tried).square().sum((1, 3), keepdim=True)
+            error = (blocks - q * tried).square_().sum((0, 2), keepdim=True)
             better = error < least
             best, least = torch.where(better, tried, best), torch.where(better, error, least)
-    return best[:, 0, :, 0]
+    return best[0, :, 0]
 
 
 def _over(scales: Tensor, columns: int, inner: int) -> Tensor:
@@ -173,20 +173,42 @@ def _per_group(scales: Tensor) -> Tensor:
 
 def _exponents(groups: Tensor) -> Tensor:
     """The scales of [N, G, 32], uint8 [N, G]: for each the better of two."""
-    largest = groups.abs().amax(-1)
-    _, exponent = torch.frexp(largest)  # largest < 2^exponent <= 2 largest
-    low = torch.where(largest == 0, 127, (exponent - 3 + 127).clamp(0, MOST - 1)).to(torch.uint8)
-    errors = [(torch.ldexp(_values(_codes(groups, s)), s.int().unsqueeze(-1) - 127) - groups).square().sum(-1)
-              for s in (low, low + 1)]  # fmt: skip
-    return torch.where(errors[1] < errors[0], low + 1, low)
+    flat, chunk = groups.flatten(0, 1), max(1, _CHUNK // GROUP)
+    out = flat.new_empty(flat.shape[0], dtype=torch.uint8)
+    for place, part in zip(out.split(chunk), flat.split(chunk), strict=True):
+        largest = part.abs().amax(1, keepdim=True)
+        _, exponent = torch.frexp(largest)  # largest < 2^exponent <= 2 largest
+        low = torch.where(largest == 0, 127, (exponent - 3 + 127).clamp_(1, MOST - 1))
+        errors = list[Tensor]()
+        for scale in (low, low + 1):
+            by = _power(127 - scale)
+            scaled = part.abs() * by
+            errors.append((_nearest(scaled) - scaled).square_().sum(1, keepdim=True) / by.square())
+        place.copy_(torch.where(errors[1] < errors[0], low + 1, low).squeeze(1))
+    return out.unflatten(0, groups.shape[:2])
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """2 to the power of integers from -126 to 127."""
+    return ((exponents.int() + 127) << 23).view(torch.float32)
+
+
+def _nearest(size: Tensor) -> Tensor:
+    """The magnitudes of four-bit floats that are nearest to numbers from 0 on, of two the even one."""
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (size / step).round_().mul_(step).clamp_(max=FP4[-1])
 
 
 def _codes(groups: Tensor, scales: Tensor) -> Tensor:
     """The nearest four-bit floats to [N, G, 32] over 2^(scales - 127), uint8 below 16."""
-    scaled = torch.ldexp(groups, 127 - scales.int().unsqueeze(-1))
-    halfway = torch.tensor(_HALFWAY, device=groups.device)
-    size = torch.bucketize(scaled.abs(), halfway).to(torch.uint8)
-    return size | (scaled < 0).to(torch.uint8) << 3
+    out = groups.new_empty(groups.shape, dtype=torch.uint8).flatten(0, 1)
+    flat, chunk = groups.flatten(0, 1), max(1, _CHUNK // GROUP)
+    parts = zip(out.split(chunk), flat.split(chunk), scales.flatten().split(chunk), strict=True)
+    for place, part, scale in parts:
+        size = _nearest(part.abs() * _power(127 - scale.int()).unsqueeze(1))
+        code = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
+        place.copy_(code + torch.where(part < 0, 8, 0))
+    return out.unflatten(0, groups.shape[:2])
 
 
 def _values(codes: Tensor) -> Tensor:

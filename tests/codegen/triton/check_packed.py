@@ -18,8 +18,7 @@ from tests.codegen.triton.interpret import kernel
 from tests.codegen.triton.packed import packed, quantised
 
 SMALL = ({"up_to": None, "block_m": 16, "block_n": 32, "block_k": 64},)
-DTYPES = [torch.float32, torch.float16]
-DTYPES += [] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.bfloat16]  # which the interpreter does not do
+COMPILED = [] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.bfloat16]  # which the interpreter does not do
 DEEP = ({"up_to": 4, "block_m": 16, "block_n": 64, "block_k": 256}, {"block_m": 32, "block_n": 32, "block_k": 64})
 
 
@@ -76,7 +75,7 @@ def test_layouts(packing: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *COMPILED])
 def test_dtypes(packing: str, dtype: torch.dtype) -> None:
     check_up(packing, 6, 2, 3, "concat", False, dtype, "skip", 160, 64)
     check_down(packing, 6, 2, 3, True, dtype, "skip", 136, 200)
