@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from sparsec.codegen.triton import combine, decode, experts, persistent, swap
+from sparsec.codegen.triton import combine, decode, experts, gathered, persistent, swap
 from sparsec.codegen.triton.gemm import GroupedGemm, family_of
 from sparsec.codegen.triton.launch import Entry, Schedule, Sketch, Wiring
 from sparsec.codegen.triton.source import module_text
@@ -38,7 +38,7 @@ Down: TypeAlias = Callable[[Func, GemmCombine, GroupedGemm, Wiring], Family]
 Raises: CompileError for an op that the family cannot compute.
 """
 
-UP: Mapping[str, Up] = {"tiles": experts.Tiles, **swap.UP, "rows": decode.Up}
+UP: Mapping[str, Up] = {"tiles": experts.Tiles, **swap.UP, "gathered": gathered.Gathered, "rows": decode.Up}
 DOWN: Mapping[str, Down] = {
     "tiles": combine.Tiles,
     **swap.DOWN,

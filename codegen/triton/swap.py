@@ -34,11 +34,14 @@ class Streamed:
 
     Args:
         layout, transposed: of the bank.
-        swapped: whether the weights are the tensor cores' first operand.
         bank: the descriptor's name.
+        swapped: whether the weights are the tensor cores' first operand.
+        paired: whether both kinds of columns of a gated expert are to come as one block, where they can.
     """
 
-    def __init__(self, gemm: GroupedGemm, layout: str, transposed: bool, swapped: bool, bank: str) -> None:
+    def __init__(
+        self, gemm: GroupedGemm, layout: str, transposed: bool, bank: str, swapped: bool = False, paired: bool = False
+    ) -> None:
         self.gemm, self.layout, self.transposed, self.swapped, self.bank = gemm, layout, transposed, swapped, bank
         op, self.inner = gemm.op, gemm.inner
         if op.packing != "plain":
@@ -49,9 +52,8 @@ class Streamed:
             rows = f"rows of {row * item} bytes with {self.inner} terms to a sum"
             raise unsupported(op, f"{rows}: the copy engine takes multiples of {ENGINE_BYTES} bytes and of 16 terms")
         # The engine steps over rows, not within them: of a transposed bank it brings columns that alternate only
-        # together, and those that follow each other only apart. As the first operand, a block of both that lie apart
-        # would take a way through registers.
-        self.pair = self.count == 2 and not transposed and not swapped
+        # together, and those that follow each other only apart.
+        self.pair = self.count == 2 and not transposed and paired
         self.alternate = layout == "interleaved" and transposed
         self.wide = "2 * BLOCK_N" if self.pair or self.alternate else "BLOCK_N"
 
@@ -107,15 +109,23 @@ class Streamed:
         return tensor_map(self.bank, self.gemm.bank.tensor.dtype, of, shape, strides, block)
 
     def loop(self, inner: str, row: str) -> list[str]:
-        """Tiles [BLOCK_M, columns] of sums over `inner`; `row` are pointers to the rows' first elements."""
-        shape = f"[{self.wide}, BLOCK_M]" if self.swapped else f"[BLOCK_M, {self.wide}]"
+        """`products` of rows that are gathered by addresses; `row` are pointers to their first elements."""
         rows, depth = ("[None, :]", "[:, None]") if self.swapped else ("[:, None]", "[None, :]")
+        lines = ["depth = tl.arange(0, BLOCK_K)", f"a_at = {row.format(rows)} + depth{depth}"]
+        return [*lines, *self.products(inner, f"tl.load(a_at, mask=live{rows}, other=0)", "a_at += BLOCK_K")]
+
+    def products(self, inner: str, a: str, *step: str) -> list[str]:
+        """Tiles [BLOCK_M, columns] of sums over `inner`.
+
+        Args:
+            a: the block of rows at `k`.
+            step: what else each step does.
+        """
+        shape = f"[{self.wide}, BLOCK_M]" if self.swapped else f"[BLOCK_M, {self.wide}]"
         precision = ', input_precision="ieee"' if self.gemm.bank.tensor.dtype is DType.f32 else ""
         parts = self.parts()
         lines = [
             *(["both = 2 * first + tl.arange(0, 2 * BLOCK_N)"] if self.alternate else []),
-            "depth = tl.arange(0, BLOCK_K)",
-            f"a_at = {row.format(rows)} + depth{depth}",
             *(f"{name} = tl.zeros({shape}, tl.float32)" for name in parts),
             f"for k in tl.range(0, {inner}, BLOCK_K):",
         ]
@@ -124,11 +134,11 @@ class Streamed:
             block = f"{self.bank}.load([{at}]).reshape({sides})"
             block = f"tl.trans({block})" if self.transposed is self.swapped else block
             lines.append(f"    {name}_block = {block}")
-        lines.append(f"    a = tl.load(a_at, mask=live{rows}, other=0)")
+        lines.append(f"    a = {a}")
         for name in parts:
             operands = f"{name}_block, a" if self.swapped else f"a, {name}_block"
             lines.append(f"    {name} = tl.dot({operands}, {name}{precision})")
-        lines += ["    a_at += BLOCK_K", *(f"{name} = tl.trans({name})" for name in parts if self.swapped)]
+        lines += [*(f"    {line}" for line in step), *(f"{name} = tl.trans({name})" for name in parts if self.swapped)]
         if self.pair:  # in registers: the two kinds lie in the same thread
             lines.append("gate, linear = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))")
         return lines
@@ -147,7 +157,7 @@ class Up:
 
     def __init__(self, family: str, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
         self.name, self.op, self.gemm = f"{func.name}_{family}", op, gemm
-        self.streamed = Streamed(gemm, op.layout, op.up_transposed, family == "swap", "up")
+        self.streamed = Streamed(gemm, op.layout, op.up_transposed, "up", family == "swap", family == "tma")
         self.parameters = up_parameters(gemm, op, wiring)
 
     def functions(self) -> list[str]:
@@ -177,7 +187,7 @@ class DownProjection:
 
     def __init__(self, family: str, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
         self.name, self.op, self.gemm = f"{func.name}_{family}", op, gemm
-        self.streamed = Streamed(gemm, "single", op.down_transposed, family == "swap", "down")
+        self.streamed = Streamed(gemm, "single", op.down_transposed, "down", family == "swap")
         self.down = Down(func, op, gemm, wiring)
         self.parameters = [*self.down.parameters, gemm.pointer("bank", op.down, wiring)]
 

@@ -59,28 +59,38 @@ def route_group(
     return _func("route_group_0", args, op, variants, logits.shape[0] if fixed else T)
 
 
-def group(experts: int, k: int, dtype: DType = DType.i64, variants: Any = ()) -> Func:
+def group(experts: int, k: int, dtype: DType = DType.i64, variants: Any = (), listed: bool = False) -> Func:
     args = Block([TensorType((T, k), dtype)], ["ids"])
-    return _func("group_0", args, moe.Group(args.args, None, {"num_experts": experts}), variants)
+    attrs: dict[str, Any] = {"num_experts": experts, **({"listed": True} if listed else {})}
+    return _func("group_0", args, moe.Group(args.args, None, attrs), variants)
 
 
 def gather_gemm(
     activation: Callable[..., Any], hidden: int, width: int, experts: int, k: int, dtype: torch.dtype,
-    layout: str = "concat", bias: bool = False, transposed: bool = False, variants: Any = (),
+    layout: str = "concat", bias: bool = False, transposed: bool = False, variants: Any = (), listed: bool = False,
 ) -> Func:  # fmt: skip
     parts = 1 if layout == "single" else 2
     probe = [torch.randn(3, width, dtype=dtype) for _ in range(parts)]
     body = region(activation, *probe, rows=[True] * parts, symbol=Sym("r"))
     ours = from_torch(dtype)
     up = (experts, hidden, parts * width) if transposed else (experts, parts * width, hidden)
+    pairs = Sym(f"{k}*t") if k > 1 else T
     args = Block(
-        [TensorType((T, hidden), ours), TensorType((Sym(f"{k}*t") if k > 1 else T,), DType.i32),
+        [TensorType((T, hidden), ours), TensorType((pairs,), DType.i32),
          TensorType((experts + 1,), DType.i32), TensorType(up, ours),
-         *([TensorType((experts, parts * width), ours)] if bias else [])],
-        ["x", "order", "offsets", "up", "up_bias"],
+         *([TensorType((experts, parts * width), ours)] if bias else []),
+         *([tiles_type(pairs, experts)] if listed else [])],
+        ["x", "order", "offsets", "up", *(["up_bias"] if bias else []), "tiles"],
     )  # fmt: skip
+    given: list[Value | None] = list(args.args)
+    holes = [None] * (2 if bias else 3) if listed else []
     attrs: dict[str, Any] = {"k": k, "layout": layout, "up_transposed": transposed}
-    return _func("gather_gemm_0", args, moe.GatherGemm(args.args, None, attrs, [body]), variants)
+    return _func(
+        "gather_gemm_0",
+        args,
+        moe.GatherGemm(given[: 4 + bias] + holes + given[4 + bias :], None, attrs, [body]),
+        variants,
+    )
 
 
 def gemm_combine(
