@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from sparsec.diagnostics import CompileError
 from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
-from sparsec.passes.roofline import DIVIDED, Family, Gemm, Prediction, Variant, predict
+from sparsec.passes.roofline import Prediction, predict
+from sparsec.passes.variants import DIVIDED, Family, Gemm, Variant
 
 FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "rows")
 """The families of kernels that there are, as of `codegen/triton/families.py`."""

@@ -11,7 +11,7 @@ from sparsec.ir.core import Module, Op
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import invariance, ranges
-from sparsec.passes.roofline import Gemm
+from sparsec.passes.variants import Gemm
 
 INVARIANT_LOSS = 0.03
 """How much slower, as a share, kernels may be so that a row's bits do not depend on the batch."""

@@ -13,8 +13,9 @@ from sparsec.dialects.moe import GatherGemm, GemmCombine
 from sparsec.ir.core import Module
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import BUCKETS, FAMILIES, Invariance, Range, by_family, invariance, obstacle, of_orders, ranges
-from sparsec.passes.roofline import Family, Gemm, Limiter, Prediction, predict
+from sparsec.passes.roofline import Limiter, Prediction, predict
 from sparsec.passes.schedule import INVARIANT_LOSS, gemm_of
+from sparsec.passes.variants import Family, Gemm
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

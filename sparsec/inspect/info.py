@@ -125,7 +125,7 @@ def _runners(artifact: Path) -> list[str]:
 
 def _scheduled(artifact: Path) -> list[Scheduled]:
     """The choices that the GPU kernels of an artifact hold. Raises: ArtifactError."""
-    from sparsec.passes.roofline import as_text
+    from sparsec.passes.variants import as_text
     from sparsec.runtime.artifact import open_artifact
 
     rows = list[Scheduled]()

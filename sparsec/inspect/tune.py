@@ -22,8 +22,9 @@ from sparsec.ir.core import Func
 from sparsec.ir.printer import print_module
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import BUCKETS, Candidate, best, invariance, merged, of_orders
-from sparsec.passes.roofline import Variant, predict
+from sparsec.passes.roofline import predict
 from sparsec.passes.schedule import INVARIANT_LOSS, gemm_of
+from sparsec.passes.variants import Variant
 from sparsec.runtime.artifact import Artifact, open_artifact
 from sparsec.runtime.plan import Kernel
 from sparsec.runtime.plan import Variant as Compiled

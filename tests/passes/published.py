@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsec.ir.types import DType
-from sparsec.passes.roofline import Gemm
+from sparsec.passes.variants import Gemm
 
 
 @dataclass(frozen=True)

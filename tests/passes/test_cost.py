@@ -24,7 +24,8 @@ from sparsec.passes.cost import (
     ranges,
     ranked,
 )
-from sparsec.passes.roofline import Gemm, Prediction, Variant, after, predict
+from sparsec.passes.roofline import Prediction, after, predict
+from sparsec.passes.variants import Gemm, Variant
 from tests.passes.published import DEEPSEEK_V3, GPT_OSS, LAYERS, MIXTRAL, OLMOE, QWEN3, SGLANG, SONIC, Shape
 
 H100 = CHIPS["cuda:sm_90"]

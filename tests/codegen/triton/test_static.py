@@ -17,8 +17,9 @@ from sparsec.ir.core import Func
 from sparsec.ir.types import DType
 from sparsec.passes.chips import CHIPS
 from sparsec.passes.cost import FAMILIES, obstacle, ranges, ranked
-from sparsec.passes.roofline import Gemm, Variant, work
+from sparsec.passes.roofline import work
 from sparsec.passes.schedule import gemm_of, gpu_variants
+from sparsec.passes.variants import Gemm, Variant
 from tests.codegen.triton import build
 from tests.codegen.triton.ttir import account
 from tests.passes.published import DEEPSEEK_V3, GPT_OSS, MIXTRAL, OLMOE, QWEN3, Shape
