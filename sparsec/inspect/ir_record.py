@@ -10,7 +10,7 @@ import torch
 
 from sparsec.dialects.dtypes import to_torch
 from sparsec.dialects.kernel import Launch
-from sparsec.dialects.moe import ExpertBank, Layer, bytes_of
+from sparsec.dialects.moe import ExpertBank, GatherGemm, GemmCombine, Layer, bytes_of
 from sparsec.frontend.blocks import Call, Family, Record
 from sparsec.frontend.blocks import Value as Seen
 from sparsec.inspect.dataflow import innermost
@@ -120,7 +120,7 @@ def _packed(module: Module) -> dict[Value, Seen]:
             body = module.funcs[op.callee].body
             given = dict.fromkeys(value for value in op.inputs if value is not None)
             values, inner = dict(zip(body.args, given, strict=True)), body.ops[0]
-        if not isinstance(inner, ExpertBank) or inner.packing == "plain":
+        if not isinstance(inner, ExpertBank | GatherGemm | GemmCombine) or inner.packing == "plain":
             continue
         for name, shape in inner.plain_shapes().items():
             bank: Value | None = getattr(inner, name)
@@ -129,7 +129,7 @@ def _packed(module: Module) -> dict[Value, Seen]:
                 continue
             parts = [part for part in (bank, scale) if part is not None]
             stored = sum(bytes_of(part.type, {}) for part in parts)
-            narrow = inner.packing == "int4" and scale is not None
+            narrow = inner.packing in ("int4", "mxfp4") and scale is not None
             dtype = getattr(torch, "int4", torch.uint8) if narrow else to_torch(bank.tensor.dtype)
             found[values.get(bank, bank)] = Seen(shape, dtype, stored=stored)
             if scale is not None:

@@ -51,3 +51,24 @@ def test_packed_banks_are_the_models_own_parameters(
     assert (packed.total, packed.active, packed.routed) == (plain.total, plain.active, plain.routed)
     gate, bias = 8 * 128 * 2, 8 * 64 * 4
     assert packed.weight_bytes == gate + bias + 8 * (64 * 128 + 128 * down_inner) * each + 8 * scales * 4
+
+
+def on_gpu(weights: str) -> str:
+    """The same before its ops are fused, for a GPU."""
+    before = "%y, %i, %w = moe.layer(%x, %z, %up, %down, %b) : tensor<s0x128xbf16>, "
+    text = TEXT.replace('phase = "fuse", target = "cpu"', f'phase = "raise", weights = "{weights}"')
+    text = text.replace(before, "%i, %w = moe.route(%z) : ").replace("router(", "body(")
+    split = "      yield %e, %v\n"
+    experts = "  }\n  %y = moe.experts(%x, %i, %w, %up, %down, %b) : tensor<s0x128xbf16> {\n"
+    return text.replace(split, split + experts)
+
+
+@pytest.mark.parametrize("to", ["schedule", "lower"])
+@pytest.mark.parametrize(("weights", "stored"), [("fp8", 96 * 128 + 2 * 4), ("mxfp4", 192 * (64 + 4))])
+def test_banks_in_blocks_too(weights: str, stored: int, to: str) -> None:
+    """mxfp4 fills the 32 rows of the down bank up to 128: 128 columns of 64 bytes with 4 scales."""
+    plain = told("", "fuse")
+    module = pipeline.run(parse_module(on_gpu(weights)), target="cuda:sm_90", to=to).module
+    packed = summarise("layer", Dataflow(record_module(module)))
+    assert (packed.total, packed.active, packed.routed) == (plain.total, plain.active, plain.routed)
+    assert packed.weight_bytes == 8 * 128 * 2 + 8 * 64 * 2 + 8 * stored

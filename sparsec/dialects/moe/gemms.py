@@ -66,6 +66,11 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
         columns = known(bank_columns(self.up, self.up_transposed, self.packing))
         return columns if self.layout == "single" else columns // 2
 
+    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape [E, N, K] of the bank before it was packed."""
+        columns = known(bank_columns(self.up, self.up_transposed, self.packing))
+        return {"up": (self.num_experts, columns, known(self.x.tensor.shape[-1]))}
+
     def infer(self) -> tuple[Type, ...]:
         return (TensorType((product((self.x.tensor.shape[0], self.k)), self.width), self.x.tensor.dtype),)
 
@@ -126,6 +131,10 @@ class GemmCombine(OpDef, name="moe.gemm_combine"):
     @property
     def k(self) -> int:
         return known(self.weights.tensor.shape[-1])
+
+    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape [E, N, K] of the bank before it was packed."""
+        return {"down": (self.num_experts, known(self.y.tensor.shape[-1]), known(self.h.tensor.shape[-1]))}
 
     def infer(self) -> tuple[Type, ...]:
         columns = bank_columns(self.down, self.down_transposed, self.packing)
