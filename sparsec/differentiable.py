@@ -33,6 +33,7 @@ from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import Dim, Sym, TensorType
 from sparsec.launch import kernel_call, register, target_of
 
+# PyTorch keeps compiled graphs on disk by the names of their operators: another schema needs another name.
 _OPTIONS = "str activation, str gradient, str layout, bool up_transposed, bool down_transposed"
 _BANKS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 FORWARD = f"(Tensor x, Tensor ids, Tensor weights, {_BANKS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"

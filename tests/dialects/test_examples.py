@@ -21,6 +21,7 @@ assert dialects.__all__
 # What examples read: 8 experts of width 48, 2 for each of s0 tokens of width 64.
 GIVEN = {
     "x": "tensor<s0x64xf32>",
+    "y_grad": "tensor<s0x64xf32>",
     "logits": "tensor<s0x8xf32>",
     "ids": "tensor<s0x2xi64>",
     "weights": "tensor<s0x2xf32>",

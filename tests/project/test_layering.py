@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "targets": set(),
     "ir": set(),
-    "dialects": {"ir", "runtime.tiles"},  # the layout of packed banks
+    "dialects": {"ir", "runtime.tiles", "runtime.gradients"},  # the layout of packed banks; references of gradients
     "frontend": {"ir", "dialects"},
     "passes": {"ir", "dialects"},
     "codegen": {"ir", "dialects", "runtime"},  # only the runtime's data modules: see below
@@ -30,7 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspect": COMPILER | {"runtime"},
     "launch": {"ir", "runtime"},
     "api": COMPILER | {"runtime"},
-    "backend": COMPILER | {"runtime", "api", "launch"},
+    "differentiable": COMPILER | {"launch"},
+    "training": COMPILER | {"differentiable"},
+    "backend": COMPILER | {"runtime", "api", "launch", "training"},
     "console": COMPILER,
     "commands": COMPILER | {"runtime", "api", "console"},
     "cli": {"commands", "console", "runtime"},

@@ -26,7 +26,9 @@ class HiddenGrad(OpDef, name="moe.hidden_grad"):
     Rows of `h_grad` and `h` are in the order of `order`, as of moe.gather_gemm; those from offsets[E] on are not
     defined. The region gives the activation's value and, from the gradient of that value, those of its arguments.
 
-        %g, %h, %w = moe.hidden_grad(%dy, %x, %order, %offsets, %weights, %up, %down)
+    For example:
+
+        %g, %h, %w = moe.hidden_grad(%y_grad, %x, %order, %offsets, %weights, %up, %down)
             : tensor<(2*s0)x96xf32>, tensor<(2*s0)x48xf32>, tensor<s0x2xf32> {
           gradient(%d: tensor<rx48xf32>, %a: tensor<rx48xf32>, %b: tensor<rx48xf32>):
             %h = aten.mul.Tensor(%a, %b) : tensor<rx48xf32>
@@ -111,7 +113,7 @@ class BankGrad(OpDef, name="moe.bank_grad"):
 
     For example:
 
-        %g = moe.bank_grad(%rows, %x, %order, %offsets) {k = 2} : tensor<8x96x64xf32>
+        %g = moe.bank_grad(%h, %x, %order, %offsets) {k = 2} : tensor<8x48x64xf32>
     """
 
     rows: Operand  #: [T * k, N], in the order of `order`
@@ -154,7 +156,7 @@ class BiasGrad(OpDef, name="moe.bias_grad"):
 
     For example:
 
-        %g = moe.bias_grad(%rows, %order, %offsets) : tensor<8x96xf32>
+        %g = moe.bias_grad(%h, %order, %offsets) : tensor<8x48xf32>
     """
 
     rows: Operand  #: [T * k, N], in the order of `order`; with weights [T, N]: those of the pairs order[i]
