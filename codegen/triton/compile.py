@@ -155,7 +155,7 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
     metadata = compiled.metadata
     if any(getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")):
         raise CompileError(f"{what}: '{entry.name}' wants scratch memory of Triton's own, which no artifact provides")
-    maps = _maps(entry, target, metadata, what)
+    maps = _maps(entry, target, metadata, compiled.asm.get("ttgir", ""), what)
     cuda = target.backend == "cuda"
     text: Any = compiled.asm
     image, assembly = text["cubin" if cuda else "hsaco"], text["ptx" if cuda else "amdgcn"]
@@ -166,15 +166,41 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
     )
 
 
-def _maps(entry: Entry, target: Target, metadata: Any, what: str) -> tuple[Mapping[str, Any], ...]:
-    """What the compiled program wants of its tensor descriptors. Raises: CompileError where the target has none."""
+def _maps(entry: Entry, target: Target, metadata: Any, layouts: str, what: str) -> tuple[Mapping[str, Any], ...]:
+    """What the compiled program wants of its tensor descriptors. `layouts`: its text in Triton's GPU dialect.
+
+    Raises: CompileError where the target has none, or one is copied in blocks of several sizes.
+    """
     wanted = sum("map" in parameter.argument for parameter in entry.parameters)
     found: Any = getattr(metadata, "tensordesc_meta", None) or ()
     if not wanted:
         return ()
     if len(found) != wanted or any(meta["fp4_padded"] for meta in found):
         raise CompileError(f"{what}: '{entry.name}' takes tensor descriptors, which {target.name} does not have")
-    return tuple({"box": list(meta["block_size"]), "swizzle": meta["swizzle"]} for meta in found)
+    copied, maps = _copied(layouts), list[Mapping[str, Any]]()
+    if len(copied) != wanted or any(len(shapes) != 1 for shapes in copied.values()):
+        raise CompileError(f"{what}: '{entry.name}' copies tensors in blocks that are not of one size each: {copied}")
+    for meta, shapes in zip(found, copied.values(), strict=True):
+        box = list(meta["block_size"])
+        for shape in shapes:  # without leading ones; larger than the box where it takes several copies
+            box[-len(shape) :] = [min(pair) for pair in zip(box[-len(shape) :], shape, strict=True)]
+        maps.append({"box": box, "swizzle": meta["swizzle"]})
+    return tuple(maps)
+
+
+def _copied(layouts: str) -> dict[str, set[tuple[int, ...]]]:
+    """The shapes in which each descriptor is copied: the parameters in their order, and any other name there may be.
+
+    What Triton says of a descriptor is the block that the kernel's text names. Where it divides the work between
+    groups of warps, each copies its share of the rows, and the engine must be told so: it copies what the box says.
+    """
+    signature = re.search(r"tt\.func public @.*", layouts)
+    found = dict[str, set[tuple[int, ...]]]()
+    for name in re.findall(r"(%\w+): !tt\.tensordesc<", signature[0]) if signature else []:
+        found[name] = set()
+    for name, sides in re.findall(r"async_tma_copy_global_to_local (%\w+)\[.*-> !ttg\.memdesc<((?:\d+x)+)", layouts):
+        found.setdefault(name, set()).add(tuple(int(side) for side in sides.split("x") if side))
+    return found
 
 
 def _triton() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ def test_four_warps_divide_the_work(layout: str, transposed: bool) -> None:
     assert "setmaxnreg" in binary.assembly and "wgmma.mma_async.sync.aligned.m64n128k16" in binary.assembly
     rows = gemm["args"][0]
     assert rows["map"] == {"scratch": 0} and rows["shape"] == ["t * 8", 2048] and rows["strides"] == [2048, 1]
+    assert rows["box"] == [64, 64]  # each group of warps has its own half of the rows
+
+
+def test_both_groups_of_warps_store_their_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own IR: the rows of each group begin at 0 or 64 of the tile, and nothing moves them on once more."""
+    triton: Any = pytest.importorskip("triton")
+    compiled, compile = list[Any](), triton.compile
+    monkeypatch.setattr(triton, "compile", lambda *a, **k: compiled.append(compile(*a, **k)) or compiled[-1])
+    gemm_of("cuda:sm_90", {**TILE, "num_warps": 4, "num_stages": 2}, "interleaved", False)
+    (text,) = [made.asm["ttgir"] for made in compiled if "warp_specialize" in made.asm["ttgir"]]
+    fetching, *groups = re.split(r"\n    partition\d\(", text)
+    assert len(re.findall(r"async_tma_copy_global_to_local %gathered.*memdesc<64x64x", fetching)) == 2
+    assert len(groups) == 2
+    for group, begin in zip(groups, (0, 64), strict=True):
+        assert re.search(rf"make_range .*end = {begin + 64} : i32, start = {begin} : i32", group)
+        assert group.count("ttng.warp_group_dot ") == 2 and "tt.store" in group
+        assert not re.search(r"arith\.addi %\w+, %c64_i32\w* .*: i32 loc", group)
 
 
 @pytest.mark.parametrize(
