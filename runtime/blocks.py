@@ -132,7 +132,7 @@ def _sizes(weight: Tensor, transposed: bool) -> tuple[int, int, int]:
 
 def _rows(weight: Tensor, transposed: bool) -> Tensor:
     """One expert's weight as [N, K] in f32."""
-    return (weight.t() if transposed else weight).float()
+    return (weight.t().contiguous() if transposed else weight).float()
 
 
 def _blocks(rows: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def _per_group(scales: Tensor) -> Tensor:
 
 def _exponents(groups: Tensor) -> Tensor:
     """The scales of [N, G, 32], uint8 [N, G]: for each the better of two."""
-    flat, chunk = groups.flatten(0, 1), max(1, _CHUNK // GROUP)
+    flat, chunk = groups.flatten(0, 1), _chunk(groups)
     out = flat.new_empty(flat.shape[0], dtype=torch.uint8)
     for place, part in zip(out.split(chunk), flat.split(chunk), strict=True):
         largest = part.abs().amax(1, keepdim=True)
@@ -186,6 +186,11 @@ def _exponents(groups: Tensor) -> Tensor:
             errors.append((_nearest(scaled) - scaled).square_().sum(1, keepdim=True) / by.square())
         place.copy_(torch.where(errors[1] < errors[0], low + 1, low).squeeze(1))
     return out.unflatten(0, groups.shape[:2])
+
+
+def _chunk(groups: Tensor) -> int:
+    """How many groups are rounded at a time."""
+    return _CHUNK // GROUP if groups.device.type == "cpu" else max(1, groups.numel() // GROUP)
 
 
 def _power(exponents: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ def _nearest(size: Tensor) -> Tensor:
 def _codes(groups: Tensor, scales: Tensor) -> Tensor:
     """The nearest four-bit floats to [N, G, 32] over 2^(scales - 127), uint8 below 16."""
     out = groups.new_empty(groups.shape, dtype=torch.uint8).flatten(0, 1)
-    flat, chunk = groups.flatten(0, 1), max(1, _CHUNK // GROUP)
+    flat, chunk = groups.flatten(0, 1), _chunk(groups)
     parts = zip(out.split(chunk), flat.split(chunk), scales.flatten().split(chunk), strict=True)
     for place, part, scale in parts:
         size = _nearest(part.abs() * _power(127 - scale.int()).unsqueeze(1))

@@ -46,8 +46,9 @@ def sparsec(
 
     Options:
         dense: "inductor" (default) or "aten": who runs the dense rest.
-        weights: "model" (default), "int8" or "int4": how the experts' weights are stored on a CPU.
-        activations: "model" (default) or "int8": what quantised weights are multiplied by.
+        weights: how the experts' weights are stored: "model" (default), "int8" or "int4" on a CPU, "fp8" or "mxfp4" on
+            a GPU.
+        activations: "model" (default) or "int8": what int8 and int4 weights are multiplied by.
         free_weights: whether to give back the memory of weights on a CPU once they are packed, so that they are held
             once and not twice. The model's own tensors then hold NaN: it can be run by what was compiled, at any
             sizes, but not eagerly, and not be saved, changed or moved.
@@ -63,8 +64,8 @@ def sparsec(
     config = Config.read(weights=given.pop("weights", None), activations=given.pop("activations", None))
     if given or dense not in ("inductor", "aten") or not isinstance(free, bool):
         raise SparsecError(
-            "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8' or 'int4', "
-            f"'activations': 'model' or 'int8', 'free_weights': False or True}}, was given {dict(options or {})}"
+            "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8', 'int4', 'fp8' or "
+            f"'mxfp4', 'activations': 'model' or 'int8', 'free_weights': False or True}}, was given {dict(options or {})}"
         )
     if is_differentiated(graph_module, example_inputs):
         try:
