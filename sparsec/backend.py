@@ -64,8 +64,9 @@ def sparsec(
     config = Config.read(weights=given.pop("weights", None), activations=given.pop("activations", None))
     if given or dense not in ("inductor", "aten") or not isinstance(free, bool):
         raise SparsecError(
-            "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8', 'int4', 'fp8' or "
-            f"'mxfp4', 'activations': 'model' or 'int8', 'free_weights': False or True}}, was given {dict(options or {})}"
+            "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8', 'int4', 'fp8' "
+            "or 'mxfp4', 'activations': 'model' or 'int8', 'free_weights': False or True}, "
+            f"was given {dict(options or {})}"
         )
     if is_differentiated(graph_module, example_inputs):
         try:
