@@ -30,8 +30,11 @@ MOST_SLOTS = 32
 STEP = 8192
 """Bytes of weights that one step of `rows` loads."""
 
-SLACK = 1.005
-"""How much longer than the fastest a variant may take where it spares another binary."""
+SLACK = (1.005, 1.01, 1.02, 1.04)
+"""How much longer than the fastest a variant may take where it spares another binary: more, until FEW suffice."""
+
+FEW = 6
+"""Binaries of one GEMM: more are not worth compiling and loading for what they gain."""
 
 
 @dataclass(frozen=True)
@@ -220,16 +223,22 @@ class Range:
 
 @cache
 def ranges(gemm: Gemm, on: Chip, orders: Orders) -> tuple[Range, ...]:
-    """The variants by ascending token count: as few as stay within SLACK of the fastest of each bucket.
+    """The variants by ascending token count: as few as stay near the fastest of each bucket.
 
     Args:
         orders: of adding that they may have.
     """
+    tables = (_table(gemm, on, orders, slack) for slack in SLACK)
+    return next((table for table in tables if len(table) <= FEW), _table(gemm, on, orders, SLACK[-1]))
+
+
+def _table(gemm: Gemm, on: Chip, orders: Orders, slack: float) -> tuple[Range, ...]:
+    """`ranges` with every bucket within `slack` of its fastest."""
     near, at = list[dict[Variant, float]](), list[dict[Variant, Candidate]]()
     for tokens in BUCKETS:
         found = of_orders(gemm, tokens, on, orders)
         least = found[0].made.us
-        at.append({c.variant: c for c in found if c.made.us <= least * SLACK})
+        at.append({c.variant: c for c in found if c.made.us <= least * slack})
         near.append({variant: c.made.us / least for variant, c in at[-1].items()})
     spare = partial(_spare, gemm, on)
     return tuple(

@@ -37,6 +37,8 @@ PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles th
 LONG = 256  # bytes of a piece from which longer ones are not faster
 PORT = 64  # bytes that an SM takes from the L2 in a clock
 SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
+WIDENING = 4.5  # instructions by which a packed weight becomes one that is multiplied: read off sm_90's code
+ISSUED = 128  # instructions of threads that an SM issues in a clock
 CACHED = 0.5  # the share of the L2 that data stays in until its next reader
 MOST_PAIRS = 1024  # that a program of `rows` looks through
 
@@ -148,7 +150,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     searches = 1.0 if variant.kernel in ("persistent", "rows") else rounds
     roofs: dict[Limiter, float] = {
         "memory": moved(gemm, variant, tokens, on) / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece),
-        "compute": busiest * done.flops / (rate(gemm, variant, on) / on.sms),
+        "compute": busiest * (done.flops / (rate(gemm, variant, on) / on.sms) + widening(gemm, variant, on)),
         "cache": through * max(done.programs / on.cache_bandwidth, busiest / (PORT * on.clock)) / feed(variant),
         "latency": rounds * waiting + searches * SEARCH,
     }
@@ -185,6 +187,14 @@ def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
     read = 2 * (m * -(-n // 256) + n * -(-m // 64)) / SHARED_READS
     multiply = 2 * m * n / (full / on.sms / on.clock)
     return full * share * min(1.0, multiply / read)
+
+
+def widening(gemm: Gemm, variant: Variant, on: Chip) -> float:
+    """Seconds in which a program of packed weights makes them what tensor cores multiply."""
+    if gemm.packing == "plain":
+        return 0.0
+    weights = variant.block_n * gemm.parts * -(-gemm.inner // variant.block_k) * variant.block_k
+    return weights * WIDENING / (ISSUED * on.clock)
 
 
 def feed(variant: Variant) -> float:
