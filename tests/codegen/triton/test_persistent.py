@@ -81,6 +81,15 @@ def test_maps_say_what_the_binary_wants() -> None:
     assert launch["grid"] == ["min(sms, (t * 8 // 128 + min(129, t * 8)) * 8)", "1"]
 
 
+@pytest.mark.parametrize("columns", [128, 256])
+def test_groups_of_warps_have_their_rows_copied_apart(columns: int) -> None:
+    """Each group waits for the bytes of its 64 rows, and more would run over what lies behind its buffer."""
+    binary, launch = gemm_of(qwen({**TILE, "block_n": columns, "num_warps": 4, "num_stages": 2}, "cuda:sm_90"))
+    assert [arg["box"] for arg in launch["args"] if "map" in arg] == [[64, 64], [1, columns, 64]]
+    expected = re.findall(r"mbarrier\.arrive\.expect_tx\S* _, \[\S+\], (\d+);", binary.assembly)
+    assert {int(size) for size in expected} == {64 * 64 * 2, columns * 64 * 2}
+
+
 @pytest.mark.parametrize("target", ["cuda:sm_80", "hip:gfx942"])
 def test_other_chips_have_no_descriptors(target: str) -> None:
     func = build.gemm_combine(64, 64, 4, 2, torch.float16, variants=({**TILE, "num_warps": 8},), listed=True)

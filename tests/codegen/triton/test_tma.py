@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,9 +33,9 @@ def up(kernel: str, layout: str, dtype: torch.dtype) -> Func:
     return build.gather_gemm(silu, 64, 64, 4, 2, dtype, layout, variants=({**SMALL, "kernel": kernel},))
 
 
-def down(kernel: str) -> Func:
-    variants = ({**SMALL, "kernel": kernel},)
-    return build.gemm_combine(64, 64, 4, 2, torch.bfloat16, True, variants=variants, listed=True)
+def down(kernel: str, **sizes: int) -> Func:
+    variants = ({**SMALL, "kernel": kernel, **sizes},)
+    return build.gemm_combine(64, 128, 4, 2, torch.bfloat16, True, variants=variants, listed=True)
 
 
 class Encoder(Cuda):
@@ -67,18 +68,19 @@ def zeros(type: Tensor) -> torch.Tensor:
     return torch.zeros(sizes, dtype=DTYPES[type.dtype])
 
 
-@pytest.mark.parametrize(
-    "func",
-    [
-        up("tma", "concat", torch.bfloat16),
-        up("swap", "interleaved", torch.float16),
-        down("tiles"),
-        down("persistent"),
-    ],
-    ids=["tma", "swap", "tiles", "persistent"],
-)
-def test_parameters(func: Func) -> None:
-    launches = list(passed(func))
+FUNCS: dict[str, Callable[[], Func]] = {
+    "tma": lambda: up("tma", "concat", torch.bfloat16),
+    "swap": lambda: up("swap", "interleaved", torch.float16),
+    "tiles": lambda: down("tiles"),
+    "persistent": lambda: down("persistent"),
+    "divided": lambda: down("persistent", block_m=128),
+    "deep": lambda: down("persistent", block_k=128, num_warps=8),
+}
+
+
+@pytest.mark.parametrize("name", FUNCS)
+def test_parameters(name: str) -> None:
+    launches = list(passed(FUNCS[name]()))
     assert launches
     for text, values in launches:
         head = text[text.index(".visible .entry") :]
@@ -89,3 +91,18 @@ def test_parameters(func: Func) -> None:
         assert all(bool(array) == (size == 128) for (_, array), size in zip(found, sizes, strict=True))
         # Triton adds two scratch pointers, which the driver passes as null.
         assert sizes == [*map(ctypes.sizeof, values), 8, 8]
+
+
+@pytest.mark.parametrize("name", ["divided", "persistent", "swap", "tma"])
+def test_barriers_count_the_bytes_that_the_engine_copies(name: str) -> None:
+    """What programs wait for is what a map's box holds, copy by copy; else they would hang, or read too early."""
+    made = emit_kernel(FUNCS[name](), "cuda:sm_90")
+    launch = made.variants[0].config["launches"][0]
+    text = made.binaries[launch["file"]].assembly
+    maps = [arg for arg in launch["args"] if "map" in arg]
+    bytes = {len(map["box"]): math.prod(map["box"]) * DTYPES[map["element"]].itemsize for map in maps}
+    assert len(bytes) == len(maps) > 0  # maps of one kernel are told apart by their rank
+    copied = [int(rank) for rank in re.findall(r"cp\.async\.bulk\.tensor\.(\d)d\.shared", text)]
+    awaited = [int(size) for size in re.findall(r"mbarrier\.arrive\.expect_tx\S* _, \[\S+\], (\d+);", text)]
+    assert set(copied) == bytes.keys()
+    assert sum(bytes[rank] for rank in copied) == sum(awaited)
