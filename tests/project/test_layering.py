@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "targets": set(),
     "ir": set(),
-    "dialects": {"ir", "runtime.tiles", "runtime.gradients"},  # the layout of packed banks; references of gradients
+    "dialects": {"ir", "runtime.tiles", "runtime.blocks", "runtime.gradients"},  # layouts, references
     "frontend": {"ir", "dialects"},
     "passes": {"ir", "dialects"},
     "codegen": {"ir", "dialects", "runtime"},  # only the runtime's data modules: see below
