@@ -165,12 +165,3 @@ def test_group(tokens: int, kind: str) -> None:
         got = kernel(build.group(11, 3, variants=variants))([ids])
         assert torch.equal(got[0], wanted[0])
         assert torch.equal(got[1], wanted[1])
-
-
-def test_group_over_many_blocks() -> None:
-    """More blocks than one pass of the scan takes."""
-    ids = torch.randint(0, 2, (19, 1))
-    got = kernel(build.group(2, 1, variants=({"up_to": None, "block_rows": 1},)), CHUNK=8)([ids])
-    wanted = group_reference(ids, 2)
-    assert torch.equal(got[0], wanted[0])
-    assert torch.equal(got[1], wanted[1])
