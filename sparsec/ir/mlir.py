@@ -1,9 +1,14 @@
 """The generic text form, which is MLIR: real MLIR tools read it with unregistered dialects allowed.
 
 What MLIR has no word for is kept so: a symbolic size is `?` with the tensor's encoding naming the symbols
-(`tensor<?x64xf32, ["s0"]>`); a symbol as an attribute is `#sparsec.sym<"s0*2">`, as a type `!sparsec.sym<"s0">`; holes
-and lists of operands are in `operand_segments`; a module path is a named location around the file's; attributes of
-functions and arguments are prefixed `sparsec.`; the user's line is a comment, which other tools drop.
+(`tensor<?x64xf32, ["s0"]>`); a symbol as an attribute is `#sparsec.expr<"s0*2">`, as a type `!sparsec.sym<"s0">`; a
+module path is a named location around the file's; attributes of functions and arguments are prefixed `sparsec.`; the
+user's line is a comment, which other tools drop.
+
+Other tools know no defaults: attributes of our ops are all spelled out, and a region that is left out is empty. How
+many values an optional operand has is in `operandSegmentSizes` (see `sparsec.ir.irdl`); holes and lists of operands of
+other ops are in `operand_segments`. Regions end in `region.yield`, of a dialect that nobody registers: MLIR takes no op
+that IRDL defines for a terminator.
 """
 
 from __future__ import annotations
@@ -14,27 +19,32 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from sparsec.ir.core import Attr, Block, Func, Module, Op
+from sparsec.ir.irdl import Places, places, segment_sizes, segments_of
 from sparsec.ir.loc import Loc
+from sparsec.ir.opdef import OpDef
 from sparsec.ir.printer import Names, format_float, one_line
 from sparsec.ir.types import DType, Sym, SymType, Type
 
 PREFIX = "sparsec."  #: of attributes of modules, functions and arguments, which MLIR wants in a dialect
 SEGMENTS = "operand_segments"
+YIELD, REGION_YIELD = "moe.yield", "region.yield"
+OPERAND_SIZES, RESULT_SIZES = "operandSegmentSizes", "resultSegmentSizes"
 
 
 def print_generic(module: Module) -> str:
     """The module as MLIR, ending in a newline."""
     lines = ['"builtin.module"() ({']
+    open_places = places(module)
     for func in module.funcs.values():
-        _Writer(lines).func(func)
+        _Writer(lines, open_places).func(func)
     attrs = _prefixed(module.attrs)
     lines.append(f"}}) {_dict(attrs)} : () -> () loc(unknown)" if attrs else "}) : () -> () loc(unknown)")
     return "\n".join(lines) + "\n"
 
 
 class _Writer:
-    def __init__(self, lines: list[str]) -> None:
-        self.lines, self.names = lines, Names()
+    def __init__(self, lines: list[str], open_places: Places) -> None:
+        self.lines, self.names, self.open_places = lines, Names(), open_places
 
     def func(self, func: Func) -> None:
         self.lines.append('  "func.func"() ({')
@@ -55,26 +65,45 @@ class _Writer:
 
     def op(self, op: Op, indent: str) -> None:
         first = len(self.lines)
-        text = f'"{op.name}"({", ".join(map(self.names.of, op.operands))})'
-        attrs = {key: _attr(value) for key, value in op.attrs.items()}
-        if op.segments is not None:
-            attrs[SEGMENTS] = _attr(op.segments)
+        name = REGION_YIELD if op.name == YIELD else op.name
+        text = f'"{name}"({", ".join(map(self.names.of, op.operands))})'
+        fields = op.fields() if isinstance(op, OpDef) else None
+        given = op.attrs if fields is None else fields.defaults | op.attrs
+        attrs = {key: _attr(value) for key, value in given.items()} | self.sizes(op)
         signature = _signature([v.type for v in op.operands], [v.type for v in op.results])
         tail = f"{' ' + _dict(attrs) if attrs else ''} : {signature} {_location(op.loc)}"
         self.lines.append("")
-        for i, region in enumerate(op.regions):
-            mark = self.names.enter()
+        left_out = max(0, (0 if fields is None else len(fields.regions)) - len(op.regions))
+        for i, region in enumerate([*op.regions, *[None] * left_out]):
             if i:
                 self.lines.append(f"{indent}}}, {{")
-            self.block(region, indent)
-            self.names.leave(mark)
+            if region is not None:
+                mark = self.names.enter()
+                self.block(region, indent)
+                self.names.leave(mark)
         names = ", ".join(map(self.names.define, op.results))
         head = f"{indent}{names} = {text}" if names else indent + text
-        if op.regions:
+        if op.regions or left_out:
             self.lines[first] = head + " ({"
             self.lines.append(f"{indent}}}){tail}")
         else:
             self.lines[first] = head + tail
+
+    def sizes(self, op: Op) -> dict[str, str]:
+        """How the operands form arguments and the results fields, where their number does not tell."""
+        operands, results = segment_sizes(op, self.open_places)
+        attrs = dict[str, str]()
+        if operands is not None and isinstance(op, OpDef):
+            attrs[OPERAND_SIZES] = _array(operands)
+        if op.segments != (segments_of(type(op), operands) if operands is not None and isinstance(op, OpDef) else None):
+            attrs[SEGMENTS] = _attr(op.segments)
+        if results is not None:
+            attrs[RESULT_SIZES] = _array(results)
+        return attrs
+
+
+def _array(sizes: Iterable[int]) -> str:
+    return f"array<i32: {', '.join(map(str, sizes))}>"
 
 
 def format_type(type: Type) -> str:
@@ -109,7 +138,7 @@ def _attr(attr: Attr) -> str:
                 return format_float(attr)
             return f"0x{struct.pack('>d', attr).hex().upper()} : f64"
         case Sym():
-            return f'#sparsec.sym<"{attr}">'
+            return f'#sparsec.expr<"{attr}">'
         case str():
             return _string(attr)
         case DType():

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, cast
 from lark import Lark, Token
 
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Segments, Value
+from sparsec.ir.equal import attr_key
+from sparsec.ir.irdl import segments_of
 from sparsec.ir.loc import UNKNOWN, Loc, fuse
-from sparsec.ir.mlir import PREFIX, SEGMENTS
+from sparsec.ir.mlir import OPERAND_SIZES, PREFIX, REGION_YIELD, RESULT_SIZES, SEGMENTS, YIELD
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.text import (
     DTYPES,
@@ -123,7 +125,12 @@ class _ToTuples(TextTransformer):
         return _RawOp(None, symbol.update(value='"func.func"'), None, pairs, [_RawRegion(params, ops)], None, None, loc)
 
     def mlir_returns(self, children: list[Any]) -> list[Any]:
-        return [child[1] or _Pairs() for child in children if child is not None]
+        found = list[Any]()
+        for child in filter(None, children):
+            types, attrs = (child, None) if isinstance(child, Token) else child
+            alone = len(_types(str(types))) - 1  # a token holds as many types as stand together
+            found += [*(_Pairs() for _ in range(alone)), attrs or _Pairs()]
+        return found
 
     def mlir_returned(self, children: list[Any]) -> list[Any]:
         return children
@@ -216,15 +223,22 @@ class _Reader:
         position = raw.name.start_pos or 0
         if depth > MAX_DEPTH:
             raise TextError(position, f"regions are nested more than {MAX_DEPTH} deep")
-        name = raw.name[1:-1]
+        name = YIELD if raw.name[1:-1] == REGION_YIELD else raw.name[1:-1]
         cls = op_class(name, position)
         operands = self.operands(raw.operands, scope)
         given = self.types(raw.operand_types)
         if given != tuple(value.type for value in operands):
             raise TextError(position, f"'{name}': the types of its operands differ from the values'")
         attrs = self.attrs(raw.attrs)
-        segments = self.segments(attrs.pop(SEGMENTS, None), len(operands), position)
-        regions = [self.block(region, Scope(scope), depth + 1)[0] for region in raw.regions]
+        sizes, grouped = self.sizes(cls, attrs, len(operands), position), attrs.pop(SEGMENTS, None)
+        segments = sizes if grouped is None else self.segments(grouped, len(operands), position)
+        for key, default in cls.fields().defaults.items():
+            if key in attrs and attr_key(attrs[key]) == attr_key(default):
+                del attrs[key]
+        given_regions = list(raw.regions)
+        while len(given_regions) > cls.fields().required_regions and given_regions[-1] == _RawRegion([], []):
+            given_regions.pop()  # left out
+        regions = [self.block(region, Scope(scope), depth + 1)[0] for region in given_regions]
         op: OpDef = object.__new__(cls)
         Op.__init__(op, name, operands, self.types(raw.result_types), attrs, regions, self.loc(raw.loc), segments)
         self.results(raw, op, scope)
@@ -258,9 +272,22 @@ class _Reader:
             elif count == "1":
                 scope.values[base] = scope.values[f"{base}#0"]
 
-    def segments(self, attr: Attr, count: int, position: int) -> Segments | None:
-        if attr is None:
+    def sizes(self, cls: type[OpDef], attrs: dict[str, Attr], count: int, position: int) -> Segments | None:
+        """Take segment sizes out of the attributes: what they say of `count` operands. Those of results say nothing."""
+        attrs.pop(RESULT_SIZES, None)
+        sizes = attrs.pop(OPERAND_SIZES, None)
+        if sizes is None:
             return None
+        declared = cls.fields().operands
+        closed = sum(kind != "Operands" for kind in declared.values())
+        numbers = [size for size in sizes if type(size) is int] if isinstance(sizes, tuple) else []
+        if sum(numbers) != count or len(numbers) < len(declared) or max(numbers[:closed], default=0) > 1:
+            raise TextError(
+                position, f"`{OPERAND_SIZES}` must say how many of {count} operands each of {len(declared)} has"
+            )
+        return segments_of(cls, numbers)
+
+    def segments(self, attr: Attr, count: int, position: int) -> Segments | None:
         flags: list[Any] = []
         for item in attr if isinstance(attr, tuple) else (None,):
             flags += item if isinstance(item, tuple) else [item]
@@ -345,6 +372,8 @@ def _scalar(token: Token) -> Attr:
             return _symbol(token.partition('"')[2][:-2])
         case "MLIR_COMPLEX":
             return DType.c64
+        case "MLIR_SIZES":
+            return tuple(parse_int(digits) for digits in re.findall(r"\d+", token.partition(":")[2]))
         case "STRING":
             return _unquote(token)
         case _:
