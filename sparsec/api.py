@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +19,10 @@ from sparsec.codegen.emit import Emitted, emit
 from sparsec.config import Config
 from sparsec.diagnostics import Diagnostic, Remark, SparsecError
 from sparsec.frontend.capture import Captured, capture
-from sparsec.inspect.dump import Dump
+from sparsec.inspect.colour import colour
+from sparsec.inspect.cost_text import print_costs
+from sparsec.inspect.costs import roof
+from sparsec.inspect.dump import Dump, diff
 from sparsec.ir.core import Attr, Module
 from sparsec.ir.interp import DerivedWeights
 from sparsec.ir.printer import print_module
@@ -37,16 +40,25 @@ if TYPE_CHECKING:
 
 
 class IRText(str):
-    """The text of a module at one phase; `show()` prints it, and notebooks show it as text."""
+    """The text of a module at one phase, or of a diff; `show()` prints it in colour, and so do notebooks."""
 
     __slots__ = ()
 
     def show(self) -> None:
-        """Print the text."""
-        builtins.print(self)
+        """Print the text, in colour on a terminal."""
+        from rich.console import Console
+
+        Console(highlight=False).print(colour(self), soft_wrap=True)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        console = Console(record=True, file=io.StringIO(), width=10_000, highlight=False)
+        console.print(colour(self), soft_wrap=True)
+        return console.export_html(inline_styles=True, code_format="<pre style='line-height:1.3'>{code}</pre>")
 
 
 class CompiledModel:
@@ -122,6 +134,25 @@ class CompiledModel:
         Raises: SparsecError for a phase that there is not.
         """
         return IRText(self.result.text(phase))
+
+    def diff(self, phase: str) -> IRText:
+        """What `phase` changed, as a unified diff of the texts before and after it.
+
+        Raises: SparsecError for a phase that there is not.
+        """
+        before = self.result.before(phase)
+        return IRText(diff(self.result.text(before), self.result.text(phase), before, phase))
+
+    def costs(self, chip: str, phase: str = "lower", **sizes: int) -> IRText:
+        """The text after `phase` with bytes, flops and the roofline's time on a chip beside every op.
+
+        Args:
+            chip: the name of a GPU target (`cuda:sm_90`), or limits as `37GB/s,6.7TFLOP/s`.
+            sizes: values of sizes that are known only at run time: `s0=1, s1=512`; others are taken as 128.
+
+        Raises: SparsecError for a chip, a phase or a size that there is not.
+        """
+        return IRText(print_costs(self.result.ir(phase), sizes, roof(chip)))
 
     def info(self) -> ModelInfo:
         """Layers, experts, total and active parameters, bytes per token; read from the captured ops."""

@@ -62,6 +62,8 @@ def cli() -> None:
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
 @click.option("--dump", type=click.Path(path_type=Path), help="Folder for the IR after every pass, diffs, remarks.")
+@click.option("--cost", metavar="CHIP", help="Print costs beside the ops: for cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
+@click.option("--size", "sizes", multiple=True, metavar="s0=4", help="With --cost: a size that is known at run time.")
 @click.option("--json", "as_json", is_flag=True, help="Say what was done as JSON.")
 def compile_command(**options: Any) -> None:
     """Compile MODEL into an artifact, or with --to PHASE into the text of that phase."""
@@ -145,12 +147,30 @@ def tune_command(**options: Any) -> None:
 @click.option("--target", help="What the passes plan for; default: what the text says, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("-"))
 @click.option("--generic", is_flag=True, help="Print MLIR's generic form.")
+@click.option("--cost", metavar="CHIP", help="Print costs beside the ops: for cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
+@click.option("--size", "sizes", multiple=True, metavar="s0=4", help="With --cost: a size that is known at run time.")
 @click.option("--list", "list_passes", is_flag=True, help="List the passes and their options.")
 def opt_command(**options: Any) -> None:
     """Run passes over the text of a module: IR in, IR out (`-` is standard input or output)."""
     from sparsec.commands import opt_text
 
     opt_text.run(**options)
+
+
+@cli.command("diff")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--phase", type=click.Choice(PHASES[:-1]), help="Of dumps: compare the modules after this phase.")
+@click.option("--json", "as_json", is_flag=True)
+def diff_command(**options: Any) -> None:
+    """Say what differs between two modules, op by op: texts, artifacts, or runs of a dump. Exit status 1 if they do.
+
+    Renumbered values, locations and spelled-out defaults are no difference.
+    """
+    from sparsec.commands import diff_modules
+
+    if diff_modules.run(**options):
+        sys.exit(1)
 
 
 @cli.command("targets")

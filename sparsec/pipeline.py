@@ -80,6 +80,12 @@ class Result:
             raise SparsecError(f"phase '{phase}' did not run (there are: {', '.join(self.phases)})")
         return self.phases[phase]
 
+    def before(self, phase: str) -> str:
+        """The phase in front of one that ran, itself for the first. Raises: SparsecError as of `ir`."""
+        self.ir(phase)
+        names = list(self.phases)
+        return names[max(0, names.index(phase) - 1)]
+
     def text(self, phase: str) -> str:
         """The text of the module after a phase."""
         return print_module(self.ir(phase))

@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparsec.console import Watch, bytes_bar, errors_table, out, passes_table, p
 from sparsec.diagnostics import CompileError, Remark, SparsecError
 from sparsec.frontend.capture import capture
 from sparsec.frontend.models import LoadedModel, describe_absence, load_model
+from sparsec.inspect.cost_text import text_of
 from sparsec.inspect.dump import Dump, write_atomic
 from sparsec.inspect.quantised import LayerError, layer_errors, summarise
 from sparsec.ir.core import Module
@@ -44,6 +46,8 @@ def run(
     max_length: int | None,
     no_cache: bool,
     dump: Path | None,
+    cost: str | None,
+    sizes: Sequence[str],
     as_json: bool,
 ) -> None:
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
@@ -52,11 +56,14 @@ def run(
     target, dump = config.target, config.dump
     Target.parse(target)
     if to == "emit":
+        if cost:
+            raise SparsecError("--cost goes with a text: stop at a phase with --to")
         checked_place(output)
     if (Path(model) / "manifest.json").is_file():
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
     if model.endswith(".sparsec"):
-        _from_text(Path(model), output, target, to, start, (stored, activations), held, dump, as_json)
+        text = partial(text_of, cost=cost, given=sizes)
+        _from_text(Path(model), output, target, to, start, (stored, activations), held, dump, text, as_json)
         return
     if start or held:
         raise SparsecError("--from and --weights ARTIFACT go with the text of a module (FILE.sparsec)")
@@ -75,7 +82,7 @@ def run(
             module = api.stored_as(config, _captured(loaded, max_length, no_cache))
             instruments = [Watch(status), *([Dump(dump, loaded.name)] if dump else [])]
             result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
-            _write_text(output, result.module)
+            _write_text(output, text_of(result.module, cost, sizes))
             print_remarks(result.remarks)
             return
         compiled = _compiled(loaded, config, max_length, no_cache, Watch(status))
@@ -137,6 +144,7 @@ def _from_text(
     stored: tuple[str | None, str | None],
     weights: Path | None,
     dump: Path | None,
+    text: Callable[[Module], str],
     as_json: bool,
 ) -> None:
     began = time.perf_counter()
@@ -158,7 +166,7 @@ def _from_text(
         result = pipeline.run(module, target=target, start=start, to=last, instruments=instruments)
     print_remarks(result.remarks)
     if weights is None:
-        _write_text(output, result.module)
+        _write_text(output, text(result.module))
         return
     emitted = api.emit_module(result.module, target)
     compile_seconds = time.perf_counter() - began
@@ -180,12 +188,12 @@ def _from_text(
     _report(path, result, remarks, seconds, errors, as_json)
 
 
-def _write_text(output: Path, module: Module) -> None:
-    """Write the text of a module; `-` is standard output."""
+def _write_text(output: Path, text: str) -> None:
+    """Write a text; `-` is standard output."""
     if str(output) == "-":
-        sys.stdout.write(print_module(module))
+        sys.stdout.write(text)
     else:
-        write_atomic(output, print_module(module))
+        write_atomic(output, text)
 
 
 def _report(

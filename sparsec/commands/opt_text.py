@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from sparsec import pipeline
 from sparsec.console import out, print_remarks
+from sparsec.inspect.cost_text import text_of
 from sparsec.inspect.dump import write_atomic
 from sparsec.ir.mlir import print_generic
 from sparsec.ir.parser import parse_module
-from sparsec.ir.printer import print_module
 from sparsec.passes.base import PASSES, options
 from sparsec.targets import Target
 
 
 def run(
-    source: Path | None, passes: str | None, target: str | None, output: Path, generic: bool, list_passes: bool
+    source: Path | None,
+    passes: str | None,
+    target: str | None,
+    output: Path,
+    generic: bool,
+    cost: str | None,
+    sizes: Sequence[str],
+    list_passes: bool,
 ) -> None:
     """Run passes over a text. Raises: CompileError, click.UsageError."""
     if list_passes:
@@ -33,14 +41,16 @@ def run(
     module = parse_module(text, "<stdin>" if str(source) == "-" else str(source))
     header = pipeline.reproducer_header(text)
     if passes is None:
-        if header is None:
+        if header is None and cost is None:
             raise click.UsageError("name the passes with --passes: the text is no crash reproducer that says its own")
-        passes = header[0]
+        passes = header[0] if header else ""
     planned_for = target or (header[1] if header else str(module.attrs.get("target", "cpu")))
     Target.parse(planned_for)
     result = pipeline.run_passes(module, passes, target=planned_for)
     print_remarks(result.remarks)
-    written = print_generic(result.module) if generic else print_module(result.module)
+    if generic and cost:
+        raise click.UsageError("--generic has no place for costs")
+    written = print_generic(result.module) if generic else text_of(result.module, cost, sizes)
     if str(output) == "-":
         sys.stdout.write(written)
     else:

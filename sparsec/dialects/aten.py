@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from sparsec.dialects.dtypes import to_torch
-from sparsec.ir.core import Argument, Attr
+from sparsec.ir.core import Argument, Attr, Value
 from sparsec.ir.opdef import FALLBACK_NAMES, FALLBACKS, Cost, Env, OpDef
 from sparsec.ir.types import DType, Sym, TensorType, evaluate, product
 
@@ -127,15 +127,25 @@ class AtenOp(OpDef):
             yield f"has {len(self.results)} results, the operator returns {expected}"
 
     def cost(self, env: Mapping[str, int]) -> Cost | None:
-        moved = 0
-        for value in (*dict.fromkeys(self.operands), *self.results):
-            if isinstance(value.type, TensorType):
-                moved += evaluate(product(value.type.shape), env) * value.type.dtype.itemsize
+        returns = self.target._schema.returns
+        if returns and returns[0].alias_info is not None:
+            return Cost(0, 0)  # a view
+        kind = self.name.split(".")[1]
+        results = sum(_bytes(value, env) for value in self.results)
+        operands = dict.fromkeys(self.operands)
+        if kind in _LOOKUPS:  # reads as many elements of the table as it returns
+            table = self.operands[_LOOKUPS[kind]]
+            return Cost(2 * results + sum(_bytes(value, env) for value in operands if value is not table), 0)
+        moved = results + sum(_bytes(value, env) for value in operands)
         out = self.results[0].type if self.results else None
         if not isinstance(out, TensorType):
             return Cost(moved, 0)
         size = evaluate(product(out.shape), env)
-        contracted = {"linear": 0, "mm": 0, "addmm": 1, "bmm": 0, "matmul": 0}.get(self.name.split(".")[1])
+        if kind == "scaled_dot_product_attention":
+            queries, keys = (self.operands[i].tensor for i in range(2))
+            pairs = evaluate(product(queries.shape), env) + size  # once along each head's size, in and out
+            return Cost(moved, 2 * pairs * evaluate(keys.shape[-2], env))
+        contracted = {"linear": 0, "mm": 0, "addmm": 1, "bmm": 0, "matmul": 0}.get(kind)
         if contracted is None:
             return Cost(moved, size)
         return Cost(moved, 2 * size * evaluate(self.operands[contracted].tensor.shape[-1], env))
@@ -154,6 +164,14 @@ class AtenOp(OpDef):
         if in_order:
             return self.target(*[value for _, value in positional], **keywords)
         return self.target(**dict(positional), **keywords)
+
+
+_LOOKUPS = {"embedding": 0, "index_select": 0, "gather": 0, "index": 0}  # where their table stands among the operands
+
+
+def _bytes(value: Value, env: Mapping[str, int]) -> int:
+    type = value.type
+    return evaluate(product(type.shape), env) * type.dtype.itemsize if isinstance(type, TensorType) else 0
 
 
 _SCALARS: dict[str, tuple[type, ...]] = {  # schema type -> what an attribute of it may be
