@@ -76,10 +76,12 @@ def chosen(plan: Plan, tokens: int) -> str:
 
 
 def _key(made: Any) -> str:
-    """The layer's IR, the compiler's source, and the versions of what it rests on."""
+    """The layer's IR without the user's lines, the compiler's source, and Triton's version."""
     import triton
 
-    found = hashlib.sha256(f"{made.ir()} {triton.__version__} {torch.__version__.partition('+')[0]}".encode())
+    from sparsec.ir.equal import module_key
+
+    found = hashlib.sha256(f"{module_key(made.result.module)} {triton.__version__}".encode())
     for part in CODE:
         for path in sorted((ROOT / part).rglob("*.py")):
             found.update(path.read_bytes())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.gpu import ahead, variants
 from benchmarks.gpu.__main__ import REHEARSED, main, measured
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cells import MODES, TOKENS, Cell, Roof, Work, cells, in_turn, work
@@ -21,6 +23,10 @@ from benchmarks.gpu.report import END, NOTHING, START, put_into, render, summary
 from benchmarks.gpu.run import Run, Settings
 from benchmarks.gpu.worker import Desk
 from benchmarks.shapes import GPU_SHAPES, SHAPES, Shape, bank, cases, reference
+from sparsec.codegen.emit import Emitted
+from sparsec.ir.core import Module
+from sparsec.runtime.plan import Kernel, Plan, Variant
+from tests.codegen.triton import build as build_kernel
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
@@ -373,3 +379,54 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main([])
     assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_variants_of_every_family_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried, in which order, and what is told of it; nothing is compiled or run."""
+    shape = Shape.parse("16x512x256x4")
+    silu = lambda a, b: torch.nn.functional.silu(a) * b  # noqa: E731
+    funcs = {
+        "moe.gather_gemm": build_kernel.gather_gemm(silu, 512, 256, 16, 4, torch.bfloat16),
+        "moe.gemm_combine": build_kernel.gemm_combine(512, 256, 16, 4, torch.bfloat16, listed=True),
+    }
+    monkeypatch.setattr(variants, "kernels", lambda shape, target: funcs)
+    families = ["tiles", "tma", "swap", "persistent", "rows"]
+    built = list[variants.Job]()
+
+    def build(jobs: Sequence[variants.Job]) -> Iterator[Any]:
+        built.extend(jobs)
+        return iter(["no registers left" if job.variant.kernel == "swap" else object() for job in jobs])
+
+    def compare(job: variants.Job, made: Any) -> dict[str, Any]:
+        return {"failed": "wrong"} if job.variant.kernel == "tma" else {"us": 10.0, "error": 0.001}
+
+    rows = list(variants.measure([shape], [4096], "cuda:sm_90", 1, build, compare, lambda: True))
+    assert len(rows) == len(built) >= 8
+    first = [job.variant.kernel for job in built if (job.op, job.tokens) == ("moe.gemm_combine", 4096)]
+    assert first[0] == "tiles" and set(first) <= {*families, "gathered"}
+    warps = {job.variant.num_warps for job in built if job.variant.kernel == "persistent"}
+    assert warps == {4, 8}  # both forms, whichever the schedule takes
+    told = {row["variant"]["kernel"]: row.get("failed") for row in rows}
+    assert told["swap"] == "no registers left" and told["tma"] == "wrong" and told["tiles"] is None
+    text = variants.render({"machine": {"chip": "H", "packages": {}}, "date": "today", "rows": rows})
+    assert "| no registers left |" in text and "## Measured over predicted" in text
+    late = variants.measure([shape], [1], "cuda:sm_90", 1, build, compare, lambda: False)
+    assert {row["failed"] for row in late} == {"the time was up"}
+
+
+def test_kernels_that_were_compiled_before_are_found(tmp_path: Path) -> None:
+    choice = {"kernel": "swap", "block_m": 16, "block_n": 64, "block_k": 128}
+    kernel = Kernel("up", "moe.gather_gemm", "triton", (), (), "t", {}, {}, [
+        Variant(64, {"choice": choice}), Variant(None, {"choice": choice | {"kernel": "tma", "block_m": 128}}),
+    ])  # fmt: skip
+    emitted = Emitted(Plan([], [], [], {"up": kernel}, {}, {}), {"kernels/up.cubin": b"code"})
+    made = SimpleNamespace(target=SimpleNamespace(kind="cuda"), emitted=emitted)
+    made.result = SimpleNamespace(module=Module([], {"phase": "lower"}))
+    assert ahead.emitted(made, tmp_path) == (emitted.plan, emitted.files)
+    made.emitted = None  # it is not compiled again
+    plan, files = ahead.emitted(made, tmp_path)
+    assert (plan, files) == (emitted.plan, emitted.files)
+    assert [ahead.chosen(plan, tokens) for tokens in (64, 65)] == ["swap 16x64x128", "tma 128x64x128"]
+    made.result.module.attrs["phase"] = "other"  # another program
+    with pytest.raises(AttributeError):
+        ahead.emitted(made, tmp_path)
