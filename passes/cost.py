@@ -15,7 +15,7 @@ from sparsec.passes.chips import Chip
 from sparsec.passes.roofline import Prediction, predict
 from sparsec.passes.variants import DIVIDED, Family, Gemm, Variant
 
-FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "rows")
+FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "gathered", "rows")
 """The families of kernels that there are, as of `codegen/triton/families.py`."""
 
 BUCKETS = tuple(1 << i for i in range(16))
@@ -54,7 +54,9 @@ def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
     if kernel == "persistent":
         if gemm.half == "up":
             return "rows that are gathered do not come by the copy engine"
-        return _engine(gemm, on) or ("" if gemm.listed else "it reads its tiles from a list, which the op lacks")
+        return _engine(gemm, on) or _list(gemm)
+    if kernel == "gathered":
+        return "rows lie in order already" if gemm.half == "down" else _engine(gemm, on) or _list(gemm)
     if kernel == "rows":
         if gemm.packing != "plain":
             return f"it does not read weights packed as {gemm.packing}"
@@ -62,6 +64,10 @@ def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
             return "it adds up columns, and the tail takes whole rows"
         return "" if gemm.k <= MOST_SLOTS else f"it keeps {MOST_SLOTS} experts of a token side by side"
     return ""
+
+
+def _list(gemm: Gemm) -> str:
+    return "" if gemm.listed else "it reads its tiles from a list, which the op lacks"
 
 
 def _engine(gemm: Gemm, on: Chip) -> str:
@@ -110,6 +116,11 @@ def _persistent(gemm: Gemm, on: Chip) -> Iterator[Variant]:
         yield Variant("persistent", 128, n, 64, warps, deep)
 
 
+def _gathered(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    for n, deep in product((64, 128, 256), (3, 4)):
+        yield Variant("gathered", 128, n, 64, 8, deep)
+
+
 def _rows(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     """Steps of 8 KB, of which three are on their way: several programs then share an SM, and no load waits alone."""
     size, beside = gemm.dtype.itemsize, gemm.parts if gemm.half == "up" else gemm.slots
@@ -131,6 +142,7 @@ TRIED: Mapping[Family, Callable[[Gemm, Chip], Iterator[Variant]]] = {
     "tma": _tma,
     "swap": _swap,
     "persistent": _persistent,
+    "gathered": _gathered,
     "rows": _rows,
 }
 
@@ -150,7 +162,7 @@ def ranked(gemm: Gemm, tokens: int, on: Chip) -> tuple[Candidate, ...]:
 
 def _worth(variant: Variant, made: Prediction, on: Chip) -> bool:
     """Whether a variant is tried: programs that stay have to have tiles to go over. That they gain is not measured."""
-    return variant.kernel != "persistent" or made.work.programs >= TILES_EACH * on.sms
+    return not variant.stays or made.work.programs >= TILES_EACH * on.sms
 
 
 def best(gemm: Gemm, tokens: int, on: Chip) -> Candidate:

@@ -117,14 +117,18 @@ def _decode(gemm: Gemm, variant: Variant, tokens: int, steps: int, columns: int)
 def moved(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
     """Bytes that pass between memory and the chip in the GEMM itself: what the L2 cannot hold is read again."""
     hit, pairs, size = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, gemm.dtype.itemsize
-    rows = pairs
-    if gemm.half == "up" and tokens * gemm.inner * size < on.cache * CACHED:
-        rows = min(tokens, pairs)
+    rows = _gathered(gemm, tokens, on) if gemm.half == "up" and variant.kernel != "gathered" else pairs
     results = (tokens if variant.kernel == "rows" and gemm.half == "down" else pairs) * gemm.columns
     turns = 1.0
     if variant.kernel != "rows" and gemm.weights > on.cache * CACHED:
         turns = max(1.0, pairs / hit / (variant.block_m * GROUP_M))
     return hit * gemm.weights * turns + rows * gemm.inner * size + results * gemm.dtype.itemsize
+
+
+def _gathered(gemm: Gemm, tokens: int, on: Chip) -> int:
+    """Rows of x that memory is read for: each once where the L2 holds all of them."""
+    held = tokens * gemm.inner * gemm.dtype.itemsize < on.cache * CACHED
+    return min(tokens, tokens * gemm.k) if held else tokens * gemm.k
 
 
 GROUP_M = 8
@@ -147,7 +151,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     piece = min(LONG, (variant.block_n if gemm.transposed else variant.block_k) * gemm.weight_size)
     waiting = done.steps * LATENCY / (variant.num_stages - 1)
     rounds = max(1.0, busiest / resident)
-    searches = 1.0 if variant.kernel in ("persistent", "rows") else rounds
+    searches = 1.0 if variant.stays or variant.kernel == "rows" else rounds
     roofs: dict[Limiter, float] = {
         "memory": moved(gemm, variant, tokens, on) / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece),
         "compute": busiest * (done.flops / (rate(gemm, variant, on) / on.sms) + widening(gemm, variant, on)),
@@ -156,14 +160,17 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     }
     limiter = max(roofs, key=lambda roof: roofs[roof])
     hidden = sum(roofs.values()) - roofs[limiter]
-    seconds = roofs[limiter] + SHOWS * hidden + LAUNCH + after(gemm, variant, tokens, on)
+    seconds = roofs[limiter] + SHOWS * hidden + LAUNCH + beside(gemm, variant, tokens, on)
     rows = done.programs * variant.block_m / (-(-gemm.columns // variant.block_n) * variant.split)
     waste = 0.0 if variant.kernel == "rows" and gemm.half == "down" else rows / pairs - 1
     return Prediction(seconds * 1e6, limiter, {k: v * 1e6 for k, v in roofs.items()}, waste, hit, done, resident)
 
 
-def after(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
-    """Seconds of what follows the GEMM: the k rows of each token are read and added."""
+def beside(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
+    """Seconds of what goes before the GEMM, rows brought into order, or follows it: the k rows of each token added."""
+    if variant.kernel == "gathered":
+        copied = _gathered(gemm, tokens, on) + tokens * gemm.k
+        return LAUNCH + copied * gemm.inner * gemm.dtype.itemsize / (on.bandwidth * BANDWIDTH_SHARE)
     if not gemm.launches or (variant.kernel == "rows" and variant.split == 1):
         return 0.0
     partial = tokens * gemm.k * gemm.columns * gemm.dtype.itemsize
@@ -201,4 +208,4 @@ def feed(variant: Variant) -> float:
     """The share of their rates that L2 and tensor cores reach, by how operands come to shared memory."""
     if variant.kernel in ("tiles", "rows"):
         return POINTERS
-    return 1.0 if variant.kernel == "persistent" else GATHERED
+    return 1.0 if variant.stays else GATHERED

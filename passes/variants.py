@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
 
-Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "rows"]
+Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "gathered", "rows"]
 """The families of kernels, as of `codegen/triton/families.py`."""
 
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
@@ -88,6 +88,11 @@ class Variant:
         return as_text(vars(self))
 
     @property
+    def stays(self) -> bool:
+        """Whether its programs go over many tiles, all of whose operands come by the copy engine."""
+        return self.kernel in ("persistent", "gathered")
+
+    @property
     def first(self) -> int:
         """Rows of the tensor cores' first operand: the weights' columns in `swap`."""
         return self.block_n if self.kernel == "swap" else self.block_m
@@ -113,7 +118,7 @@ class Variant:
             return (self.num_stages - 1) * self.products(gemm) * gemm.dtype.itemsize + 4096
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
         spare = 256 if self.kernel != "tiles" or self.direct(gemm, on) else 0
-        if self.kernel == "persistent":
+        if self.stays:
             spare += self.block_m * min(128, self.block_n) * gemm.dtype.itemsize  # results on their way out
         return stages * self.step(gemm) + spare
 
@@ -128,12 +133,12 @@ class Variant:
         if self.kernel == "rows":
             base = ROW_REGISTERS if gemm.half == "up" else 2 * ROW_REGISTERS
             return base + 1.2 * self.block_m * self.products(gemm) / threads
-        if self.kernel == "persistent":
+        if self.stays:
             threads = 256  # two groups of warps share the products
         sums = self.block_m * self.block_n * gemm.parts / threads
         stored = self.block_m * self.block_n * gemm.dtype.itemsize / 8 / threads
         pointed = self.block_n * gemm.parts * gemm.weight_size if self.kernel == "tiles" else 0
-        pointed += 0 if self.kernel == "persistent" else self.block_m * gemm.dtype.itemsize
+        pointed += 0 if self.stays else self.block_m * gemm.dtype.itemsize
         loaded = pointed * self.block_k / 8 / threads
         if on.lanes == 64:  # loads go through registers
             loaded += self.step(gemm) / 4 / threads

@@ -120,7 +120,7 @@ def _choice(gemm: Gemm, on: Chip, same: Invariance, table: Sequence[Range], toke
 
 def _absence(family: Family) -> str:
     match family:
-        case "persistent":
+        case "persistent" | "gathered":
             return "too few tiles for programs that stay"
         case "rows":
             return "more pairs than a program looks through"

@@ -25,7 +25,7 @@ from sparsec.passes.cost import (
     ranges,
     ranked,
 )
-from sparsec.passes.roofline import Prediction, after, predict
+from sparsec.passes.roofline import Prediction, beside, predict
 from sparsec.passes.variants import Gemm, Variant
 from tests.passes.published import DEEPSEEK_V3, GPT_OSS, LAYERS, MIXTRAL, OLMOE, QWEN3, SGLANG, SONIC, Shape
 
@@ -48,7 +48,7 @@ def test_layers_take_what_was_measured(shape: Shape, tokens: int, us: float) -> 
 @pytest.mark.parametrize("half", ["up", "down"])
 def test_gemms_take_what_was_measured(half: str) -> None:
     gemm, tokens = QWEN3.layer()[half == "down"], int(SGLANG["tokens"])
-    predicted = by_pointers(gemm, tokens).us - 1e6 * after(gemm, best(gemm, tokens, H100).variant, tokens, H100)
+    predicted = by_pointers(gemm, tokens).us - 1e6 * beside(gemm, best(gemm, tokens, H100).variant, tokens, H100)
     assert 0.85 < predicted / SGLANG[half] < 1.15
 
 
