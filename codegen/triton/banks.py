@@ -6,7 +6,7 @@ A kernel names its products by a stem: with `gate` go the pointers `gate_at` and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from sparsec.codegen.triton.gemm import GroupedGemm, masked
@@ -44,7 +44,8 @@ class Bank(Protocol):
 
 def bank_of(gemm: GroupedGemm) -> Bank:
     """The writer for a GEMM's bank."""
-    return {"plain": Plain, "fp8": Fp8, "mxfp4": MxFp4}[gemm.packing](gemm)
+    kinds: Mapping[str, Callable[[GroupedGemm], Bank]] = {"plain": Plain, "fp8": Fp8, "mxfp4": MxFp4}
+    return kinds[gemm.packing](gemm)
 
 
 def scale_parameters(gemm: GroupedGemm, wiring: Wiring) -> list[Parameter]:

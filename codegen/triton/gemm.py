@@ -41,10 +41,12 @@ class GroupedGemm:
 
     def __init__(self, func: Func, op: GatherGemm | GemmCombine, family: str | None = None) -> None:
         self.func, self.op = func, op
-        up = isinstance(op, GatherGemm)
-        self.a, self.bank, self.bias = (op.x, op.up, op.up_bias) if up else (op.h, op.down, op.down_bias)
-        self.packing, self.scale = op.packing, op.up_scale if up else op.down_scale
-        self.transposed = op.up_transposed if up else op.down_transposed
+        self.a, self.bank, self.bias, self.scale, self.transposed, columns = (
+            (op.x, op.up, op.up_bias, op.up_scale, op.up_transposed, op.width)
+            if isinstance(op, GatherGemm)
+            else (op.h, op.down, op.down_bias, op.down_scale, op.down_transposed, op.y.tensor.shape[-1])
+        )
+        self.packing = op.packing
         plain = [self.bank] if self.packing == "plain" else []
         for value in (self.a, *plain, *([self.bias] if self.bias is not None else [])):
             if value.tensor.dtype not in FLOATS:
@@ -53,7 +55,7 @@ class GroupedGemm:
             dtypes = f"%{self.a.name} is {self.a.tensor.dtype}, %{self.bank.name} {self.bank.tensor.dtype}"
             raise unsupported(op, f"{dtypes}: they must agree")
         self.inner = self.known(self.a.tensor.shape[-1])
-        self.columns = op.width if up else self.known(op.y.tensor.shape[-1])
+        self.columns = self.known(columns)
         self.experts, self.k = op.num_experts, op.k
         given = cast("Sequence[Mapping[str, Any]]", op.variants or func.attrs.get("variants") or DEFAULTS)
         self.variants = [variant for variant in given if family is None or family_of(variant) == family]

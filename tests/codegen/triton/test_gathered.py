@@ -48,7 +48,12 @@ def test_both_groups_of_warps_store_their_own_rows(monkeypatch: pytest.MonkeyPat
     """Triton's own IR: the rows of each group begin at 0 or 64 of the tile, and nothing moves them on once more."""
     triton: Any = pytest.importorskip("triton")
     compiled, compile = list[Any](), triton.compile
-    monkeypatch.setattr(triton, "compile", lambda *a, **k: compiled.append(compile(*a, **k)) or compiled[-1])
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        compiled.append(compile(*args, **kwargs))
+        return compiled[-1]
+
+    monkeypatch.setattr(triton, "compile", recorded)
     gemm_of("cuda:sm_90", {**TILE, "num_warps": 4, "num_stages": 2}, "interleaved", False)
     (text,) = [made.asm["ttgir"] for made in compiled if "warp_specialize" in made.asm["ttgir"]]
     fetching, *groups = re.split(r"\n    partition\d\(", text)
