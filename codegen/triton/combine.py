@@ -133,8 +133,12 @@ class Down:
 
     def _fetch(self, bank: str) -> list[str]:
         """Ask for FETCHED lines of each column of the weights while GEMM1 still runs, which does not write them."""
-        if self.op.packing != "plain":
-            return []
+        if self.op.packing == "mxfp4":  # [E, KB, H, 64]: a line holds a block of two columns
+            blocks = -(-self.gemm.inner // 128)
+            ahead = f"tl.arange(0, {below(min(2 * FETCHED, blocks))})[None, :] * (H * 64)"
+            expert = f"{bank} + tl.minimum(expert, E - 1).to(tl.int64) * ({blocks} * H * 64)"
+            columns = "tl.minimum(first + tl.arange(0, BLOCK_N // 2) * 2, H - 1)[:, None] * 64"
+            return [f"if tl.program_id(0) < {FIRST}:", f"    fetch({expert} + {columns} + {ahead}, PDL)"]
         line, inner = LINE // self.gemm.bank.tensor.dtype.itemsize, self.gemm.inner
         expert = f"{bank} + tl.minimum(expert, E - 1).to(tl.int64) * (H * I)"
         if self.op.down_transposed:

@@ -45,6 +45,7 @@ def test_every_target(packing: str, target: str) -> None:
             assert launch["constants"]["PTX"] == target.startswith("cuda")
             if target == "cuda:sm_90":
                 assert ("wgmma.mma_async" in binary.assembly) == (launch["constants"]["BLOCK_M"] >= 64)
+                assert ("prefetch.global.L2" in binary.assembly) == binary.symbol.startswith("gemm_combine")
 
 
 @pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
