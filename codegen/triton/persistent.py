@@ -80,14 +80,14 @@ class Persistent:
         for parameter in self.down.parameters:
             match parameter.name:
                 case "h":
-                    shape = [f"t * {gemm.k}", inner]
-                    given.append(tensor_map("h", dtype, parameter.argument, shape, [inner, 1], [m, k]))
+                    size: list[int | str] = [f"t * {gemm.k}", inner]
+                    given.append(tensor_map("h", dtype, parameter.argument, size, [inner, 1], [m, k]))
                 case "down":
-                    shape, block = [experts, columns, inner], [1, n, k]
+                    rows, row, block = columns, inner, [1, n, k]
                     if self.op.down_transposed:
-                        shape, block = [experts, inner, columns], [1, k, n]
-                    strides = [columns * inner, shape[2], 1]
-                    given.append(tensor_map("down", dtype, parameter.argument, shape, strides, block))
+                        rows, row, block = inner, columns, [1, k, n]
+                    strides = [rows * row, row, 1]
+                    given.append(tensor_map("down", dtype, parameter.argument, [experts, rows, row], strides, block))
                 case _:
                     given.append(parameter)
         return given
