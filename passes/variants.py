@@ -13,7 +13,7 @@ Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "gathered", "r
 """The families of kernels, as of `codegen/triton/families.py`."""
 
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
-HELD = 0.4  # of a step's operands: how much is in registers at a time
+HELD = 0.4  # of a step's operands: how much is in registers at a time where instructions are of 32 lanes
 DIVIDED = 4  # warps of a persistent program whose work Triton divides into fetching and multiplying
 WEIGHT_SIZES = {"fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}  # bytes, with a share of the scales
 
@@ -141,7 +141,7 @@ class Variant:
         pointed += 0 if self.stays else self.block_m * gemm.dtype.itemsize
         loaded = pointed * self.block_k / 8 / threads
         if on.lanes == 64:  # loads go through registers
-            loaded += self.step(gemm) / 4 / threads
+            loaded += (self.num_stages - 1) * self.step(gemm) / 4 / threads
         held = 0 if self.direct(gemm, on) else self._held(gemm, threads, on)
         return ROW_REGISTERS + sums + stored + loaded + held
 
@@ -150,4 +150,4 @@ class Variant:
         warps_m = min(threads // on.lanes, max(1, self.block_m // 32))
         warps_n = threads // on.lanes // warps_m
         operands = self.block_m * warps_n + self.block_n * gemm.parts * warps_m
-        return HELD * operands * self.block_k * gemm.dtype.itemsize / 4 / threads
+        return (HELD if on.lanes == 32 else 1.0) * operands * self.block_k * gemm.dtype.itemsize / 4 / threads
