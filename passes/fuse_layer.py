@@ -33,6 +33,8 @@ class FuseLayer(Pass):
             assert isinstance(op, Experts)
             route = op.ids.op
             if not isinstance(route, Route) or op.ids is not route.ids or op.weights is not route.weights:
+                source = f"from {route.name}" if route is not None else "as arguments"
+                ctx.missed(op, why=f"the experts' ids and weights come {source}, not both from one router")
                 return False
             if op.x.tensor.shape[0] != route.logits.tensor.shape[0]:
                 ctx.missed(op, why=f"the router has {route.logits.type} for rows, the experts {op.x.type}")

@@ -173,6 +173,26 @@ def diff_command(**options: Any) -> None:
         sys.exit(1)
 
 
+@cli.command("explain")
+@click.argument("model")
+@target_option
+@click.option("--layer", default="", help="Only these: model.layers.3, or a pattern: model.layers.*.mlp.")
+@click.option("--file", default="", help="Only what comes from this file of yours: modeling.py, or modeling.py:104.")
+@click.option("--pass", "rule", default="", help="Only what this pass or rule did or declined.")
+@click.option("--missed", is_flag=True, help="Only what was declined.")
+@click.option("--cost", metavar="CHIP", help="Whose times gains are: cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
+@click.option("--size", "sizes", multiple=True, metavar="s0=4", help="For gains: a size that is known at run time.")
+@click.option("--json", "as_json", is_flag=True)
+def explain_command(**options: Any) -> None:
+    """Say what was fused in MODEL, by which rule, what was not, why, what to try, and what that may be worth.
+
+    MODEL may also be a run of a dump, or a text.
+    """
+    from sparsec.commands import explain_model
+
+    explain_model.run(**options)
+
+
 @cli.command("targets")
 @click.option("--json", "as_json", is_flag=True)
 def targets_command(as_json: bool) -> None:

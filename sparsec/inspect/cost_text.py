@@ -28,10 +28,11 @@ def text_of(module: Module, cost: str | None, given: Sequence[str]) -> str:
         if given:
             raise SparsecError("--size goes with --cost CHIP")
         return print_module(module)
-    return print_costs(module, dict(map(_size, given)), roof(cost))
+    return print_costs(module, dict(map(size_of, given)), roof(cost))
 
 
-def _size(text: str) -> tuple[str, int]:
+def size_of(text: str) -> tuple[str, int]:
+    """A size as the command line gives it. Raises: SparsecError."""
     name, _, value = text.partition("=")
     if not value.isdigit():
         raise SparsecError(f"--size takes a name and a number, s0=4, not {text!r}")

@@ -1,0 +1,94 @@
+"""`sparsec explain`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+from rich.text import Text
+
+from sparsec import api, pipeline
+from sparsec.codegen.emit import emit
+from sparsec.commands.read_module import read_module
+from sparsec.config import Config
+from sparsec.console import out, working
+from sparsec.diagnostics import Remark, SparsecError
+from sparsec.frontend.capture import capture
+from sparsec.frontend.models import load_model
+from sparsec.inspect.cost_text import quantity, size_of, time
+from sparsec.inspect.costs import roof
+from sparsec.inspect.explain import Finding, explain, select
+from sparsec.ir.core import Module
+from sparsec.targets import Target
+
+CPU = "35GB/s,3TFLOP/s"
+"""What gains are estimated on where the target is the CPU and no chip is named: a few cores of a server."""
+
+
+def run(
+    model: str,
+    target: str | None,
+    cost: str | None,
+    sizes: Sequence[str],
+    layer: str,
+    file: str,
+    rule: str,
+    missed: bool,
+    as_json: bool,
+) -> None:
+    """Say what was fused in a model, what was not, and why. Raises: SparsecError."""
+    with working(as_json) as status:
+        status.say(f"read {model}")
+        module = _module(model)
+        target = Config.read(target=target or str(module.attrs.get("target", "")) or None).target
+        Target.parse(target)
+        status.say("compile")
+        result = pipeline.run(module, target=target)
+        remarks = (*result.remarks, *_emitted(result, target))
+        on = roof(cost or (CPU if target == "cpu" else target))
+        found = explain(result, remarks, on, dict(map(size_of, sizes)))
+    chosen = select(found, layer=layer, file=file, rule=rule)
+    chosen = [one for one in chosen if one.kind == "missed" or not missed]
+    if as_json:
+        print(json.dumps([asdict(one) for one in chosen]))
+        return
+    if found and not chosen:
+        raise SparsecError(f"none of the {len(found)} findings is what you ask for\n  hint: leave a filter out")
+    for name, group in groupby(chosen, key=lambda one: one.layer):
+        out.print(Text(name or "(no layer)", "bold"))
+        for one in group:
+            out.print(render(one), soft_wrap=True)
+    counts = {kind: sum(one.kind == kind for one in chosen) for kind in ("fused", "missed")}
+    out.print(f"{counts['fused']} fused, {counts['missed']} missed; gains on {on.name}")
+
+
+def render(one: Finding) -> Text:
+    """A finding in a few lines."""
+    text = Text("  ")
+    text.append(f"{one.kind:<7}", "green" if one.kind == "fused" else "yellow").append(one.what)
+    text.append(f"\n         at {one.place}  {one.place.source.strip()}", "dim")
+    text.append(f"\n         by {one.rule}", "dim")
+    if one.try_:
+        text.append(f"\n         try: {one.try_}")
+    if one.gain is not None:
+        gain = one.gain
+        text.append(f"\n         worth about {time(gain.us)}: {gain.launches} launches, {quantity(gain.bytes)}B")
+    return text
+
+
+def _module(model: str) -> Module:
+    """What a model, a text or a dump is before any pass. Raises: SparsecError."""
+    if model.endswith(".sparsec") or (Path(model) / "remarks.jsonl").is_file():
+        return read_module(model, "capture" if Path(model).is_dir() else None)
+    loaded = load_model(model, meta=True)
+    return api.with_structure(capture(loaded.model, loaded.args, loaded.kwargs)).module
+
+
+def _emitted(result: pipeline.Result, target: str) -> tuple[Remark, ...]:
+    """What code generation declined; kernels for GPUs need no GPU, but a while: their text alone is written."""
+    if target != "cpu":
+        return ()
+    return emit(result.module, target).remarks
