@@ -7,7 +7,7 @@ the interpreter cannot show: bf16, tensor maps, launches that start early, graph
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -34,9 +34,11 @@ UP: dict[str, dict[str, Any]] = {
     "swap of more rows": {"block_m": 64, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3},
     "tma": {"block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 8, "num_stages": 3},
     "rows": {"block_m": 2, "block_n": 8, "block_k": 256, "num_stages": 4},
+    "gathered": {"block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 8, "num_stages": 3},
+    "gathered, divided": {"block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3},
 }
 DOWN: dict[str, dict[str, Any]] = {
-    **{name: variant for name, variant in UP.items() if name != "rows"},
+    **{name: variant for name, variant in UP.items() if name != "rows" and "gathered" not in name},
     "persistent, divided": {"block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 4},
     "persistent": {"block_m": 64, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3},
     "rows": {"block_n": 8, "block_k": 64, "num_stages": 4, "up_to": 64},
@@ -44,7 +46,9 @@ DOWN: dict[str, dict[str, Any]] = {
 }
 """One variant of each family and way in it, for both GEMMs; the first word is the family."""
 PLAIN = {"kernel": "tiles", "block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}
-SM_90 = ("swap", "tma", "persistent")
+LISTED = ("persistent", "gathered")
+"""Families that need a list of tiles; they are for 16-bit numbers."""
+SM_90 = ("swap", "tma", *LISTED)
 
 
 def silu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -60,10 +64,9 @@ class SiluEnv:
 
 def variants(name: str, sizes: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The variant, and tiles beyond where it does not take every number of tokens. Skips what this GPU has not."""
-    family = name.split(maxsplit=1)[0].rstrip(",")
-    if family in SM_90 and (torch.version.hip or torch.cuda.get_device_capability()[0] < 9):
-        pytest.skip(f"{family} needs the copy engine of sm_90")
-    chosen = {**PLAIN, **sizes, "kernel": family}
+    if family(name) in SM_90 and (torch.version.hip or torch.cuda.get_device_capability()[0] < 9):
+        pytest.skip(f"{name} needs the copy engine of sm_90")
+    chosen = {**PLAIN, **sizes, "kernel": family(name)}
     return (chosen, PLAIN) if "up_to" in chosen else (chosen,)
 
 
@@ -94,13 +97,33 @@ def test_routers(name: str) -> None:
         assert torch.equal(order, wanted_order) and torch.equal(offsets, wanted_offsets)
 
 
+def family(name: str) -> str:
+    return name.split(maxsplit=1)[0].rstrip(",")
+
+
+def up_kernel(name: str, dtype: torch.dtype, k: int) -> Callable[..., torch.Tensor]:
+    """An up-projection of x, order, offsets and the bank, all on the GPU. Skips what there is not."""
+    listed = family(name) in LISTED
+    if listed and dtype is torch.float32:
+        pytest.skip(f"{name} is for 16-bit numbers")
+    chosen = variants(name, UP[name])
+    run = bound(build.gather_gemm(silu, HIDDEN, WIDTH, EXPERTS, k, dtype, variants=chosen, listed=listed))
+
+    def call(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+        tiles = [None, None, None, tiles_reference(offsets.cpu(), len(order)).cuda()] if listed else []
+        (h,) = run([x, order, offsets, bank, *tiles])
+        return h
+
+    return call
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", UP)
 def test_up(name: str, dtype: torch.dtype) -> None:
     """Every number of rows, the same bits twice."""
     torch.manual_seed(0)
     k = 4
-    run = bound(build.gather_gemm(silu, HIDDEN, WIDTH, EXPERTS, k, dtype, variants=variants(name, UP[name])))
+    run = up_kernel(name, dtype, k)
     up = (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN) / HIDDEN**0.5).to(dtype)
     env: Any = SiluEnv()
     nothing: Any = None
@@ -109,13 +132,11 @@ def test_up(name: str, dtype: torch.dtype) -> None:
         _, order, offsets = routed(tokens, k)
         given = [item.cuda() for item in (x, order, offsets, up)]
         with poisoned():
-            (h,), (again,) = run(given), run(given)
+            h, again = run(*given), run(*given)
         same_bits([again], [h])
-        wanted = gather_gemm_reference(
-            env, nothing, "concat", x.float(), order, offsets, up.float(), None, False, k
-        )  # fmt: skip
+        wide = gather_gemm_reference(env, nothing, "concat", x.float(), order, offsets, up.float(), None, False, k)
         used = int(offsets[-1])
-        torch.testing.assert_close(h[:used].cpu().float(), wanted[:used], rtol=tolerance(dtype), atol=tolerance(dtype))
+        torch.testing.assert_close(h[:used].cpu().float(), wide[:used], rtol=tolerance(dtype), atol=tolerance(dtype))
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -123,9 +144,9 @@ def test_up(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", DOWN)
 def test_down(name: str, dtype: torch.dtype, k: int) -> None:
     torch.manual_seed(0)
-    listed = name.startswith("persistent")
+    listed = family(name) in LISTED
     if listed and dtype is torch.float32:
-        pytest.skip("persistent is for 16-bit numbers")
+        pytest.skip(f"{name} is for 16-bit numbers")
     func = build.gemm_combine(HIDDEN, WIDTH, EXPERTS, k, dtype, variants=variants(name, DOWN[name]), listed=listed)
     run = bound(func)
     down = (torch.randn(EXPERTS, HIDDEN, WIDTH) / WIDTH**0.5).to(dtype)
@@ -146,14 +167,13 @@ def test_down(name: str, dtype: torch.dtype, k: int) -> None:
 def test_a_row_has_the_same_bits_in_any_batch(name: str) -> None:
     torch.manual_seed(0)
     k, dtype = 4, torch.bfloat16
-    run = bound(build.gather_gemm(silu, HIDDEN, WIDTH, EXPERTS, k, dtype, variants=variants(name, UP[name])))
+    run = up_kernel(name, dtype, k)
     up = (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN) / HIDDEN**0.5).to(dtype).cuda()
     x, ids = torch.randn(500, HIDDEN).to(dtype), torch.rand(500, EXPERTS).argsort(-1)[:, :k]
 
     def of_pairs(tokens: int) -> torch.Tensor:
         order, offsets = group_reference(ids[:tokens], EXPERTS)
-        (h,) = run([x[:tokens].cuda(), order.cuda(), offsets.cuda(), up])
-        return h.cpu()[order.argsort()]
+        return run(x[:tokens].cuda(), order.cuda(), offsets.cuda(), up).cpu()[order.argsort()]
 
     many = of_pairs(500)
     for tokens in (1, 3, 40):
