@@ -15,12 +15,15 @@ IR. `--peers DIR` adds engines whose files lie in DIR (`python -m benchmarks.gpu
     DIR/liger_kernel/               of the wheel
     DIR/scattermoe/                 of its repository (shawntan/scattermoe, 0.3)
 
-The first minutes on a new GPU machine, one line each; the second may be left out where the first passes:
+The first minutes on a new GPU machine, one line each:
 
-    python -m pytest tests/codegen/triton/test_gpu.py -m gpu -x -q          # kernels and driver, small
-    python -m benchmarks.gpu --minutes 2 --shapes qwen3 --tokens 1 64 4096 --modes forward
-    python -m benchmarks.gpu --minutes 8 --peers DIR                        # the table
-    python -m benchmarks.gpu --readme                                       # and the README
+    python -m pytest -q -m gpu tests/codegen/triton/test_gpu.py tests/benchmarks/test_gpu.py
+    python -m pytest -q -n 12 -o python_files="check_*.py" tests/codegen/triton
+    python -m benchmarks.gpu --minutes 8 --peers DIR --ahead FOLDER         # the table
+    python -m benchmarks.gpu.variants --minutes 3                           # the cost model against what was measured
+    python -m benchmarks.gpu --readme                                       # the table into the README
+
+The first two say in a minute or two what is wrong with which kernel; those that read texts of the IR need lark.
 
 `python -m benchmarks.gpu --ahead FOLDER --compile-only cuda:sm_90` compiles every layer of the benchmark beforehand, on
 a machine without a GPU; the same `--ahead FOLDER` then finds the kernels there. `--rehearse` runs the whole program in

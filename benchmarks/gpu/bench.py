@@ -65,7 +65,7 @@ class Bench:
                 worst = max(error.values())
                 if not worst <= limit:
                     answer["failed"][name] = f"wrong: error {worst:.2%} of the norm ({_first_beyond(error, limit)})"
-                elif cell.mode == "forward":
+                elif cell.mode == "forward" and engine.invariant:
                     answer["invariant"][name] = self._invariant(cell, engine, case)
             except Exception as error:  # likewise
                 answer["failed"][name] = one_line(error)
@@ -78,14 +78,14 @@ class Bench:
         began = time.perf_counter()
         inputs = self._cases(cell)
         ready, answer = dict[str, Replay](), dict[str, Any]()
-        kept = dict[str, list[Any]]()
+        kept, graph = dict[str, list[Any]](), dict[str, bool]()
         figures, failed = dict[str, Any](), dict[str, str]()
         for name in names:
             self.say(name)
             engine = self.engines[name]
             run = self._run(cell, engine, inputs, kept.setdefault(name, []))
             try:
-                ready[name] = self.device.capture(run) if engine.graph else _warm(run)
+                ready[name], graph[name] = self._replay(run, engine)
                 self.device.milliseconds(ready[name])
             except Exception as error:  # likewise
                 ready.pop(name, None)
@@ -99,7 +99,7 @@ class Bench:
                 taken[name].append(self.device.milliseconds(ready[name]) / cell.calls)
         for name, found in taken.items():
             engine = self.engines[name]
-            figures[name] = spread(found) | {"path": engine.path(cell.tokens), "graph": engine.graph}
+            figures[name] = spread(found) | {"path": engine.path(cell.tokens), "graph": graph[name]}
             if cell.mode == "forward" and not self._same(engine, inputs, kept[name]):
                 failed[name] = "its graph gives other numbers than its call"
                 del figures[name]
@@ -128,6 +128,17 @@ class Bench:
                 gradients(engine, each, dy)
 
         return run
+
+    def _replay(self, run: Replay, engine: Engine) -> tuple[Replay, bool]:
+        """A graph where that can be, else the call itself; and which it is."""
+        if engine.graph:
+            try:
+                return self.device.capture(run), True
+            except RuntimeError:  # something waits for the GPU after all
+                self.device.clear()
+        for _ in range(2):
+            run()
+        return run, False
 
     def _same(self, engine: Engine, inputs: Sequence[Case], kept: Sequence[Tensor]) -> bool:
         """Whether what the last replay left is what a plain call gives."""
@@ -205,9 +216,3 @@ def _dy(case: Case) -> Tensor:
 
 def _first_beyond(errors: dict[str, float], limit: float) -> str:
     return next(name for name, error in errors.items() if not error <= limit)
-
-
-def _warm(run: Replay) -> Replay:
-    for _ in range(2):
-        run()
-    return run
