@@ -3,7 +3,8 @@
 Rows of h lie one behind the other for each expert, so that the copy engine (TMA) of Hopper fetches both operands. With
 four warps to a tile of 128 rows, Triton adds eight more and divides the work (warp specialisation): some only fetch,
 into the next tile, while the others multiply and store. With eight warps all do everything, in one loop over the steps
-of all tiles, so that the next one's first blocks are on their way while a tile is stored.
+of all tiles, so that the next one's first blocks are on their way while a tile is stored. The loop over tiles carries
+nothing from one to the next: Triton 3.6 would mix them where it makes one loop of two.
 
 A row's sum over I is taken in steps of BLOCK_K, each in the order of the matrix instruction's own steps, and a token's
 in the order of its slots, whatever the batch.
