@@ -40,23 +40,23 @@ def by_pointers(gemm: Gemm, tokens: int) -> Prediction:
 
 @pytest.mark.parametrize(("shape", "tokens", "us"), [(s, t, us) for s, row in LAYERS.items() for t, us in row.items()])
 def test_layers_take_what_was_measured(shape: Shape, tokens: int, us: float) -> None:
-    """Within 15 %, though every one of these kernels is somewhat different from ours."""
+    """Within 10 %, though every one of these kernels is somewhat different from ours."""
     predicted = sum(by_pointers(gemm, tokens).us for gemm in shape.layer())
-    assert 0.85 < predicted / us < 1.15
+    assert 0.9 < predicted / us < 1.1
 
 
 @pytest.mark.parametrize("half", ["up", "down"])
 def test_gemms_take_what_was_measured(half: str) -> None:
     gemm, tokens = QWEN3.layer()[half == "down"], int(SGLANG["tokens"])
     predicted = by_pointers(gemm, tokens).us - 1e6 * beside(gemm, best(gemm, tokens, H100).variant, tokens, H100)
-    assert 0.85 < predicted / SGLANG[half] < 1.15
+    assert 0.9 < predicted / SGLANG[half] < 1.1
 
 
 @pytest.mark.parametrize(("tokens", "shape"), list(SONIC))
-def test_large_layers_take_little_longer_than_the_best_known(tokens: int, shape: Shape) -> None:
-    """SonicMoE's rows come by TMA in warps of their own, and it adds bf16 rows: ours may take 1.45 times as long."""
+def test_large_layers_take_about_as_long_as_the_best_known(tokens: int, shape: Shape) -> None:
+    """Within 10 % of SonicMoE, whose kernels are written in CuTe: ours have yet to show it."""
     predicted = sum(best(gemm, tokens, H100).made.us for gemm in shape.layer())
-    assert 0.9 < predicted / (shape.flops(tokens) / SONIC[tokens, shape] * 1e-6) < 1.45
+    assert 0.9 < predicted / (shape.flops(tokens) / SONIC[tokens, shape] * 1e-6) < 1.1
 
 
 def test_preferred_tiles_are_those_of_tuned_files() -> None:
