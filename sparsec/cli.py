@@ -106,6 +106,19 @@ def check_command(**options: Any) -> None:
     check_model.run(**options)
 
 
+@cli.command("bisect")
+@click.argument("model")
+@target_option
+@random_option
+@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Largest relative error that is right.")
+@click.option("--json", "as_json", is_flag=True)
+def bisect_command(**options: Any) -> None:
+    """Find the pass, the op in it, or the kernel that makes MODEL's numbers wrong. Needs no test of yours."""
+    from sparsec.commands import bisect_model
+
+    bisect_model.run(**options)
+
+
 @cli.command("info")
 @click.argument("model")
 @click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, help="Batch sizes to give traffic for.")
@@ -191,6 +204,29 @@ def explain_command(**options: Any) -> None:
     from sparsec.commands import explain_model
 
     explain_model.run(**options)
+
+
+@cli.command("export")
+@click.argument("model")
+@click.option("--mlir", "to", flag_value="mlir", default=True, help="MLIR's generic form, and IRDL beside it.")
+@click.option("--to", "to", type=click.Choice(["mlir", "irdl", "linalg"]), help="What to write.  [default: mlir]")
+@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), required=True)
+@click.option("--phase", type=click.Choice(PHASES[:-1]), help="Run the compiler up to a phase; linalg: raise.")
+@target_option
+@click.option("--layer", metavar="NAME", help="linalg: which expert layer, by its module path; default: the first.")
+@click.option("--tokens", type=click.IntRange(min=1), help="linalg: how many tokens it takes; default: 16.")
+@click.option("--check", is_flag=True, help="linalg: run it on MLIR's ExecutionEngine, compare with the reference.")
+@click.option("--json", "as_json", is_flag=True)
+def export_command(**options: Any) -> None:
+    """Write MODEL (or an artifact, a dump) for the tools of MLIR.
+
+    `--mlir` writes the module, and FILE.irdl.mlir with its dialects: mlir-opt --irdl-file=FILE.irdl.mlir
+    --allow-unregistered-dialect FILE.mlir verifies it; `sparsec opt` and `sparsec compile` read it back. `--to linalg`
+    lowers one expert layer, router included, by torch-mlir.
+    """
+    from sparsec.commands import export_module
+
+    export_module.run(**options)
 
 
 @cli.command("targets")

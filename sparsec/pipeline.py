@@ -59,6 +59,9 @@ class PassRecord:
     changed: bool
     counts: dict[str, int]
     remarks: tuple[Remark, ...]
+    made: dict[Op, str] = field(
+        repr=False, compare=False, default_factory=dict[Op, str]
+    )  #: as of `Result`
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,8 @@ class _Manager:
         if self.checked and counts:
             self.verify(f"pass '{pass_}'", ctx)
         after = count_ops(self.module)
-        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, tuple(ctx.remarks))
+        made, remarks = dict(ctx.rewriter.made), tuple(ctx.remarks)
+        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, remarks, made)
         self.records.append(record)
         return record
 

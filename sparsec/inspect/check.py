@@ -85,7 +85,7 @@ def check(
     found = list[Comparison]()
     for count in tokens:
         say(f"{count} tokens")
-        inputs = _inputs(raised.main, leaves, count)
+        inputs = random_inputs(raised.main, leaves, count)
         with _recorded(model, layers) as seen, torch.no_grad():
             given, named = tree_unflatten(inputs, spec)
             expected = tree_leaves(model(*given, **named, **no_cache))
@@ -301,7 +301,7 @@ def _bound(op: Experts) -> float:
     return F32_TOLERANCE if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
 
 
-def _inputs(main: Func, leaves: Sequence[Tensor], tokens: int) -> list[Tensor]:
+def random_inputs(main: Func, leaves: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """Random inputs like the examples: every open size is 1 but the last one of the first input, which is `tokens`."""
     generator = torch.Generator().manual_seed(tokens)
     args = [arg for arg in main.body.args if main.arg_attrs[arg].get("kind", "input") == "input"]

@@ -141,6 +141,13 @@ def _functions(a: Func, b: Func) -> Iterator[Change]:
         yield Change("added", a.name, "", after.text(after.ops[j]), (), _place(after.ops[j]))
 
 
+def partners(a: Func, b: Func) -> tuple[dict[Op, Op], dict[Value, Value]]:
+    """Which op of `a` became which of `b`, and which value: of those that were not removed or replaced."""
+    before, after = _Side(a), _Side(b)
+    ops = {before.ops[i]: after.ops[j] for i, j in _paired(before, after)}
+    return ops, _values(a, b, ops)
+
+
 def _paired(before: _Side, after: _Side) -> Iterator[tuple[int, int]]:
     """Which op became which, by number, rising: those that are alike, and between them those of one name and layer."""
     alike = SequenceMatcher(None, before.keys, after.keys, autojunk=False)
