@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, ClassVar
 
 from sparsec.dialects.moe import GatherGemm, GemmCombine, Group, RouteGroup
@@ -11,6 +12,7 @@ from sparsec.ir.core import Module, Op
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import invariance, ranges
+from sparsec.passes.gradient_variants import gradient_variants
 from sparsec.passes.variants import Gemm
 
 INVARIANT_LOSS = 0.03
@@ -29,19 +31,24 @@ class ScheduleVariants(Pass):
 
     name: ClassVar[str] = "schedule"
 
-    invariant_loss: float = INVARIANT_LOSS
+    invariant_loss: float = INVARIANT_LOSS  #: a share of the time; beyond any where the module says `invariant`
 
     def run(self, module: Module, ctx: PassContext) -> None:
         if ctx.target == "cpu":
             return
-        on = chip(ctx.target)
+        on, most = chip(ctx.target), allowed_loss(module, self.invariant_loss)
         count = 0
         for op in module.walk():
-            variants = gpu_variants(op, on, self.invariant_loss)
+            variants = gpu_variants(op, on, most)
             if variants and op.attrs.get("variants") != variants:
                 op.attrs["variants"] = variants
                 count += 1
         ctx.changed("scheduled ops", count)
+
+
+def allowed_loss(module: Module, loss: float = INVARIANT_LOSS) -> float:
+    """How much slower kernels of a module may be for one order of adding: anything where it asks for that."""
+    return inf if module.attrs.get("invariant") else loss
 
 
 def gpu_variants(op: Op, on: Chip, invariant_loss: float = INVARIANT_LOSS) -> tuple[dict[str, Any], ...]:
@@ -54,7 +61,7 @@ def gpu_variants(op: Op, on: Chip, invariant_loss: float = INVARIANT_LOSS) -> tu
     if isinstance(op, RouteGroup | Group):
         return _router_variants(op)
     if not isinstance(op, GatherGemm | GemmCombine):
-        return ()
+        return gradient_variants(op, on)
     gemm = gemm_of(op)
     orders = invariance(gemm, on, invariant_loss).orders
     return tuple(
@@ -86,14 +93,15 @@ def gemm_of(op: GatherGemm | GemmCombine) -> Gemm:
 
 
 def _router_variants(op: RouteGroup | Group) -> tuple[dict[str, Any], ...]:
-    """One program for up to 64 tokens, of as many warps as leave each thread 32 lanes at most; more tokens by blocks.
+    """One program for up to 64 tokens, of as many warps as leave each thread 16 lanes at most; more tokens by blocks.
 
     A single token takes one warp, in which no barrier costs anything. Where one program would have to go through more
-    than 4096 lanes, two launches of many programs are no slower (`codegen/triton/route.py` counts).
+    than 4096 lanes, or 2048 where rows are long, two launches of many programs are no slower
+    (`codegen/triton/route.py` counts).
     """
     widths = [op.num_experts, *(value.tensor.shape[-1] for value in op.operands if value.tensor.rank)]
     widest = max(_power(width) for width in widths if isinstance(width, int))
-    some, few = max(1, min(16, 1024 // widest)), max(1, min(64, 4096 // widest))
+    some, few = max(1, min(16, 1024 // widest)), max(1, min(64, (4096 if widest <= 128 else 2048) // widest))
     warps = {1: 1 if widest <= 512 else 4} | {some: 4} | ({few: 8} if few > some else {})
     ranges = ({"up_to": rows, "block_rows": rows, "num_warps": count} for rows, count in warps.items())
     return (*ranges, {"block_rows": some, "num_warps": 4})

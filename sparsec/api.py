@@ -332,7 +332,7 @@ def with_structure(captured: Captured) -> Captured:
 
 def stored_as(config: Config, module: Module) -> Module:
     """The module, saying how the weights of its experts are to be stored and multiplied (`pack-banks`)."""
-    for name in ("weights", "activations"):
+    for name in ("weights", "activations", "invariant"):
         module.attrs.pop(name, None)
     module.attrs.update(config.of_banks)
     return module

@@ -32,6 +32,7 @@ class Config:
     verify: bool = True  #: verify the IR after every pass
     weights: str = "model"  #: how experts' weights are stored: model (as is), int8 or int4 (CPU), fp8 or mxfp4 (GPU)
     activations: str = "model"  #: what int8 and int4 weights are multiplied by: model (as they are) or int8
+    invariant: bool = False  #: a row gets the same bits in whatever batch it comes, whatever that costs (GPU)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -48,10 +49,12 @@ class Config:
         return cls(**values)
 
     @property
-    def of_banks(self) -> dict[str, str]:
-        """The attributes by which a module says how its experts' weights are stored and multiplied (`pack-banks`)."""
+    def of_banks(self) -> dict[str, str | bool]:
+        """The attributes by which a module says how its experts' weights are stored and multiplied (`pack-banks`), and
+        whether in one order for all batches (`schedule`)."""
         values = {"weights": self.weights, "activations": self.activations}
-        return {name: value for name, value in values.items() if value != "model"}
+        said: dict[str, str | bool] = {name: value for name, value in values.items() if value != "model"}
+        return said | ({"invariant": True} if self.invariant else {})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sparsec.ir.core import Module
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import BUCKETS, FAMILIES, Invariance, Range, by_family, invariance, obstacle, of_orders, ranges
 from sparsec.passes.roofline import Limiter, Prediction, predict
-from sparsec.passes.schedule import INVARIANT_LOSS, gemm_of
+from sparsec.passes.schedule import allowed_loss, gemm_of
 from sparsec.passes.variants import Family, Gemm
 
 if TYPE_CHECKING:
@@ -76,11 +76,12 @@ def explain(module: Module, target: str, tokens: Sequence[int] = BUCKETS) -> lis
         if isinstance(op, GatherGemm | GemmCombine):
             gemm = gemm_of(op)
             counts[gemm] = counts.get(gemm, 0) + 1
-    return [_explained(gemm, count, on, tokens) for gemm, count in counts.items()]
+    most = allowed_loss(module)
+    return [_explained(gemm, count, on, most, tokens) for gemm, count in counts.items()]
 
 
-def _explained(gemm: Gemm, count: int, on: Chip, tokens: Sequence[int]) -> Explained:
-    same = invariance(gemm, on, INVARIANT_LOSS)
+def _explained(gemm: Gemm, count: int, on: Chip, most: float, tokens: Sequence[int]) -> Explained:
+    same = invariance(gemm, on, most)
     table = ranges(gemm, on, same.orders)
     used = dict.fromkeys(range_.chosen.variant.order(gemm, on) for range_ in table)
     choices = [_choice(gemm, on, same, table, number) for number in tokens]

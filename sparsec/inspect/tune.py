@@ -23,7 +23,7 @@ from sparsec.ir.printer import print_module
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import BUCKETS, Candidate, best, invariance, merged, of_orders
 from sparsec.passes.roofline import predict
-from sparsec.passes.schedule import INVARIANT_LOSS, gemm_of
+from sparsec.passes.schedule import allowed_loss, gemm_of
 from sparsec.passes.variants import Variant
 from sparsec.runtime.artifact import Artifact, open_artifact
 from sparsec.runtime.plan import Kernel
@@ -91,7 +91,7 @@ def tune(
     changes, made = list[Change](), dict[str, TritonKernel]()
     for i, func in enumerate(funcs):
         share = clock() + (end - clock()) / (len(funcs) - i)
-        search = Search(func, artifact, on, timer, lambda share=share: clock() < share)
+        search = Search(func, artifact, on, allowed_loss(module), timer, lambda share=share: clock() < share)
         search.run()
         changes += search.settle()
         made[func.name] = emit_kernel(func, artifact.target)
@@ -114,6 +114,7 @@ class Search:
     func: Func
     artifact: Artifact
     on: Chip
+    most: float  #: what one order of adding may cost, as a share
     timer: Timer
     going: Callable[[], bool]
     measured: dict[int, dict[Variant, float]] = field(default_factory=dict[int, dict[Variant, float]])
@@ -167,7 +168,7 @@ class Search:
 
     def _tried(self, tokens: int) -> list[Variant]:
         """What the artifact has, and the model's best two of each of the best few families."""
-        orders = invariance(self.gemm, self.on, INVARIANT_LOSS).orders
+        orders = invariance(self.gemm, self.on, self.most).orders
         least = best(self.gemm, tokens, self.on).made.us
         by_family = dict[str, list[Candidate]]()
         for candidate in of_orders(self.gemm, tokens, self.on, orders):

@@ -51,3 +51,13 @@ def test_variants_cover_every_token_count_in_order(target: str) -> None:
 def test_scheduling_twice_changes_nothing() -> None:
     result = pipeline.run_passes(parse_module(TEXT), "schedule,schedule", target="cuda:sm_90")
     assert [record.changed for record in result.records] == [True, False]
+
+
+def test_one_order_of_adding_where_it_is_asked_for() -> None:
+    """By itself the down-projection takes another family for a few tokens, which saves a launch."""
+    families = list[set[str]]()
+    for attrs in ("", ", invariant = true"):
+        module = parse_module(TEXT.replace('phase = "place"', f'phase = "place"{attrs}'))
+        given: Any = pipeline.run(module, target="cuda:sm_90", to="schedule").module.main.body.ops[2].attrs["variants"]
+        families.append({variant["kernel"] for variant in given})
+    assert "rows" in families[0] and "rows" not in families[1]
