@@ -50,12 +50,14 @@ def _renamed(type: Type, symbol: Sym) -> Type:
 
 
 def route_group(
-    fn: Callable[..., Any], logits: torch.Tensor, *params: torch.Tensor, variants: Any = (), fixed: bool = False
-) -> Func:
+    fn: Callable[..., Any], logits: torch.Tensor, *params: torch.Tensor, variants: Any = (), fixed: bool = False,
+    listed: bool = False,
+) -> Func:  # fmt: skip
     """`fn(logits, *params) -> (ids, weights)` as a moe.route_group kernel; `fixed`: for as many tokens only."""
     body = region(fn, logits, *params, rows=[not fixed, *[False] * len(params)])
     args = Block([arg.type for arg in body.args], ["logits", *(f"param{i}" for i in range(len(params)))])
-    op = moe.RouteGroup(args.args, None, {"num_experts": logits.shape[1]}, [body])
+    attrs: dict[str, Any] = {"num_experts": logits.shape[1], **({"listed": True} if listed else {})}
+    op = moe.RouteGroup(args.args, None, attrs, [body])
     return _func("route_group_0", args, op, variants, logits.shape[0] if fixed else T)
 
 
