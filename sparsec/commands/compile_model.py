@@ -16,7 +16,7 @@ import torch
 
 from sparsec import api, pipeline
 from sparsec.codegen.artifact import checked_place, write_artifact
-from sparsec.commands.options import DTYPES
+from sparsec.commands.options import DTYPES, TEXTS
 from sparsec.config import WEIGHTS, Config
 from sparsec.console import Watch, bytes_bar, errors_table, out, passes_table, print_remarks, print_warnings, working
 from sparsec.diagnostics import CompileError, Remark, SparsecError
@@ -61,7 +61,7 @@ def run(
         checked_place(output)
     if (Path(model) / "manifest.json").is_file():
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
-    if model.endswith(".sparsec"):
+    if model.endswith(TEXTS):
         text = partial(text_of, cost=cost, given=sizes)
         _from_text(Path(model), output, target, to, start, (stored, activations), held, dump, text, as_json)
         return

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sparsec import api, pipeline
 from sparsec.codegen.emit import emit
+from sparsec.commands.options import TEXTS
 from sparsec.commands.read_module import read_module
 from sparsec.config import Config
 from sparsec.console import out, working
@@ -81,7 +82,7 @@ def render(one: Finding) -> Text:
 
 def _module(model: str) -> Module:
     """What a model, a text or a dump is before any pass. Raises: SparsecError."""
-    if model.endswith(".sparsec") or (Path(model) / "remarks.jsonl").is_file():
+    if model.endswith(TEXTS) or (Path(model) / "remarks.jsonl").is_file():
         return read_module(model, "capture" if Path(model).is_dir() else None)
     loaded = load_model(model, meta=True)
     return api.with_structure(capture(loaded.model, loaded.args, loaded.kwargs)).module

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sparsec import api, pipeline
+from sparsec.commands.options import TEXTS
 from sparsec.config import Config
 from sparsec.console import out, working
 from sparsec.diagnostics import SparsecError
@@ -46,7 +47,7 @@ def _module(model: str, weights: str | None) -> Module:
     """The module of an artifact, a text, or a model, which needs no weights. Raises: SparsecError."""
     if (Path(model) / "manifest.json").is_file():
         return load_module(Path(model))
-    if model.endswith(".sparsec"):
+    if model.endswith(TEXTS):
         return parse_module(Path(model).read_text(), model)
     loaded = load_model(model, meta=True)
     module = capture(loaded.model, loaded.args, loaded.kwargs).module

@@ -118,9 +118,8 @@ def _symbolic(kind: str, name: str) -> Iterator[str]:
 
 def _operation(name: str, cls: type[OpDef], open_places: Places) -> Iterator[str]:
     fields = cls.fields()
-    doc = (cls.__doc__ or "").strip().splitlines()
-    if doc:
-        yield f"  // {doc[0]}"
+    for line in (cls.__doc__ or "").strip().partition("\n\n")[0].splitlines():
+        yield f"  // {line.strip()}"
     yield f"  irdl.operation @{name.partition('.')[2]} {{"
     for what, declared in (("operands", fields.operands), ("results", fields.results)):
         named = list[str]()
