@@ -69,11 +69,8 @@ def _default(op: HiddenGrad) -> Sequence[Variant]:
     """Variants where the schedule names none: three sums for each element, without spilled registers on any target."""
     if op.x.tensor.dtype is DType.f32:  # no tensor cores
         return ({"block_m": 32, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2},)
-    rest = {"block_n": 64, "block_k": 64, "num_stages": 3}
-    if op.layout == "interleaved":  # taking both kinds of columns apart costs registers
-        return ({"block_m": 64, "num_warps": 4, **rest, "block_n": 32},)
-    few = max(1, 64 * op.num_experts // op.k)  # as many tokens give an expert 64 rows
-    return ({"up_to": few, "block_m": 64, "num_warps": 4, **rest}, {"block_m": 128, "num_warps": 8, **rest})
+    columns = 64 if op.layout == "single" else 32
+    return ({"block_m": 64, "block_n": columns, "block_k": 64, "num_warps": 4, "num_stages": 3},)
 
 
 class _Hidden:
@@ -81,7 +78,7 @@ class _Hidden:
         require_floats(op, op.y_grad, op.x, op.up, op.down, op.up_bias, op.down_bias)
         self.func, self.op, self.wiring = func, op, Wiring(op)
         self.hidden, self.out = number(op, op.x.tensor.shape[-1]), number(op, op.y_grad.tensor.shape[-1])
-        self.width, self.wide = op.width, op.layout == "interleaved"
+        self.width = op.width
         self.variants = chosen(func, op, _default(op))
         depth = max(self.hidden, self.out)
         self.tiles = [sizes_of(op, variant, 1 << 20, self.width, depth) for variant in self.variants]
@@ -125,12 +122,17 @@ class _Hidden:
             schedules.append(Schedule(variant.get("up_to"), entries, tuple(self.wiring.scratch)))
         return Sketch(module_text(self.func, op, summary, constants, texts), tuple(schedules))
 
+    @property
+    def bound(self) -> list[str]:
+        """Conditions of the columns."""
+        return [] if self._even(self.width, "BLOCK_N") else ["columns < I"]
+
     def _even(self, size: int, block: str) -> bool:
         return all(size % tile[block] == 0 for tile in self.tiles)
 
     def _rows(self) -> list[str]:
         op = self.op
-        bound = [] if self._even(self.width, "BLOCK_N") else ["columns < I"]
+        bound = self.bound
         find, where = ("listed_tile", "tiles, tokens * K, E") if op.tiles is not None else (
             "find_tile", "offsets, tokens * K, E, E_PAD")  # fmt: skip
         lines = [
@@ -167,10 +169,10 @@ class _Hidden:
         dtype = op.x.tensor.dtype
         activated = narrowed(f"({value} * weight)", dtype)
         lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {activated}, mask={keep})")
-        if self.wide:
+        if op.layout == "interleaved":
             both = f"tl.reshape(tl.join({grads[0]}, {grads[1]}), (BLOCK_M, 2 * BLOCK_N))"
-            keep = " & ".join(["live[:, None]", *("(both < 2 * I)[None, :]" for _ in bound)])
-            at = "h_grad + rows.to(tl.int64)[:, None] * (2 * I) + both[None, :]"
+            keep = " & ".join(["live[:, None]", *("(2 * first + lane < 2 * I)[None, :]" for _ in bound)])
+            at = "h_grad + rows.to(tl.int64)[:, None] * (2 * I) + (2 * first + lane)[None, :]"
             return [*lines, f"tl.store({at}, {narrowed(both, dtype)}, mask={keep})"]
         lines.append(f"grad_at = h_grad + rows.to(tl.int64)[:, None] * ({len(grads)} * I) + columns[None, :]")
         for i, text in enumerate(grads):
@@ -178,29 +180,29 @@ class _Hidden:
         return lines
 
     def _up(self, bound: Sequence[str]) -> list[str]:
-        """The up-projection again: `gate` and `linear`, or `acc`."""
-        op = self.op
-        columns = {"single": {"acc": "columns"}, "concat": {"gate": "columns", "linear": "columns + I"}}.get(
-            op.layout, {"acc": "both"}
-        )
-        total = "I" if op.layout == "single" else "(2 * I)"
-        lines = ["both = column_block * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)"] if self.wide else []
-        bound = ["both < 2 * I" for _ in bound] if self.wide else bound
-        banks = dict[str, tuple[str, str]]()
-        for name, column in columns.items():
-            at = f"depth[:, None] * {total} + ({column})[None, :]" if op.up_transposed else (
-                f"({column})[None, :] * H + depth[:, None]")  # fmt: skip
-            banks[name] = (f"up + expert.to(tl.int64) * (H * {total}) + {at}", total if op.up_transposed else "1")
-        lines += self._loop("x", "H", self.hidden, banks, bound, "2 * BLOCK_N" if self.wide else "BLOCK_N")
+        """The up-projection again: `gate` and `linear` by one product of twice the columns, or `acc`."""
+        op, width, both = self.op, "2 * BLOCK_N", "both"
+        total, lines = "(2 * I)", ["lane = tl.arange(0, 2 * BLOCK_N)", "first = column_block * BLOCK_N"]
+        bound = ["first + lane % BLOCK_N < I" for _ in bound]
+        # Halves of a product are parted without a move between threads.
+        part = "tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))"
+        if op.layout == "single":
+            width, both, total, lines, bound = "BLOCK_N", "columns", "I", [], self.bound
+        elif op.layout == "concat":
+            lines.append("both = lane // BLOCK_N * I + first + lane % BLOCK_N")
+        elif not op.up_transposed:
+            lines.append("both = lane // BLOCK_N + 2 * (first + lane % BLOCK_N)")
+        else:  # columns that alternate in memory are read as they lie there
+            lines.append("both = 2 * first + lane")
+            bound, part = ["both < 2 * I" for _ in bound], "tl.reshape(acc, (BLOCK_M, BLOCK_N, 2))"
+        at = f"depth[:, None] * {total} + {both}[None, :]" if op.up_transposed else (
+            f"{both}[None, :] * H + depth[:, None]")  # fmt: skip
+        banks = {"acc": (f"up + expert.to(tl.int64) * (H * {total}) + {at}", total if op.up_transposed else "1")}
+        lines += self._loop("x", "H", self.hidden, banks, bound, width)
         if op.up_bias is not None:
-            lines.append(f"bias_at = up_bias + expert.to(tl.int64) * {total}")
-            lines += [
-                f"{name} += tl.load(bias_at + {column}{masked(bound)}).to(tl.float32)[None, :]"
-                for name, column in columns.items()
-            ]
-        if self.wide:
-            lines.append("gate, linear = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))")
-        return lines
+            load = f"tl.load(up_bias + expert.to(tl.int64) * {total} + {both}{masked(bound)})"
+            lines.append(f"acc += {load}.to(tl.float32)[None, :]")
+        return lines if op.layout == "single" else [*lines, f"gate, linear = tl.split({part})"]
 
     def _down(self, bound: Sequence[str]) -> list[str]:
         """`back`: the gradient of the activation's value, before the routing weight."""
@@ -262,8 +264,8 @@ class _Hidden:
 
 RESERVED = tuple(
     "y_grad x order offsets tiles weights up down up_bias down_bias h_grad h partial tokens expert start stop "  # noqa: SIM905
-    "row_block column_block rows live pair part_at token columns depth both a a_at bias_at shift shift_at rows_at gate "
-    "linear acc back gate_at linear_at acc_at back_at weight grad grad_at part k E E_PAD K H D I GROUP_M PAIRS BLOCK_M "
-    "BLOCK_N BLOCK_K COLUMNS PDL".split()
+    "row_block column_block rows live pair part_at token columns depth first lane both a a_at shift shift_at rows_at "
+    "gate linear acc back acc_at back_at weight grad grad_at part k E E_PAD K H D I GROUP_M PAIRS BLOCK_M BLOCK_N "
+    "BLOCK_K COLUMNS PDL".split()
 )
 """Variables of the kernel itself, which the region's must not shadow."""

@@ -49,16 +49,16 @@ def check(bank: Bank, ids: torch.Tensor, *variants: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["concat", "interleaved", "single"])
-@pytest.mark.parametrize(("bias", "transposed"), [(False, False), (True, True), (True, False)])
-def test_layouts(layout: str, bias: bool, transposed: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layouts(layout: str, transposed: bool) -> None:
     torch.manual_seed(0)
-    bank = Bank(5, 2, layout=layout, bias=bias, up_transposed=transposed, down_transposed=transposed)
+    bank = Bank(5, 2, layout=layout, bias=transposed, up_transposed=transposed, down_transposed=transposed)
     check(bank, loads(9, 2, 5, "skip"))
-    if bias:
-        check(replace(bank, down_transposed=not transposed, hidden=24, width=20), loads(7, 2, 5, "skip"), WIDE)
+    if transposed:
+        check(replace(bank, down_transposed=False, hidden=24, width=20), loads(7, 2, 5, "skip"), WIDE)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     tokens=st.sampled_from([1, 2, 16, 17, 33]), experts=st.integers(1, 9), kind=st.sampled_from(["hot", "skip", "all"]),
     data=st.data(), layout=st.sampled_from(["concat", "interleaved"]), bias=st.booleans(),
