@@ -220,6 +220,7 @@ def compile(
     target: str | None = None,
     weights: str | None = None,
     activations: str | None = None,
+    invariant: bool | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -237,6 +238,8 @@ def compile(
             `mxfp4` (a power of two for each 32 values); see `CompiledModel.weight_errors`.
         activations: what `int8` and `int4` weights are multiplied by: `model` (default, rows as they are) or `int8`
             (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).
+        invariant: on a GPU, give a row the same bits in whatever batch it comes, whatever that costs. Without it that
+            is so where it costs less than 3 % by the cost model; see `sparsec schedule`.
         dump: a folder for numbered IR texts, diffs and remarks.
         instruments: further watchers of the pipeline.
 
@@ -244,9 +247,8 @@ def compile(
         CompileError: the model cannot be captured or compiled; says where, in the user's lines.
     """
     captured = capture(model, args, kwargs, dynamic=dynamic)
-    return compile_captured(
-        captured, target, weights=weights, activations=activations, dump=dump, instruments=instruments
-    )
+    given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
+    return compile_captured(captured, target, **given, dump=dump, instruments=instruments)
 
 
 def compile_captured(
@@ -255,12 +257,14 @@ def compile_captured(
     *,
     weights: str | None = None,
     activations: str | None = None,
+    invariant: bool | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
-    config = Config.read(target=target, weights=weights, activations=activations, dump=Path(dump) if dump else None)
+    given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
+    config = Config.read(target=target, **given, dump=Path(dump) if dump else None)
     parsed = Target.parse(config.target)
     module = stored_as(config, with_structure(captured).module)
     watching = list(instruments)
@@ -277,6 +281,7 @@ def compile_language_model(
     target: str | None = None,
     weights: str | None = None,
     activations: str | None = None,
+    invariant: bool | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -289,12 +294,12 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
-        weights, activations: as of `compile`.
+        weights, activations, invariant: as of `compile`.
 
     Raises: CompileError.
     """
     captured = capture_language_model(model, max_length)
-    given = {"weights": weights, "activations": activations}
+    given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
     return compile_captured(captured, target, **given, dump=dump, name=name, instruments=instruments)
 
 
