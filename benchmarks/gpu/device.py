@@ -117,7 +117,6 @@ class Gpu:
         return self._begin.elapsed_time(self._end)
 
     def launches(self, replay: Replay) -> list[Launched]:
-        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         times = 3
@@ -130,7 +129,7 @@ class Gpu:
         found = [
             Launched(event.name, float(event.time_range.start), float(event.time_range.end))
             for event in seen.events() or ()
-            if event.device_type == DeviceType.CUDA and event.time_range.end > event.time_range.start
+            if event.device_type.name == "CUDA" and event.time_range.end > event.time_range.start
         ]
         found.sort(key=lambda kernel: kernel.start)
         return found[-(len(found) // times) :] if found and len(found) % times == 0 else []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -92,3 +93,32 @@ def test_vllm_is_called_as_its_own_code_calls(tmp_path: Path, monkeypatch: pytes
     assert tuned.path(1).startswith("file of NVIDIA_H100_80GB_HBM3; its align and sum by this benchmark")
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """What the interpreter takes is more than what the compiler takes."""
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from benchmarks.gpu.peers import kernels
+
+    i32, bf16 = "*i32", "*bf16"
+    blocks = {"E": 12, "BINS": 16, "SIZE": 32, "COUNTED": False, "BLOCK": 1024}
+    entries: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+        "_silu_and_mul": ({"wide": bf16, "out": bf16}, {"WIDTH": 96, "BLOCK": 1024}),
+        "_sum": ({"parts": bf16, "out": bf16}, {"K": 4, "H": 200, "BLOCK": 1024}),
+        "_count": ({"ids": i32, "counts": i32, "PAIRS": "i32"}, {"BLOCK": 256}),
+        "_blocks": (
+            {**dict.fromkeys(("ids", "counts", "starts", "rows", "owners", "total"), i32), "PAIRS": "i32"}, blocks
+        ),
+        "_place": ({"ids": i32, "starts": i32, "rows": i32, "PAIRS": "i32"}, {"BLOCK": 256}),
+    }  # fmt: skip
+    cache: Any = knobs.cache
+    with cache.scope():
+        cache.dir = str(tmp_path)
+        for name, (types, constants) in entries.items():
+            signature = {**types, **dict.fromkeys(constants, "constexpr")}
+            source = ASTSource(getattr(kernels, name), signature, constexprs=constants)
+            made: Any = compile(source, target=GPUTarget("cuda", 90, 32))
+            assert made.asm["cubin"]

@@ -15,14 +15,14 @@ def kernel(function: Any) -> Any:
 
 
 @kernel
-def silu_pairs(pairs: Any) -> Any:
+def silu_pairs(pairs: tl.tensor) -> tl.tensor:
     """silu(gate) * up of columns gate, up, gate, ...; triton_kernels calls it on a tile of f32."""
-    gate, up = tl.split(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1] // 2, 2)))
+    gate, up = tl.split(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1] // 2, 2)))  # type: ignore
     return gate / (1 + tl.exp(-gate)) * up
 
 
 @kernel
-def _silu_and_mul(wide: Any, out: Any, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _silu_and_mul(wide: tl.tensor, out: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -38,7 +38,7 @@ def silu_and_mul(out: Tensor, wide: Tensor) -> None:
 
 
 @kernel
-def _sum(parts: Any, out: Any, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _sum(parts: tl.tensor, out: tl.tensor, K: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr) -> None:
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < H
@@ -58,20 +58,20 @@ FEW = 8192  #: pairs that one program counts as it goes
 
 
 @kernel
-def _count(ids: Any, counts: Any, PAIRS: Any, BLOCK: tl.constexpr) -> None:
+def _count(ids: tl.tensor, counts: tl.tensor, PAIRS: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(counts + tl.load(ids + at, mask=at < PAIRS, other=0), 1, mask=at < PAIRS)
 
 
 @kernel
 def _blocks(
-    ids: Any,
-    counts: Any,
-    starts: Any,
-    rows: Any,
-    owners: Any,
-    total: Any,
-    PAIRS: Any,
+    ids: tl.tensor,
+    counts: tl.tensor,
+    starts: tl.tensor,
+    rows: tl.tensor,
+    owners: tl.tensor,
+    total: tl.tensor,
+    PAIRS: tl.tensor,
     E: tl.constexpr,
     BINS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -101,7 +101,7 @@ def _blocks(
 
 
 @kernel
-def _place(ids: Any, starts: Any, rows: Any, PAIRS: Any, BLOCK: tl.constexpr) -> None:
+def _place(ids: tl.tensor, starts: tl.tensor, rows: tl.tensor, PAIRS: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.atomic_add(starts + tl.load(ids + at, mask=at < PAIRS, other=0), 1, mask=at < PAIRS)
     tl.store(rows + row, at, mask=at < PAIRS)
