@@ -83,7 +83,7 @@ class Group(OpDef, name="moe.group"):
     offsets: Result  #: [E + 1], i32: expert e owns order[offsets[e]:offsets[e + 1]]
     lists: Results  #: if listed, [4, T * k // 16 + E + 2, 4], i32
     num_experts: int
-    listed: bool = False
+    listed: bool = False  #: whether there are tile lists
     variants: tuple[dict[str, Any], ...] = ()  #: as of moe.gather_gemm
 
     @property
@@ -126,7 +126,7 @@ class RouteGroup(OpDef, name="moe.route_group"):
     offsets: Result  #: [experts + 1], i32, as of moe.group
     others: Results  #: the extras, [T, n] each, as of moe.route; then, if listed, the tile lists, as of moe.group
     num_experts: int  #: of the expert bank that the offsets are for; logits may have further columns
-    listed: bool = False
+    listed: bool = False  #: whether there are tile lists
     variants: tuple[dict[str, Any], ...] = ()  #: as of moe.gather_gemm
     body: Body  #: as of moe.route
 
