@@ -94,6 +94,8 @@ def candidates(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 def _tiles(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     shallow = gemm.packing == "plain" and (on.lanes == 64 or gemm.dtype is DType.f32)
     depths = (128,) if gemm.packing == "mxfp4" else (32, 64, 128) if shallow else (64, 128)
+    if on.lanes == 64:  # masks of what is left over take registers that loads need there
+        depths = tuple(depth for depth in depths if gemm.inner % depth == 0) or depths
     stages = (2, 3) if on.lanes == 64 else (3, 4, 5)  # there, no asynchronous copies to keep under way
     for m, n, k, warps, deep in product((16, 32, 64, 128), (32, 64, 128, 256), depths, (4, 8), stages):
         yield Variant("tiles", m, n, k, warps, deep)

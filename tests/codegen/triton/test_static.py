@@ -138,7 +138,7 @@ VARIANTS = [
     ("up", Variant("swap", 32, 64, 64, 4, 4)),
     ("down", Variant("swap", 16, 64, 128, 4, 3)),
     ("up", Variant("tma", 128, 64, 64, 4, 4)),
-    ("down", Variant("persistent", 128, 128, 64, 4, 3)),
+    ("down", Variant("persistent", 128, 128, 64, 8, 4)),
     ("up", Variant("gathered", 128, 64, 64, 8, 3)),
     ("up", Variant("rows", 2, 8, 128, 4, 4)),
     ("down", Variant("rows", 1, 8, 128, 4, 4)),
