@@ -64,4 +64,6 @@ def describe(culprit: Culprit) -> str:
     lines += [f"  {what}", *(f"    {line}" for line in culprit.op.splitlines())]
     for text, rules in culprit.made:
         lines += [f"  which reads what the pass made (by {rules})", *(f"    {line}" for line in text.splitlines())]
+    for text in culprit.gone:
+        lines += ["  which read before what the pass removed", *(f"    {line}" for line in text.splitlines())]
     return "\n".join(lines)

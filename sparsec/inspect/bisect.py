@@ -67,6 +67,7 @@ class Culprit:
         op: the first op whose value is wrong, as text; of a kernel the op that it computes.
         loc: the user's line of it, with the places that were fused into it.
         made: ops that the pass put in front of it, as text, with the rules that made them.
+        gone: ops that it read before, and that the pass removed.
     """
 
     kind: Literal["pass", "kernel"]
@@ -76,6 +77,7 @@ class Culprit:
     op: str
     loc: Loc
     made: tuple[tuple[str, str], ...] = ()
+    gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ class _Watch(Instrument):
         self.steps.append(Step(record.phase, record.name, min(errors)))
         if min(errors) > self.tolerance:
             worst = errors.index(max(errors))
-            raise _Found(_inside(record, self.last, module, self.weights, self.inputs[worst], self.tolerance))
+            seen = _inside(record, self.last, module, self.weights, self.inputs[worst], self.tolerance, max(errors))
+            raise _Found(seen)
         self.last = clone_module(module)
 
     def _error(self, module: Module, i: int) -> float:
@@ -215,6 +218,7 @@ def _inside(
     weights: Mapping[str, Tensor],
     inputs: Sequence[Any],
     tolerance: float,
+    error: float,
 ) -> Culprit:
     """The op of a wrong pass: the first that was kept, or returns, whose value differs, and what was put before it."""
     right, wrong = _values(before, inputs, weights), _values(after, inputs, weights)
@@ -228,9 +232,13 @@ def _inside(
             break  # it fails
     else:
         op = after.main.body.terminator
-    errors = [_off(value, old_value.get(value), wrong, right) for value in op.results]
+    last = before.main.body.terminator
+    read = last if op is after.main.body.terminator else old_op.get(op)
+    gone = [] if read is None else [v.op for v in read.operands if v.op is not None and v.op not in ops]
     made = tuple((print_op(new), record.made.get(new, "no rule")) for new in _put_before(op, old_op))
-    return Culprit("pass", record.name, record.phase, max(errors, default=float("inf")), print_op(op), op.loc, made)
+    loc = op.loc or next((old.loc for old in gone), op.loc)
+    removed = tuple(print_op(old) for old in gone)
+    return Culprit("pass", record.name, record.phase, error, print_op(op), loc, made, removed)
 
 
 def _differs(

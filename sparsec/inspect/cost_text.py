@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparsec.diagnostics import SparsecError
-from sparsec.inspect.costs import OpCost, Roof, op_costs, roof, sizes
+from sparsec.inspect.costs import OpCost, Roof, op_costs, roof, sizes, total
 from sparsec.ir.core import Module, Op
 from sparsec.ir.printer import Printer, format_attr, print_module
 
@@ -50,8 +50,9 @@ def print_costs(module: Module, given: Mapping[str, int], on: Roof | None = None
     """
     env = sizes(module, given)
     costs = op_costs(module, env, on)
-    total = sum(cost.us for op, cost in costs.items() if op.block is module.main.body)
-    parts = [f"// {head}" for head in _heads(env, on, total)]
+    us = sum(cost.us for op, cost in costs.items() if op.block is module.main.body)
+    parts = [f"// {head}" for head in _heads(env, on, us)]
+    parts += [f"// most: {line}, {ops} ops: {_comment(cost)}" for line, ops, cost in slowest(module, costs, 3)]
     parts += [f"module {format_attr(module.attrs)}"] if module.attrs else []
     for func in module.funcs.values():
         printer = Printer()
@@ -63,10 +64,10 @@ def print_costs(module: Module, given: Mapping[str, int], on: Roof | None = None
     return "\n".join(parts) + "\n"
 
 
-def _heads(env: Mapping[str, int], on: Roof | None, total: float) -> list[str]:
+def _heads(env: Mapping[str, int], on: Roof | None, us: float) -> list[str]:
     taken = ", ".join(f"{name} = {value}" for name, value in env.items())
     heads = [f"costs with {taken}"] if env else ["costs"]
-    return [*heads, f"on {on.name}: {time(total)} at best, launches and caches left out"] if on else heads
+    return [*heads, f"on {on.name}: {time(us)} at best, launches and caches left out"] if on else heads
 
 
 def _comment(cost: OpCost | None) -> str:
@@ -92,7 +93,14 @@ def time(us: float) -> str:
     return f"{us * 1e3:.3g} ns"
 
 
-def slowest(module: Module, costs: Mapping[Op, OpCost], count: int) -> list[tuple[Op, OpCost]]:
-    """The ops of `main` that take most time at best, longest first; by bytes where no chip is named."""
-    ours = [(op, cost) for op, cost in costs.items() if op.block is module.main.body]
-    return sorted(ours, key=lambda item: (-item[1].us, -item[1].bytes))[:count]
+def slowest(module: Module, costs: Mapping[Op, OpCost], count: int) -> list[tuple[str, int, OpCost]]:
+    """The user's lines whose ops in `main` take most time at best, or move most bytes where no chip is named.
+
+    Returns: line, number of ops, their cost in all.
+    """
+    lines = dict[str, list[OpCost]]()
+    for op, cost in costs.items():
+        if op.block is module.main.body and cost.bytes:
+            lines.setdefault(str(op.loc), []).append(cost)
+    found = [(line, len(of), total(of)) for line, of in lines.items()]
+    return sorted(found, key=lambda item: (-item[2].us, -item[2].bytes))[:count]

@@ -118,7 +118,7 @@ def op_costs(module: Module, env: Mapping[str, int], on: Roof | None = None) -> 
             inside = dict(_block(kernel.body, _bound(kernel, op, env), on))
             for inner, cost in inside.items():
                 found.setdefault(inner, cost)
-            found[op] = _sum(inside.values())
+            found[op] = total(inside.values())
         else:
             found.update(_block_op(op, env, on))
     return found
@@ -148,14 +148,11 @@ def _dtype(op: Op) -> DType | None:
     return next((type.dtype for type in types if isinstance(type, TensorType) and type.dtype.is_float), None)
 
 
-def _sum(costs: Iterable[OpCost]) -> OpCost:
+def total(costs: Iterable[OpCost]) -> OpCost:
     """One after the other; the limiter is the longest one's."""
-    total, longest = OpCost(0, 0), 0.0
-    for cost in costs:
-        limiter = cost.limiter if cost.us > longest else total.limiter
-        longest = max(longest, cost.us)
-        total = OpCost(total.bytes + cost.bytes, total.flops + cost.flops, total.us + cost.us, limiter)
-    return total
+    every = list(costs)
+    limiter = max(every, key=lambda cost: cost.us).limiter if every else ""
+    return OpCost(sum(c.bytes for c in every), sum(c.flops for c in every), sum(c.us for c in every), limiter)
 
 
 def _bound(kernel: Func, launch: Launch, env: Mapping[str, int]) -> dict[str, int]:
