@@ -56,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     hire = partial(Inside, options.peers) if options.rehearse else partial(Process, "gpu", options.peers, options.ahead)
     kept = partial(keep, options.results)
-    results = Run(settings, hire, kept, say=partial(print, flush=True)).go(about)
+    run = Run(settings, hire, kept, say=partial(print, flush=True), side_by_side=not options.rehearse)
+    results = run.go(about)
     timed = sum(bool(row["engines"]) for row in results["rows"])
     print(f"{timed} of {len(results['rows'])} cells measured, in {options.results / name_of(results)}.json and .md")
 

@@ -69,6 +69,8 @@ class Run:
         hire: makes a worker.
         save: called with the results after each cell.
         clock: seconds.
+        side_by_side: ask all workers at once while nothing is timed; not where they share a process, in which PyTorch
+            can compile on one thread only.
     """
 
     def __init__(
@@ -78,8 +80,10 @@ class Run:
         save: Callable[[Row], None] = lambda results: None,
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = print,
+        side_by_side: bool = True,
     ) -> None:
         self.settings, self.hire, self.save, self.clock, self.say = settings, hire, save, clock, say
+        self.side_by_side = side_by_side
         self.began = clock()
         self.desks = {shape.name: Desk(shape) for shape in settings.shapes}
         self.results: Row = {
@@ -99,11 +103,15 @@ class Run:
     def go(self, machine: Callable[[Row], Row]) -> Row:
         """Everything; `machine` says what the results tell of the machine, given what the device says of itself."""
         self._roof(machine)
-        threads = [threading.Thread(target=self._prepare, args=(desk,)) for desk in self.desks.values()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        if self.side_by_side:
+            threads = [threading.Thread(target=self._prepare, args=(desk,)) for desk in self.desks.values()]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        else:
+            for desk in self.desks.values():
+                self._prepare(desk)
         self.say(f"set up and checked in {self.clock() - self.began:.0f} s")
         for cell in self.settings.cells:
             row = self._cell(cell)
