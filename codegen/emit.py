@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
 from sparsec.diagnostics import CompileError, Remark
@@ -28,14 +28,33 @@ class Emitted:
         plan: for `sparsec.runtime`.
         files: sources and binaries of kernels, by relative name.
         remarks: what could not be done as asked, and what was done instead.
+        texts: what kernels were compiled to on the way, for people: `kernels/....ttir`, `.ttgir`, `.ptx`.
     """
 
     plan: Plan
     files: dict[str, bytes] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
+    texts: dict[str, bytes] = field(default_factory=dict)
 
 
-def emit(module: Module, target: str, inputs: Json = None, structure: Json = None, *, here: bool = False) -> Emitted:
+Edit: TypeAlias = Callable[[str, str], str]
+"""Gives the source that is compiled for a kernel's file, `kernels/layer_0.cpp`, and the source that was generated."""
+
+
+def as_generated(name: str, source: str) -> str:
+    """No edit."""
+    return source
+
+
+def emit(
+    module: Module,
+    target: str,
+    inputs: Json = None,
+    structure: Json = None,
+    *,
+    here: bool = False,
+    edit: Edit = as_generated,
+) -> Emitted:
     """Make plan and kernels of a module after `lower`.
 
     Args:
@@ -43,11 +62,12 @@ def emit(module: Module, target: str, inputs: Json = None, structure: Json = Non
         inputs, structure: how arguments are taken apart and results put together (`sparsec.runtime.structure`);
             without them arguments and results are flat.
         here: compile native code for this processor only, not for others that an artifact may be loaded on.
+        edit: may put another source in the place of a kernel's own.
 
     Raises:
-        CompileError: the module is not lowered, or holds what the runtime cannot run.
+        CompileError: the module is not lowered, or holds what the runtime cannot run, or an edited source fails.
     """
-    emitter = _Emitter(target, here)
+    emitter = _Emitter(target, here, edit)
     fused = (func for func in module.funcs.values() if func.name != "main" and not is_derivation(func))
     kernels = {func.name: emitter.kernel(func) for func in fused}
     main = module.main
@@ -68,15 +88,16 @@ def emit(module: Module, target: str, inputs: Json = None, structure: Json = Non
         inputs=inputs or _flat_inputs(sum(arg.kind == "input" for arg in args)),
         structure=structure or _flat("tuple", sum(output.kind == "output" for output in results)),
     )
-    return Emitted(plan, emitter.files, tuple(emitter.remarks))
+    return Emitted(plan, emitter.files, tuple(emitter.remarks), emitter.texts)
 
 
 class _Emitter:
     """Emits kernel functions, collecting their files and remarks."""
 
-    def __init__(self, target: str, here: bool) -> None:
-        self.target, self.here = target, here
+    def __init__(self, target: str, here: bool, edit: Edit) -> None:
+        self.target, self.here, self.edit = target, here, edit
         self.files: dict[str, bytes] = {}
+        self.texts: dict[str, bytes] = {}
         self.remarks: list[Remark] = []
 
     def kernel(self, func: Func) -> Kernel:
@@ -107,14 +128,23 @@ class _Emitter:
 
     def _triton(self, func: Func, op: Op) -> TritonKernel | None:
         """What the Triton generator makes of a kernel; None, with a remark, where PyTorch has to run it."""
-        from sparsec.codegen.triton.emit import emit_kernel
+        from sparsec.codegen.triton.emit import compile_sketch, sketch_kernel
 
         try:
-            made = emit_kernel(func, self.target)
+            sketch = sketch_kernel(func)
         except CompileError as error:
             self._missed(op, "PyTorch operators", error)
             return None
+        edited = replace(sketch, source=self.edit(f"kernels/{func.name}.py", sketch.source))
+        try:
+            made = compile_sketch(func, edited, self.target)
+        except CompileError as error:
+            if edited != sketch:
+                raise
+            self._missed(op, "PyTorch operators", error)
+            return None
         self.files |= made.files
+        self.texts |= made.texts
         return made
 
     def _cpp(self, func: Func, op: Op) -> tuple[str | None, dict[str, str]]:
@@ -130,15 +160,18 @@ class _Emitter:
             self._missed(op, "prepacked oneDNN linears", error)
             return None, {}
         name = f"kernels/{func.name}.cpp"
-        self.files[name] = source.encode()
-        return name, self._libraries(func.name, source, op)
+        edited = self.edit(name, source)
+        self.files[name] = edited.encode()
+        return name, self._libraries(func.name, edited, op, edited != source)
 
-    def _libraries(self, name: str, source: str, op: Op) -> dict[str, str]:
+    def _libraries(self, name: str, source: str, op: Op, edited: bool) -> dict[str, str]:
         from sparsec.codegen.cpu.compiler import build_all, build_best
 
         try:
             made = build_best(source) if self.here else build_all(source)
         except CompileError as error:
+            if edited:
+                raise
             self._missed(op, "prepacked oneDNN linears", error)
             return {}
         files = {isa: f"kernels/{name}.{isa}.so" for isa in made}

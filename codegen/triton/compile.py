@@ -64,6 +64,7 @@ class Binary:
         image: the cubin or hsaco.
         assembly: PTX or AMD assembly, for people and tests.
         ttir: Triton's own IR, which says what one program loads, multiplies and stores.
+        ttgir: the same with layouts in registers and shared memory.
         threads: threads of one program.
         shared: dynamic shared memory, in bytes.
         num_stages: pipeline stages, lowered where the variant's did not fit.
@@ -76,6 +77,7 @@ class Binary:
     image: bytes
     assembly: str
     ttir: str
+    ttgir: str
     threads: int
     shared: int
     num_stages: int
@@ -161,8 +163,9 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
     image, assembly = text["cubin" if cuda else "hsaco"], text["ptx" if cuda else "amdgcn"]
     registers, spills = _usage_cuda(image, metadata.name) if cuda else _usage_hip(assembly)
     threads = metadata.num_warps * target.warp_size
+    own = text["ttir"], text.get("ttgir", "")
     return Binary(
-        metadata.name, image, assembly, text["ttir"], threads, metadata.shared, stages, maps, registers, spills
+        metadata.name, image, assembly, *own, threads, metadata.shared, stages, maps, registers, spills
     )
 
 

@@ -40,6 +40,17 @@ class TritonKernel:
         images = {name: binary.image for name, binary in self.binaries.items()}
         return {f"kernels/{self.name}.py": self.source.encode(), **images}
 
+    @property
+    def texts(self) -> dict[str, bytes]:
+        """What the source became on its way to each image: Triton's own IR, its GPU dialect, and assembly."""
+        found = dict[str, bytes]()
+        for name, binary in self.binaries.items():
+            stem, _, kind = name.rpartition(".")
+            assembly = "ptx" if kind == "cubin" else "amdgcn"
+            texts = {"ttir": binary.ttir, "ttgir": binary.ttgir, assembly: binary.assembly}
+            found |= {f"{stem}.{suffix}": text.encode() for suffix, text in texts.items()}
+        return found
+
 
 def sketch_kernel(func: Func) -> Sketch:
     """Write a kernel function as Triton text with its launches; nothing is compiled.
@@ -70,7 +81,12 @@ def emit_kernel(func: Func, target: str) -> TritonKernel:
     Raises:
         CompileError: as of `sketch_kernel`, or Triton cannot compile it, or a variant does not fit.
     """
-    chosen, sketch = target_of(target), sketch_kernel(func)
+    return compile_sketch(func, sketch_kernel(func), target)
+
+
+def compile_sketch(func: Func, sketch: Sketch, target: str) -> TritonKernel:
+    """Compile what `sketch_kernel` wrote, or an edited text of it. Raises: CompileError, as of `emit_kernel`."""
+    chosen = target_of(target)
     binaries = dict[str, Binary]()
     variants = list[Variant]()
     for schedule, choice in zip(sketch.schedules, _choices(func, len(sketch.schedules)), strict=True):

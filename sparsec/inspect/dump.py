@@ -1,32 +1,53 @@
-"""The dump folder: the IR after every pass that changed it, diffs, and a manifest.
+"""The dump folder: the IR after every pass that changed it, diffs, costs, kernels, and a manifest.
 
-    DIR/mixtral-0001/  manifest.json  remarks.jsonl
+    DIR/mixtral-0001/  index.html  manifest.json  remarks.jsonl  costs.json  made.json  plan.json  bench.py
       00-capture.sparsec  04-raise-route.sparsec  04-raise-route.diff ...
+      kernels/gather_gemm_0.py  kernels/....ttir .ttgir .ptx .cubin (CPU: .cpp .so)
       crash.sparsec (only after a failure)
 
+`costs.json` has for the last text of each phase `line: [bytes, flops, us, limiter]`, `made.json` for each text the
+rules that made its new ops, by line. `python bench.py gather_gemm_0 --tokens 64` times a kernel from these files.
 A file is written whole or not at all, and a run never writes into the folder of another.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sparsec.codegen.emit import Emitted
 from sparsec.diagnostics import Remark
-from sparsec.ir.core import Module
-from sparsec.ir.printer import print_module
+from sparsec.inspect.costs import op_costs, roof, sizes
+from sparsec.inspect.unified import diff, diff_lines
+from sparsec.ir.core import Module, Op
+from sparsec.ir.printer import Printer, format_attr
 from sparsec.passes.base import Pass
+from sparsec.passes.chips import CHIPS
 from sparsec.pipeline import Instrument, PassRecord, Result
+from sparsec.runtime import plan_json
+
+__all__ = ["Dump", "diff", "new_run", "write_atomic"]
 
 MAX_RUNS = 9999
+SOURCES = (".py", ".cpp")
+"""How names of kernels' sources end."""
+
+_BENCH = '''"""Times the kernels of this run on this machine: python bench.py [KERNEL ...] [--tokens N ...] [--json]."""
+
+from pathlib import Path
+
+from sparsec.inspect.bench import main
+
+if __name__ == "__main__":
+    main(Path(__file__).parent)
+'''
 
 
 def write_atomic(path: Path, text: str | bytes) -> None:
@@ -65,30 +86,60 @@ def new_run(parent: Path, name: str) -> Path:
     raise FileExistsError(f"{parent} is full of runs named {stem}: remove some")
 
 
+@dataclass(frozen=True)
+class Text:
+    """A module's text, and on which line (1-based) each op stands."""
+
+    lines: list[str]
+    places: Mapping[Op, int]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def text_of(module: Module) -> Text:
+    """The short form, as of `print_module`."""
+    lines = [f"module {format_attr(module.attrs)}", ""] if module.attrs else []
+    places = dict[Op, int]()
+    for func in module.funcs.values():
+        printer, above = Printer(), len(lines) + 1
+        printer.func(func)
+        lines += printer.lines
+        lines.append("")
+        places.update((op, above + first) for op, (first, _) in printer.spans.items())
+    return Text(lines[:-1], places)
+
+
 class Dump(Instrument):
-    """Writes one run of the pass manager into a new folder, `self.folder`.
+    """Writes one run of the pass manager into a new folder, `self.folder`; several for one module go into the same.
 
     Args:
         parent: where the run's folder is made.
         name: what the folder is called, before its number.
+        target: whose times costs are; without one, or for the CPU, only bytes and flops are written.
     """
 
-    def __init__(self, parent: Path | str, name: str = "module") -> None:
+    def __init__(self, parent: Path | str, name: str = "module", target: str = "cpu") -> None:
         self.folder = new_run(Path(parent), name)
+        self.target = target
         self.entries: list[dict[str, Any]] = []
-        self.remarks: list[Remark] = []
-        self._text = ""
+        self.kernels: dict[str, str] = {}
+        self._remarks: list[str] = []
+        self._text = Text([], {})
+        self._costs: dict[str, Any] = {"chip": target if target in CHIPS else None, "sizes": {}, "files": {}}
+        self._made: dict[str, dict[int, str]] = {}
 
     def start(self, module: Module, passes: Sequence[tuple[str, Pass]]) -> None:
-        self._text = print_module(module)
-        phase = str(module.attrs.get("phase", "capture"))
-        write_atomic(self.folder / f"00-{phase}.sparsec", self._text)
-        self.entries.append({"number": 0, "phase": phase, "file": f"00-{phase}.sparsec", "sha256": _sha(self._text)})
+        if not self.entries:
+            self._text = text_of(module)
+            phase = str(module.attrs.get("phase", "capture"))
+            self._enter(f"{phase}", {"number": 0, "phase": phase}, None)
+            write_atomic(self.folder / "remarks.jsonl", "")
         self._manifest("running")
 
     def after(self, record: PassRecord, module: Module) -> None:
-        text = print_module(module)
-        stem = f"{len(self.entries):02}-{record.name.split('{')[0]}"
+        text = text_of(module) if record.changed else self._text
+        changed = text.lines != self._text.lines
         entry: dict[str, Any] = {
             "number": len(self.entries),
             "phase": record.phase,
@@ -96,48 +147,85 @@ class Dump(Instrument):
             "ms": round(record.ms, 3),
             "ops_before": record.ops_before,
             "ops_after": record.ops_after,
-            "changed": text != self._text,
+            "changed": changed,
             "rules": record.counts,
             "remarks": len(record.remarks),
-            "sha256": _sha(text),
         }
-        if text != self._text:
-            entry |= {"file": f"{stem}.sparsec", "diff": f"{stem}.diff"}
-            previous = next(e["file"] for e in reversed(self.entries) if "file" in e)
-            write_atomic(self.folder / entry["file"], text)
-            write_atomic(self.folder / entry["diff"], diff(self._text, text, previous, entry["file"]))
-        self.entries.append(entry)
-        self.remarks += record.remarks
-        self._text = text
+        previous, self._text = self._text, text
+        if changed:
+            self._enter(record.name.split("{")[0], entry, previous)
+            made = {text.places[op]: rule for op, rule in record.made.items() if op in text.places}
+            if made:
+                self._made[entry["file"]] = made
+        else:
+            self.entries.append(entry | {"sha256": self.entries[-1]["sha256"]})
+        if record.remarks:
+            self._remarks += [json.dumps(_remark_json(remark)) for remark in record.remarks]
+            write_atomic(self.folder / "remarks.jsonl", "\n".join(self._remarks) + "\n")
         self._manifest("running")
+
+    def phase_done(self, phase: str, module: Module) -> None:
+        file = self._file()
+        if file in self._costs["files"]:
+            return
+        env = sizes(module, {})
+        self._costs["sizes"] |= env
+        found = op_costs(module, env, roof(self.target) if self.target in CHIPS else None)
+        lines = {self._text.places[op]: cost for op, cost in found.items() if op in self._text.places}
+        self._costs["files"][file] = {n: [c.bytes, c.flops, round(c.us, 4), c.limiter] for n, c in lines.items()}
 
     def fail(self, reproducer: str) -> Path | None:
         path = self.folder / "crash.sparsec"
         write_atomic(path, reproducer)
-        self._manifest("failed")
+        self._close("failed")
         return path
 
     def finish(self, result: Result) -> None:
-        self._manifest("done")
+        self._close("done")
+
+    def emitted(self, emitted: Emitted) -> None:
+        """Add the plan, the kernels with all that they were compiled to, and their benchmark."""
+        for name, content in {**emitted.files, **emitted.texts}.items():
+            place = self.folder / name
+            place.parent.mkdir(exist_ok=True)
+            write_atomic(place, content)
+            if name.endswith(SOURCES):
+                self.kernels[name] = hashlib.sha256(content).hexdigest()
+        write_atomic(self.folder / "plan.json", json.dumps(plan_json.to_json(emitted.plan), allow_nan=False) + "\n")
+        write_atomic(self.folder / "bench.py", _BENCH)
+        if emitted.remarks:
+            self._remarks += [json.dumps(_remark_json(remark)) for remark in emitted.remarks]
+            write_atomic(self.folder / "remarks.jsonl", "\n".join(self._remarks) + "\n")
+        self._close("done")
+
+    def _file(self) -> str:
+        """The newest text."""
+        return str(next(entry["file"] for entry in reversed(self.entries) if "file" in entry))
+
+    def _enter(self, name: str, entry: dict[str, Any], before: Text | None) -> None:
+        """Write the text as it is now, and its diff, and list them."""
+        stem, text = f"{len(self.entries):02}-{name}", str(self._text)
+        entry |= {"file": f"{stem}.sparsec", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        write_atomic(self.folder / entry["file"], text)
+        if before is not None:
+            entry["diff"] = f"{stem}.diff"
+            said = diff_lines(before.lines, self._text.lines, self._file(), entry["file"])
+            write_atomic(self.folder / entry["diff"], said)
+        self.entries.append(entry)
 
     def _manifest(self, state: str) -> None:
-        lines = [json.dumps(_remark_json(remark)) for remark in self.remarks]
-        write_atomic(self.folder / "remarks.jsonl", "".join(line + "\n" for line in lines))
-        manifest = {"version": 1, "state": state, "passes": self.entries}
+        manifest = {"version": 1, "state": state, "target": self.target, "passes": self.entries}
+        manifest |= {"kernels": self.kernels} if self.kernels else {}
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
-
-def diff(before: str, after: str, before_name: str = "before", after_name: str = "after") -> str:
-    """A unified diff of two texts, with three lines of context."""
-    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), before_name, after_name)
-    return "".join(lines)
+    def _close(self, state: str) -> None:
+        """What is written once there is nothing more to come, as far as is known."""
+        write_atomic(self.folder / "costs.json", json.dumps(self._costs) + "\n")
+        write_atomic(self.folder / "made.json", json.dumps(self._made) + "\n")
+        self._manifest(state)
 
 
 def _remark_json(remark: Remark) -> dict[str, Any]:
     loc = remark.loc
-    place = {"file": loc.file, "line": loc.line, "scope": loc.scope, "source": loc.source}
-    return {**{k: v for k, v in asdict(remark).items() if k != "loc"}, "loc": place}
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    said = {field.name: getattr(remark, field.name) for field in fields(remark)}
+    return {**said, "loc": {"file": loc.file, "line": loc.line, "scope": loc.scope, "source": loc.source}}

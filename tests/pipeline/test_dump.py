@@ -35,6 +35,8 @@ def test_layout(tmp_path: Path) -> None:
         "00-capture.sparsec",
         "02-canonicalize.diff",
         "02-canonicalize.sparsec",
+        "costs.json",
+        "made.json",
         "manifest.json",
         "remarks.jsonl",
     ]
