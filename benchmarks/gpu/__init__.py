@@ -17,7 +17,7 @@ IR. `--peers DIR` adds engines whose files lie in DIR (`python -m benchmarks.gpu
 
 The first minutes on a new GPU machine, one line each:
 
-    python -m pytest -q -m gpu tests/codegen/triton/test_gpu.py tests/benchmarks/test_gpu.py
+    python -m pytest -q -m gpu tests/codegen/triton/test_{gpu,bank_operator}.py tests/benchmarks/test_gpu.py
     python -m pytest -q -n 12 -o python_files="check_*.py" tests/codegen/triton
     python -m benchmarks.gpu --minutes 8 --peers DIR --ahead FOLDER         # the table
     python -m benchmarks.gpu.variants --minutes 3                           # the cost model against what was measured
