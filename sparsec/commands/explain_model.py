@@ -76,7 +76,8 @@ def render(one: Finding) -> Text:
         text.append(f"\n         try: {one.try_}")
     if one.gain is not None:
         gain = one.gain
-        text.append(f"\n         worth about {time(gain.us)}: {gain.launches} launches, {quantity(gain.bytes)}B")
+        launches = f"{gain.launches} launch{'es' if gain.launches > 1 else ''}"
+        text.append(f"\n         worth about {time(gain.us)}: {launches}, {quantity(gain.bytes)}B")
     return text
 
 

@@ -18,8 +18,9 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples"
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
-def test_generated_pages_are_fresh() -> None:
-    command = [sys.executable, "docs/generate.py", "--check"]
+@pytest.mark.parametrize("script", ["generate.py", "sessions.py"])
+def test_generated_pages_are_fresh(script: str) -> None:
+    command = [sys.executable, f"docs/{script}", "--check"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."}
     )
