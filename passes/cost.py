@@ -93,6 +93,7 @@ def candidates(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 
 def _tiles(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     shallow = gemm.packing == "plain" and (on.lanes == 64 or gemm.dtype is DType.f32)
+    depths: tuple[int, ...]
     depths = (128,) if gemm.packing == "mxfp4" else (32, 64, 128) if shallow else (64, 128)
     if on.lanes == 64:  # masks of what is left over take registers that loads need there
         depths = tuple(depth for depth in depths if gemm.inner % depth == 0) or depths

@@ -219,9 +219,9 @@ def render(model: ModelInfo) -> RenderableType:
     notes = [Text(f"note: {note}") for note in model.notes]
     if not model.routed:
         notes.append(Text(f"nothing sparse found; looked for {LOOKED_FOR}"))
-    return Group(
-        facts, "", traffic, *(["", kernels] if model.scheduled else []), *([""] if notes else []), *notes
-    )  # fmt: skip
+    parts: list[RenderableType] = [facts, "", traffic]
+    parts += ["", kernels] if model.scheduled else []
+    return Group(*parts, *([""] if notes else []), *notes)
 
 
 def _describe(routed: Routed) -> str:

@@ -91,7 +91,7 @@ def tune(
     changes, made = list[Change](), dict[str, TritonKernel]()
     for i, func in enumerate(funcs):
         share = clock() + (end - clock()) / (len(funcs) - i)
-        search = Search(func, artifact, on, allowed_loss(module), timer, lambda share=share: clock() < share)
+        search = Search(func, artifact, on, allowed_loss(module), timer, clock, share)
         search.run()
         changes += search.settle()
         made[func.name] = emit_kernel(func, artifact.target)
@@ -109,14 +109,15 @@ def _has_choices(kernel: Kernel) -> bool:
 
 @dataclass
 class Search:
-    """Times variants of one kernel function while `going` says that there is time."""
+    """Times variants of one kernel function until `clock` says `end`."""
 
     func: Func
     artifact: Artifact
     on: Chip
     most: float  #: what one order of adding may cost, as a share
     timer: Timer
-    going: Callable[[], bool]
+    clock: Callable[[], float]
+    end: float
     measured: dict[int, dict[Variant, float]] = field(default_factory=dict[int, dict[Variant, float]])
     compiled: dict[Variant, TritonKernel | None] = field(default_factory=dict[Variant, TritonKernel | None])
 
@@ -132,7 +133,7 @@ class Search:
         for tokens in (*BUCKETS[::4], *BUCKETS[2::4], *BUCKETS[1::2]):
             times = dict[Variant, float]()
             for variant in self._tried(tokens):
-                if not self.going():
+                if self.clock() >= self.end:
                     return
                 us = self._time(variant, tokens)
                 if us is not None:
