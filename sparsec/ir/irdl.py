@@ -15,7 +15,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Any, Literal, TypeAlias, Union, cast, get_args, get_origin
 
 from sparsec.ir.core import Module, Op, Segments, Value
 from sparsec.ir.opdef import REGISTRY, OpDef
@@ -40,7 +40,7 @@ _BASES: dict[Any, str] = {
 def places(module: Module) -> Places:
     """Where in a module one variadic field takes values of several types, and how many at most."""
     most, mixed = dict[tuple[str, str], int](), set[tuple[str, str]]()
-    for op in module.walk():
+    for op in filter(_is_declared, module.walk()):
         for declared, _, rest in _fields(op):
             if rest is not None:
                 key = op.name, list(declared)[-1]
@@ -52,6 +52,8 @@ def places(module: Module) -> Places:
 
 def segment_sizes(op: Op, open_places: Places) -> tuple[list[int] | None, list[int] | None]:
     """How many values each operand and each result has, as IRDL counts them; None where it need not be told."""
+    if not _is_declared(op):
+        return None, None
     found = list[list[int] | None]()
     for declared, flags, rest in _fields(op):
         sizes, variable = list(flags), sum(kind == "OptOperand" for kind in declared.values())
@@ -73,13 +75,15 @@ def segments_of(cls: type[OpDef], sizes: Sequence[int]) -> Segments | None:
     return None if all(flags) else tuple(flags)
 
 
+def _is_declared(op: Op) -> bool:
+    """Whether IRDL defines an op; `aten`'s and what other dialects have are not."""
+    return isinstance(op, OpDef) and type(op).op_name in REGISTRY and op.name not in FOREIGN
+
+
 def _fields(op: Op) -> Iterator[tuple[dict[str, str], list[int], Sequence[Value] | None]]:
     """Operands, then results: those declared, how many values each has, and the values of a variadic last one."""
-    fields = op.fields() if isinstance(op, OpDef) and op.name not in FOREIGN else None
-    for declared, arguments in (
-        ({} if fields is None else fields.operands, op.arguments),
-        ({} if fields is None else fields.results, op.results),
-    ):
+    fields = cast(OpDef, op).fields()
+    for declared, arguments in ((fields.operands, op.arguments), (fields.results, op.results)):
         closed = sum(kind not in _OPEN for kind in declared.values())
         flags = [int(argument is not None) for argument in arguments[:closed]]
         flags += [0] * (closed - len(flags))

@@ -17,6 +17,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from sparsec.ir.core import Attr, Block, Func, Module, Op
 from sparsec.ir.irdl import Places, places, segment_sizes, segments_of
@@ -92,10 +93,10 @@ class _Writer:
     def sizes(self, op: Op) -> dict[str, str]:
         """How the operands form arguments and the results fields, where their number does not tell."""
         operands, results = segment_sizes(op, self.open_places)
-        attrs = dict[str, str]()
-        if operands is not None and isinstance(op, OpDef):
-            attrs[OPERAND_SIZES] = _array(operands)
-        if op.segments != (segments_of(type(op), operands) if operands is not None and isinstance(op, OpDef) else None):
+        attrs, told = dict[str, str](), None
+        if operands is not None:
+            attrs[OPERAND_SIZES], told = _array(operands), segments_of(type(cast(OpDef, op)), operands)
+        if op.segments != told:
             attrs[SEGMENTS] = _attr(op.segments)
         if results is not None:
             attrs[RESULT_SIZES] = _array(results)
