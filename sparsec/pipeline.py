@@ -15,7 +15,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import sparsec.dialects as _dialects
@@ -103,8 +103,12 @@ class Instrument:
     def before(self, phase: str, pass_: Pass, module: Module) -> None:
         """Before a pass."""
 
+    def override(self, record: PassRecord, module: Module) -> str:
+        """After a pass: put something else into `module`, and say what; "" leaves it as it is."""
+        return ""
+
     def after(self, record: PassRecord, module: Module) -> None:
-        """After a pass whose result verified."""
+        """After a pass whose result verified, with what was put in its place."""
 
     def phase_done(self, phase: str, module: Module) -> None:
         """After the last pass of a phase."""
@@ -232,6 +236,9 @@ class _Manager:
             except Exception as error:
                 raise self._explain(error, passes, i, snapshot) from error
             for instrument in self.instruments:
+                if said := instrument.override(record, self.module):
+                    record = self._overridden(record, said)
+            for instrument in self.instruments:
                 instrument.after(record, self.module)
         return any(record.changed for record in self.records[first:])
 
@@ -251,6 +258,13 @@ class _Manager:
         record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, remarks, made)
         self.records.append(record)
         return record
+
+    def _overridden(self, record: PassRecord, said: str) -> PassRecord:
+        """The record of a pass whose result was replaced, once that has verified."""
+        self.verify(said, None)
+        counts = {**record.counts, said: 1}
+        self.records[-1] = replace(record, changed=True, counts=counts, ops_after=count_ops(self.module))
+        return self.records[-1]
 
     def verify(self, maker: str, ctx: PassContext | None) -> None:
         """Check the module; a problem names the pass and the rule that made the op."""

@@ -164,9 +164,7 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
     registers, spills = _usage_cuda(image, metadata.name) if cuda else _usage_hip(assembly)
     threads = metadata.num_warps * target.warp_size
     own = text["ttir"], text.get("ttgir", "")
-    return Binary(
-        metadata.name, image, assembly, *own, threads, metadata.shared, stages, maps, registers, spills
-    )
+    return Binary(metadata.name, image, assembly, *own, threads, metadata.shared, stages, maps, registers, spills)
 
 
 def _maps(entry: Entry, target: Target, metadata: Any, layouts: str, what: str) -> tuple[Mapping[str, Any], ...]:

@@ -5,8 +5,8 @@
       kernels/gather_gemm_0.py  kernels/....ttir .ttgir .ptx .cubin (CPU: .cpp .so)
       crash.sparsec (only after a failure)
 
-`costs.json` has for the last text of each phase `line: [bytes, flops, us, limiter]`, `made.json` for each text the
-rules that made its new ops, by line. `python bench.py gather_gemm_0 --tokens 64` times a kernel from these files.
+`costs.json` has what the ops of the last text move and compute, `made.json` for each text the rules that made its new
+ops, by line. `python bench.py gather_gemm_0 --tokens 64` times a kernel from these files.
 A file is written whole or not at all, and a run never writes into the folder of another.
 """
 
@@ -24,12 +24,10 @@ from typing import Any
 
 from sparsec.codegen.emit import Emitted
 from sparsec.diagnostics import Remark
-from sparsec.inspect.costs import op_costs, roof, sizes
 from sparsec.inspect.unified import diff, diff_lines
 from sparsec.ir.core import Module, Op
 from sparsec.ir.printer import Printer, format_attr
 from sparsec.passes.base import Pass
-from sparsec.passes.chips import CHIPS
 from sparsec.pipeline import Instrument, PassRecord, Result
 from sparsec.runtime import plan_json
 
@@ -116,17 +114,16 @@ class Dump(Instrument):
     Args:
         parent: where the run's folder is made.
         name: what the folder is called, before its number.
-        target: whose times costs are; without one, or for the CPU, only bytes and flops are written.
+        kernels: whether `emitted` follows the passes; the page is then written there.
     """
 
-    def __init__(self, parent: Path | str, name: str = "module", target: str = "cpu") -> None:
+    def __init__(self, parent: Path | str, name: str = "module", kernels: bool = False) -> None:
         self.folder = new_run(Path(parent), name)
-        self.target = target
+        self.to_come = kernels
         self.entries: list[dict[str, Any]] = []
         self.kernels: dict[str, str] = {}
         self._remarks: list[str] = []
         self._text = Text([], {})
-        self._costs: dict[str, Any] = {"chip": target if target in CHIPS else None, "sizes": {}, "files": {}}
         self._made: dict[str, dict[int, str]] = {}
 
     def start(self, module: Module, passes: Sequence[tuple[str, Pass]]) -> None:
@@ -164,16 +161,6 @@ class Dump(Instrument):
             write_atomic(self.folder / "remarks.jsonl", "\n".join(self._remarks) + "\n")
         self._manifest("running")
 
-    def phase_done(self, phase: str, module: Module) -> None:
-        file = self._file()
-        if file in self._costs["files"]:
-            return
-        env = sizes(module, {})
-        self._costs["sizes"] |= env
-        found = op_costs(module, env, roof(self.target) if self.target in CHIPS else None)
-        lines = {self._text.places[op]: cost for op, cost in found.items() if op in self._text.places}
-        self._costs["files"][file] = {n: [c.bytes, c.flops, round(c.us, 4), c.limiter] for n, c in lines.items()}
-
     def fail(self, reproducer: str) -> Path | None:
         path = self.folder / "crash.sparsec"
         write_atomic(path, reproducer)
@@ -181,6 +168,9 @@ class Dump(Instrument):
         return path
 
     def finish(self, result: Result) -> None:
+        from sparsec.inspect.html.costs_file import write_costs
+
+        write_costs(self.folder, result.module)
         self._close("done")
 
     def emitted(self, emitted: Emitted) -> None:
@@ -196,6 +186,7 @@ class Dump(Instrument):
         if emitted.remarks:
             self._remarks += [json.dumps(_remark_json(remark)) for remark in emitted.remarks]
             write_atomic(self.folder / "remarks.jsonl", "\n".join(self._remarks) + "\n")
+        self.to_come = False
         self._close("done")
 
     def _file(self) -> str:
@@ -214,15 +205,18 @@ class Dump(Instrument):
         self.entries.append(entry)
 
     def _manifest(self, state: str) -> None:
-        manifest = {"version": 1, "state": state, "target": self.target, "passes": self.entries}
+        manifest = {"version": 1, "state": state, "passes": self.entries}
         manifest |= {"kernels": self.kernels} if self.kernels else {}
         write_atomic(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def _close(self, state: str) -> None:
         """What is written once there is nothing more to come, as far as is known."""
-        write_atomic(self.folder / "costs.json", json.dumps(self._costs) + "\n")
         write_atomic(self.folder / "made.json", json.dumps(self._made) + "\n")
         self._manifest(state)
+        if not self.to_come:
+            from sparsec.inspect.html.page import write_index
+
+            write_index(self.folder)
 
 
 def _remark_json(remark: Remark) -> dict[str, Any]:

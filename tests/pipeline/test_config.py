@@ -24,5 +24,5 @@ def test_an_unreadable_variable_is_an_error() -> None:
 
 def test_every_knob_has_a_flag_a_variable_and_a_meaning() -> None:
     for knob in knobs():
-        assert knob.flag == f"--{knob.name}" and knob.env == f"SPARSEC_{knob.name.upper()}"
+        assert knob.flag == f"--{knob.name.replace('_', '-')}" and knob.env == f"SPARSEC_{knob.name.upper()}"
         assert len(knob.doc) > 20
