@@ -229,6 +229,38 @@ def export_command(**options: Any) -> None:
     export_module.run(**options)
 
 
+@cli.command("view")
+@click.argument("folder", metavar="DUMPFOLDER", type=click.Path(path_type=Path))
+def view_command(folder: Path) -> None:
+    """(Re)write index.html of a run of a dump, one page without server or network, and print its path.
+
+    The page shows what lies in the folder: `sparsec trace MODEL -o DUMPFOLDER` adds the experts' load.
+    """
+    from sparsec.commands import view_dump
+
+    view_dump.run(folder)
+
+
+@cli.command("trace")
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="trace.json, or a run of a dump for its page."
+)
+@click.option("--prompt-ids", help="Token ids to run on: 1,2,3.")
+@click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Random ones, else.")
+@click.option("-n", "--max-new-tokens", "new_tokens", type=click.IntRange(min=0), default=0, show_default=True)
+@random_option
+@click.option("--json", "as_json", is_flag=True)
+def trace_command(**options: Any) -> None:
+    """Record how many tokens each expert of each layer of MODEL gets, step by step.
+
+    The reference interpreter runs the model: slow and exact, for small models and short prompts.
+    """
+    from sparsec.commands import trace_model
+
+    trace_model.run(**options)
+
+
 @cli.command("targets")
 @click.option("--json", "as_json", is_flag=True)
 def targets_command(as_json: bool) -> None:

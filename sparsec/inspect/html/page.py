@@ -1,0 +1,63 @@
+"""`index.html` of a dump: one file that needs no server and no network.
+
+Texts of a dump come from strangers. They are packed (zlib, base64), so that nothing in them can end the element that
+holds them; the scripts put them into the page as text nodes only; and the page's policy allows no script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from sparsec.inspect.dump import write_atomic
+from sparsec.inspect.html.read_dump import read_dump
+
+FILE = "index.html"
+SCRIPTS = ("core", "list", "text", "phases", "kernels", "layout", "graph", "experts", "tables", "main")
+STYLES = ("base", "views")
+
+
+def write_index(folder: Path) -> Path:
+    """(Re)write the page of one run of a dump, of what lies in its folder: `trace.json` too, once it is there.
+
+    Returns: the page's path. Raises: SparsecError if the folder is no run of a dump.
+    """
+    data = json.dumps(read_dump(folder), separators=(",", ":"), allow_nan=False)
+    packed = base64.b64encode(zlib.compress(data.encode("utf-8", "replace"), 9)).decode()
+    script, style = _assets()
+    template = _environment().get_template("index.html.jinja")
+    page = template.render(
+        name=folder.resolve().name,
+        data=packed,
+        script=script,
+        style=style,
+        policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'",
+    )
+    write_atomic(path := folder / FILE, page)
+    return path
+
+
+@cache
+def _assets() -> tuple[str, str]:
+    """Our script and our style."""
+    here = files("sparsec.inspect.html")
+    read = lambda name: here.joinpath("assets", name).read_text(encoding="utf-8")  # noqa: E731
+    script = "\n".join(["(() => {", '"use strict";', *(read(f"{name}.js") for name in SCRIPTS), "})();"])
+    return script, "\n".join(read(f"{name}.css") for name in STYLES)
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("sparsec.inspect.html", "assets")
+    return Environment(loader=loader, autoescape=select_autoescape(default=True), undefined=StrictUndefined)
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
