@@ -297,8 +297,8 @@ class _Router:
             "    stops = tl.cumsum(count, axis=0)",
             "    store_offsets(offsets, stops, E, E_PAD)",
             "    total = tl.sum(count, axis=0)",
-            "    place(order, ids, chosen, rows, live, stops - count, 0, total, tokens * K, K, E_PAD)",
             *(["    list_tiles(tiles, count, stops, total, tokens * K, 0, 1, E, E_PAD)"] if listed else []),
+            "    place(order, ids, chosen, rows, live, stops - count, 0, total, tokens * K, K, E_PAD)",
         ]
         parameters = f"{self._chosen}{self._placed}tokens, {CONSTANTS}"
         return self._entry(f"{self.func.name}_few", parameters, lines)
