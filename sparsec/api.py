@@ -15,14 +15,16 @@ from torch import nn
 from torch.utils._pytree import tree_unflatten
 
 from sparsec import pipeline
-from sparsec.codegen.emit import Emitted, emit
+from sparsec.codegen.emit import Edit, Emitted, as_generated, emit
 from sparsec.config import Config
 from sparsec.diagnostics import Diagnostic, Remark, SparsecError
 from sparsec.frontend.capture import Captured, capture
 from sparsec.inspect.colour import colour
 from sparsec.inspect.cost_text import print_costs
 from sparsec.inspect.costs import roof
-from sparsec.inspect.dump import Dump, diff
+from sparsec.inspect.dump import Dump
+from sparsec.inspect.override import Override
+from sparsec.inspect.unified import diff
 from sparsec.ir.core import Attr, Module
 from sparsec.ir.interp import DerivedWeights
 from sparsec.ir.printer import print_module
@@ -71,8 +73,14 @@ class CompiledModel:
         warnings: what was captured differently from what was asked.
     """
 
-    def __init__(self, captured: Captured, result: pipeline.Result, target: Target) -> None:
-        self.captured, self.result, self.target = captured, result, target
+    def __init__(
+        self,
+        captured: Captured,
+        result: pipeline.Result,
+        target: Target,
+        edit: Edit = as_generated,
+    ) -> None:
+        self.captured, self.result, self.target, self._edit = captured, result, target, edit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -89,7 +97,7 @@ class CompiledModel:
     @cached_property
     def emitted(self) -> Emitted:
         """The plan and the files of its kernels, made when first asked for."""
-        return emit_module(self.result.module, str(self.target))
+        return emit_module(self.result.module, str(self.target), self._edit)
 
     @property
     def generation(self) -> dict[str, Any] | None:
@@ -240,7 +248,7 @@ def compile(
             (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).
         invariant: on a GPU, give a row the same bits in whatever batch it comes, whatever that costs. Without it that
             is so where it costs less than 3 % by the cost model; see `sparsec schedule`.
-        dump: a folder for numbered IR texts, diffs and remarks.
+        dump: a folder for numbered IR texts, diffs, remarks, kernels and a page to read them (`index.html`).
         instruments: further watchers of the pipeline.
 
     Raises:
@@ -267,11 +275,14 @@ def compile_captured(
     config = Config.read(target=target, **given, dump=Path(dump) if dump else None)
     parsed = Target.parse(config.target)
     module = stored_as(config, with_structure(captured).module)
-    watching = list(instruments)
-    if config.dump:
-        watching.append(Dump(config.dump, name))
+    override = Override(config.override_dir) if config.override_dir else None
+    dumped = Dump(config.dump, name, kernels=True) if config.dump else None
+    watching = [*instruments, *(instrument for instrument in (override, dumped) if instrument)]
     result = pipeline.run(module, target=config.target, instruments=watching, verify=config.verify)
-    return CompiledModel(captured, result, parsed)
+    compiled = CompiledModel(captured, result, parsed, override.source if override else as_generated)
+    if dumped:
+        dumped.emitted(compiled.emitted)
+    return compiled
 
 
 def compile_language_model(
@@ -343,9 +354,10 @@ def stored_as(config: Config, module: Module) -> Module:
     return module
 
 
-def emit_module(module: Module, target: str) -> Emitted:
+def emit_module(module: Module, target: str, edit: Edit = as_generated) -> Emitted:
     """Plan and kernels of a lowered module, with the structure of arguments and results that it carries."""
-    return emit(module, target, plain(module.attrs.get("inputs")), plain(module.attrs.get("structure")))
+    inputs, structure = plain(module.attrs.get("inputs")), plain(module.attrs.get("structure"))
+    return emit(module, target, inputs, structure, edit=edit)
 
 
 def frozen(json: Any) -> Attr:

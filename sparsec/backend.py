@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from os import PathLike
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,11 +21,13 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsec import pipeline
-from sparsec.codegen.emit import emit
+from sparsec.codegen.emit import as_generated, emit
 from sparsec.codegen.fx import to_fx
 from sparsec.config import Config
 from sparsec.diagnostics import CompileError, Diagnostic, SparsecError
 from sparsec.frontend.graph import import_graph
+from sparsec.inspect.dump import Dump
+from sparsec.inspect.override import Override
 from sparsec.ir.core import Func, Module
 from sparsec.ir.derived import derivations
 from sparsec.ir.equal import func_key
@@ -49,6 +53,7 @@ def sparsec(
         weights: how the experts' weights are stored: "model" (default), "int8" or "int4" on a CPU, "fp8" or "mxfp4" on
             a GPU.
         activations: "model" (default) or "int8": what int8 and int4 weights are multiplied by.
+        dump: a folder; each graph gets a run of its own in it, with IR texts, diffs, remarks and kernels.
         free_weights: whether to give back the memory of weights on a CPU once they are packed, so that they are held
             once and not twice. The model's own tensors then hold NaN: it can be run by what was compiled, at any
             sizes, but not eagerly, and not be saved, changed or moved.
@@ -61,11 +66,12 @@ def sparsec(
     """
     given = dict(options or {})
     dense, free = given.pop("dense", "inductor"), given.pop("free_weights", False)
-    config = Config.read(weights=given.pop("weights", None), activations=given.pop("activations", None))
-    if given or dense not in ("inductor", "aten") or not isinstance(free, bool):
+    folder = Path(dump) if isinstance(dump := given.pop("dump", None), str | PathLike) else dump
+    config = Config.read(weights=given.pop("weights", None), activations=given.pop("activations", None), dump=folder)
+    if given or dense not in ("inductor", "aten") or not isinstance(free, bool) or not isinstance(folder, Path | None):
         raise SparsecError(
             "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8', 'int4', 'fp8' "
-            "or 'mxfp4', 'activations': 'model' or 'int8', 'free_weights': False or True}, "
+            "or 'mxfp4', 'activations': 'model' or 'int8', 'dump': a folder, 'free_weights': False or True}, "
             f"was given {dict(options or {})}"
         )
     if is_differentiated(graph_module, example_inputs):
@@ -175,19 +181,28 @@ def fuse(graph_module: GraphModule, example_inputs: Sequence[Any], config: Confi
     Raises: CompileError.
     """
     imported = import_graph(graph_module, _static_inputs())
-    imported.module.attrs.update((config or Config()).of_banks)
-    result = pipeline.run(imported.module, to="raise")
+    config = config or Config()
+    imported.module.attrs.update(config.of_banks)
+    override = Override(config.override_dir) if config.override_dir else None
+    dumped = Dump(config.dump, "graph", kernels=True) if config.dump else None
+    instruments = [instrument for instrument in (override, dumped) if instrument]
+    result = pipeline.run(imported.module, to="raise", instruments=instruments, verify=config.verify)
     for remark in result.remarks:
         if remark.kind == "missed":
             said = Diagnostic(remark.message, remark.loc, "warning", hint=remark.suggestion)
             warnings.warn(f"sparsec leaves a part of this graph to PyTorch:\n{said}", stacklevel=2)
     if not any(op.dialect == "moe" for op in imported.module.main.body.ops):
         _logger.info("no bank of experts in this graph: it is left to PyTorch")
+        if dumped:
+            dumped.close()
         return None
     device = _device_of(example_inputs)
     target = target_of(device)
-    lowered = pipeline.run(imported.module, target=target).module
-    emitted = emit(lowered, target, here=True)
+    run = pipeline.run(imported.module, target=target, instruments=instruments, verify=config.verify)
+    lowered = run.module
+    emitted = emit(lowered, target, here=True, edit=override.source if override else as_generated)
+    if dumped:
+        dumped.emitted(emitted)
     kernels = {name: register(kernel, device, emitted.files) for name, kernel in emitted.plan.kernels.items()}
     graph = to_fx(lowered.main, kernels, device, imported.constants, imported.results)
     return Fused(graph, list(_reads(graph_module, lowered)))

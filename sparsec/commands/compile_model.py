@@ -16,6 +16,7 @@ import torch
 
 from sparsec import api, pipeline
 from sparsec.codegen.artifact import checked_place, write_artifact
+from sparsec.codegen.emit import Edit, as_generated
 from sparsec.commands.options import DTYPES, TEXTS
 from sparsec.config import WEIGHTS, Config
 from sparsec.console import Watch, bytes_bar, errors_table, out, passes_table, print_remarks, print_warnings, working
@@ -24,6 +25,7 @@ from sparsec.frontend.capture import capture
 from sparsec.frontend.models import LoadedModel, describe_absence, load_model
 from sparsec.inspect.cost_text import text_of
 from sparsec.inspect.dump import Dump, write_atomic
+from sparsec.inspect.override import Override
 from sparsec.inspect.quantised import LayerError, layer_errors, summarise
 from sparsec.ir.core import Module
 from sparsec.ir.interp import DerivedWeights
@@ -53,7 +55,7 @@ def run(
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
     stored, held = _read_weights(weights)
     config = Config.read(target=target, weights=stored, activations=activations, dump=dump)
-    target, dump = config.target, config.dump
+    target = config.target
     Target.parse(target)
     if to == "emit":
         if cost:
@@ -63,7 +65,7 @@ def run(
         raise SparsecError(f"{model} is an artifact already: run it with `sparsec run {model}`")
     if model.endswith(TEXTS):
         text = partial(text_of, cost=cost, given=sizes)
-        _from_text(Path(model), output, target, to, start, (stored, activations), held, dump, text, as_json)
+        _from_text(Path(model), output, target, to, start, (stored, activations), held, config, text, as_json)
         return
     if start or held:
         raise SparsecError("--from and --weights ARTIFACT go with the text of a module (FILE.sparsec)")
@@ -80,7 +82,7 @@ def run(
         status.step("capture")
         if to != "emit":
             module = api.stored_as(config, _captured(loaded, max_length, no_cache))
-            instruments = [Watch(status), *([Dump(dump, loaded.name)] if dump else [])]
+            instruments, _, _ = _watching(config, Watch(status), loaded.name, kernels=False)
             result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
             _write_text(output, text_of(result.module, cost, sizes))
             print_remarks(result.remarks)
@@ -143,7 +145,7 @@ def _from_text(
     start: str | None,
     stored: tuple[str | None, str | None],
     weights: Path | None,
-    dump: Path | None,
+    config: Config,
     text: Callable[[Module], str],
     as_json: bool,
 ) -> None:
@@ -161,14 +163,16 @@ def _from_text(
             "a text holds no weights: name an artifact of the same model with --weights, or stop earlier with --to"
         )
     with working(as_json) as status:
-        instruments = [Watch(status), *([Dump(dump, source.stem)] if dump else [])]
         last = "lower" if to == "emit" else to
+        instruments, dumped, edit = _watching(config, Watch(status), source.stem, kernels=to == "emit")
         result = pipeline.run(module, target=target, start=start, to=last, instruments=instruments)
     print_remarks(result.remarks)
     if weights is None:
         _write_text(output, text(result.module))
         return
-    emitted = api.emit_module(result.module, target)
+    emitted = api.emit_module(result.module, target, edit)
+    if dumped:
+        dumped.emitted(emitted)
     compile_seconds = time.perf_counter() - began
     held = open_artifact(weights)
     with bytes_bar("write", as_json) as progress:
@@ -186,6 +190,16 @@ def _from_text(
     seconds = {"compile": compile_seconds, "write": time.perf_counter() - began - compile_seconds}
     errors = layer_errors(result.ir("schedule"), held.weights) if any(stored) and "schedule" in result.phases else []
     _report(path, result, remarks, seconds, errors, as_json)
+
+
+def _watching(
+    config: Config, watch: Watch, name: str, kernels: bool
+) -> tuple[list[pipeline.Instrument], Dump | None, Edit]:
+    """Who watches the passes; the dump among them; what puts edited kernels in."""
+    override = Override(config.override_dir) if config.override_dir else None
+    dumped = Dump(config.dump, name, kernels) if config.dump else None
+    found: list[pipeline.Instrument] = [watch, *(instrument for instrument in (override, dumped) if instrument)]
+    return found, dumped, override.source if override else as_generated
 
 
 def _write_text(output: Path, text: str) -> None:

@@ -186,6 +186,10 @@ class Dump(Instrument):
         if emitted.remarks:
             self._remarks += [json.dumps(_remark_json(remark)) for remark in emitted.remarks]
             write_atomic(self.folder / "remarks.jsonl", "\n".join(self._remarks) + "\n")
+        self.close()
+
+    def close(self) -> None:
+        """Nothing follows any more: no kernels either."""
         self.to_come = False
         self._close("done")
 
