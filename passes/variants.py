@@ -143,6 +143,10 @@ class Variant:
         if on.lanes == 64:  # loads go through registers
             loaded += (self.num_stages - 1) * self.step(gemm) / 4 / threads
         held = 0 if self.direct(gemm, on) else self._held(gemm, threads, on)
+        if gemm.packing == "fp8":  # products of a block, before they are scaled
+            held += 1.6 * sums / gemm.parts
+        elif gemm.packing == "mxfp4":
+            held += 0.3 * sums
         return ROW_REGISTERS + sums + stored + loaded + held
 
     def _held(self, gemm: Gemm, threads: int, on: Chip) -> float:
