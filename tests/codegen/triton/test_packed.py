@@ -11,6 +11,8 @@ import torch
 from sparsec.codegen.triton.compile import TARGETS
 from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
 from sparsec.diagnostics import CompileError
+from sparsec.passes.chips import chip
+from sparsec.passes.schedule import gpu_variants
 from tests.codegen.triton import build
 from tests.codegen.triton.packed import packed
 
@@ -59,6 +61,18 @@ def test_widening_takes_one_product_for_two_weights(packing: str) -> None:
     assert not re.search(r"cvt\.rn\.(f16x2|bf16x2)\.e\dm\d", text)
     loads = len(re.findall(r"ld\.global", body))
     assert loads <= (1 if packing == "fp8" else 0), "fp8 has one scale for a tile"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_what_the_schedule_chooses_spills_nothing(packing: str) -> None:
+    for func in (build.gather_gemm(silu, 2048, 768, 128, 8, torch.bfloat16),
+                 build.gemm_combine(2048, 768, 128, 8, torch.bfloat16)):  # fmt: skip
+        op = packed(func, packing).body.ops[0]
+        op.attrs["variants"] = gpu_variants(op, chip("cuda:sm_90"))
+        made = emit_kernel(func, "cuda:sm_90")
+        assert len(made.variants) > 1
+        assert all(binary.spills == 0 for binary in made.binaries.values())
 
 
 def test_other_families_refuse() -> None:
