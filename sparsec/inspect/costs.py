@@ -51,7 +51,9 @@ def roof(name: str) -> Roof:
     """
     if name in CHIPS:
         chip = CHIPS[name]
-        return Roof(chip.name, chip.bandwidth, {None: chip.flops[DType.f32], **chip.flops})
+        rates: dict[DType | None, float] = {None: chip.flops[DType.f32]}
+        rates.update(chip.flops)
+        return Roof(chip.name, chip.bandwidth, rates)
     if given := _GIVEN.fullmatch(name.strip()):
         bandwidth, flops = float(given[1]) * _SCALE[given[2]], float(given[3]) * _SCALE[given[4]]
         if min(bandwidth, flops) > 0:

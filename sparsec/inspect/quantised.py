@@ -99,8 +99,8 @@ def layer_errors(module: Module, weights: Mapping[str, Tensor]) -> list[LayerErr
                 if isinstance(down, GemmCombine) and (packing := _packing_of(op, down)) is not None:
                     error = _error_of_pair(module, op, down, made, weights)
                     if error is not None:
-                        kind = (packing, "model", op.num_experts, cast("int", op.x.tensor.shape[-1]), op.width)
-                        found.append(LayerError(op.loc.scope, *kind, error))
+                        sizes = (op.num_experts, cast("int", op.x.tensor.shape[-1]), op.width)
+                        found.append(LayerError(op.loc.scope, packing, "model", *sizes, error))
     return found
 
 

@@ -51,7 +51,6 @@ def compare(a: Module, b: Module) -> list[Change]:
     """
     found = list[Change]()
     if attr_key(a.attrs) != attr_key(b.attrs):
-        keys = dict.fromkeys((*a.attrs, *b.attrs))
         keys = [key for key in dict.fromkeys((*a.attrs, *b.attrs)) if a.attrs.get(key) != b.attrs.get(key)]
         before, after = (format_attr({key: m.attrs[key] for key in keys if key in m.attrs}) for m in (a, b))
         found.append(Change("changed", "module", before, after, ("attributes",)))
