@@ -52,7 +52,7 @@ def roof(name: str) -> Roof:
     if name in CHIPS:
         chip = CHIPS[name]
         rates: dict[DType | None, float] = {None: chip.flops[DType.f32]}
-        rates.update(chip.flops)
+        rates.update((dtype, rate) for dtype, rate in chip.flops.items())
         return Roof(chip.name, chip.bandwidth, rates)
     if given := _GIVEN.fullmatch(name.strip()):
         bandwidth, flops = float(given[1]) * _SCALE[given[2]], float(given[3]) * _SCALE[given[4]]
