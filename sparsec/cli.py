@@ -163,6 +163,8 @@ def tune_command(**options: Any) -> None:
 @click.option("--cost", metavar="CHIP", help="Print costs beside the ops: for cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
 @click.option("--size", "sizes", multiple=True, metavar="s0=4", help="With --cost: a size that is known at run time.")
 @click.option("--list", "list_passes", is_flag=True, help="List the passes and their options.")
+@click.option("--reduce", is_flag=True, help="Of a text that fails, write the least that still fails the same way.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Time for --reduce.")
 def opt_command(**options: Any) -> None:
     """Run passes over the text of a module: IR in, IR out (`-` is standard input or output)."""
     from sparsec.commands import opt_text
@@ -244,7 +246,7 @@ def view_command(folder: Path) -> None:
 @cli.command("trace")
 @click.argument("model")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="trace.json, or a run of a dump for its page."
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="trace.json, or a dump's run, for its page."
 )
 @click.option("--prompt-ids", help="Token ids to run on: 1,2,3.")
 @click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Random ones, else.")

@@ -164,6 +164,7 @@ class Dump(Instrument):
     def fail(self, reproducer: str) -> Path | None:
         path = self.folder / "crash.sparsec"
         write_atomic(path, reproducer)
+        self.to_come = False
         self._close("failed")
         return path
 
