@@ -36,14 +36,12 @@ def run(
         takes_ids = bool(examples) and examples[0].dtype == torch.long and examples[0].ndim == 2
         if not takes_ids and (prompt or new_tokens):
             raise SparsecError("the model's first input is no token ids [1, T]: leave out --prompt-ids and -n")
-        given = prompt if prompt else list(range(tokens))
+        drawn = random_inputs(module.main, examples, tokens)[0]
+        given = prompt or (drawn.reshape(-1).tolist() if takes_ids else list(range(tokens)))
 
         def inputs(ids: Sequence[int]) -> list[torch.Tensor]:
             made = random_inputs(module.main, examples, len(ids))
-            if prompt or len(ids) > len(given):
-                drawn = made[0].reshape(-1)[: len(given)].tolist() if not prompt else prompt
-                made[0] = torch.tensor([[*drawn, *ids[len(given) :]]])
-            return made
+            return [torch.tensor([list(ids)]), *made[1:]] if takes_ids else made
 
         trace = record(module, captured.weights, inputs, given, name=loaded.name, new_tokens=new_tokens, say=status.say)
     path = output / "trace.json" if output.is_dir() else output

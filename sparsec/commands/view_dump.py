@@ -9,7 +9,7 @@ from sparsec.inspect.html.page import write_index
 
 
 def run(folder: Path) -> None:
-    """Write the page of a run of a dump, the newest one of a folder of runs, and print its path. Raises: SparsecError."""
+    """Write the page of a run, the newest one of a folder of runs, and print its path. Raises: SparsecError."""
     if not (folder / "manifest.json").is_file() and folder.is_dir():
         runs = [path for path in folder.iterdir() if (path / "remarks.jsonl").is_file()]
         if not runs:

@@ -27,8 +27,8 @@ JsonT = TypeVar("JsonT")
 def read_dump(folder: Path) -> dict[str, Any]:
     """The data of the page, ready for JSON.
 
-    Returns: `name`; `state`; `passes`, each with `text` (an index into `texts`, of the last text up to it) and
-    `blocks` of changed lines [first before, count, first after, count], from 0; `texts`; `remarks`; `kernels`, each
+    Returns: `name`; `state`; `passes`, each with `text` (an index into `texts`, of the last text up to it), `blocks`
+    of changed lines [first before, count, first after, count], from 0, and `made`, the rule by line, from 1; `texts`; `remarks`; `kernels`, each
     with `name` and `text`; `costs`, `trace`, `plan` or None; `notes` on files that could not be read.
 
     Raises: SparsecError if the folder has no manifest of a dump.
@@ -41,8 +41,9 @@ def read_dump(folder: Path) -> dict[str, Any]:
         raise SparsecError(f"{folder / 'manifest.json'} is no manifest of a dump: {'; '.join(notes) or 'no passes'}")
     texts: list[str] = []
     passes = list[dict[str, Any]]()
+    made = _optional(folder / "made.json", lambda path: _object(_json(path)), notes) or {}
     for entry in manifest["passes"]:
-        shown = _try(lambda entry=entry: _pass(folder, _object(entry), texts), notes)
+        shown = _try(lambda entry=entry: _pass(folder, _object(entry), texts, made), notes)
         passes += [shown] if shown is not None else []
     if (crash := folder / "crash.sparsec").is_file():
         notes.append(f"a pass failed; reproduce with: sparsec opt {crash.name}")
@@ -60,7 +61,7 @@ def read_dump(folder: Path) -> dict[str, Any]:
     }
 
 
-def _pass(folder: Path, entry: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+def _pass(folder: Path, entry: dict[str, Any], texts: list[str], made: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "phase": str(entry.get("phase", "")),
         "name": str(entry.get("pass", "capture")),
@@ -69,10 +70,12 @@ def _pass(folder: Path, entry: dict[str, Any], texts: list[str]) -> dict[str, An
         "after": _number(entry.get("ops_after")),
         "rules": {str(rule): _number(count) for rule, count in _object(entry.get("rules") or {}).items()},
         "blocks": [],
+        "made": {},
     }
     changed = "file" in entry
     if changed:
         texts.append(_text(_inside(folder, entry["file"])))
+        shown["made"] = {str(line): str(rule) for line, rule in _object(made.get(entry["file"]) or {}).items()}
     if "diff" in entry:
         shown["blocks"] = diff_blocks(_text(_inside(folder, entry["diff"])))
     return shown | {"text": len(texts) - 1, "changed": changed}
@@ -193,4 +196,4 @@ def _list(value: object) -> list[Any]:
 
 
 def _number(value: object) -> float:
-    return value if isinstance(value, int | float) and value == value and abs(value) < 1e300 else 0
+    return value if isinstance(value, int | float) and abs(value) < 1e300 else 0

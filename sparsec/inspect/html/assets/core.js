@@ -76,7 +76,7 @@ function choice(label, options, value, pick) {
       for (const other of group.children) other.setAttribute("aria-pressed", other === button);
       pick(key);
     };
-    const button = el("button", { type: "button", "aria-pressed": key === value, onclick: press }, text);
+    const button = el("button", { type: "button", "aria-pressed": String(key === value), onclick: press }, text);
     group.append(button);
   }
   return group;

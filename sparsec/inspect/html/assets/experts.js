@@ -31,7 +31,7 @@ const experts = {
     host.replaceChildren(el("div", { class: "experts" },
       el("div", { class: "bar" }, choice("Steps", trace.steps.length > 1 ? steps : steps.slice(0, 1), this.steps, pick("steps")),
         choice("Order of the bars", [["expert", "By expert"], ["load", "By load"]], this.order, pick("order"))),
-      this.facts, el("h2", {}, "Layers ", el("small", {}, "rows are layers, columns experts; darker is busier")), this.map, this.one));
+      this.facts, el("h2", {}, "Layers ", el("small", {}, "rows are layers, columns experts; the stronger the busier")), this.map, this.one));
     this.update();
   },
 
@@ -69,8 +69,11 @@ const experts = {
     [this.map.width, this.map.height] = [columns * this.cellW * scale, rows * this.cellH * scale];
     Object.assign(this.map.style, { width: `${columns * this.cellW}px`, height: `${rows * this.cellH}px` });
     pen.scale(scale, scale);
-    const css = getComputedStyle(document.documentElement), colour = (name) => css.getPropertyValue(name).trim();
-    const [heat, none, mark] = [colour("--heat"), colour("--none"), colour("--accent")];
+    const colour = (name) => {
+      this.map.style.color = `var(${name})`; // light-dark() is resolved in a used colour only
+      return getComputedStyle(this.map).color;
+    };
+    const [heat, none, mark] = [colour("--heat"), colour("--none"), colour("--warn")];
     const gap = this.cellW > 5 ? 1 : 0;
     this.loads.forEach((load, i) => {
       const average = mean(load) || 1;
@@ -117,7 +120,7 @@ const experts = {
     const line = el("div", { class: "mean", style: { bottom: `${(100 * average) / most}%` } });
     this.one.replaceChildren(
       el("h2", {}, info.path || `layer ${this.layer}`, el("small", {}, ` ${info.experts} experts, ${info.k} for each token; mean ${digits(average)}, most ${grouped(most)}`)),
-      el("div", { class: "chart" }, bars, line), el("div", { class: "pair" }, this.waste(), this.devices()));
+      el("div", { class: "chart", style: { maxWidth: `${41 * load.length}px` } }, bars, line), el("div", { class: "pair" }, this.waste(), this.devices()));
   },
 
   /** Rows of tiles that hold no token, for each BLOCK_M, this layer and all of them. */
@@ -137,7 +140,7 @@ const experts = {
         el("td", { class: "num dim" }, percent(all)));
     });
     return el("table", { class: "small" }, el("caption", {}, "Padding: rows of tiles without a token"),
-      el("thead", {}, el("tr", {}, ...["BLOCK_M", "", "this layer", "all layers"].map((text) => el("th", { scope: "col" }, text)))),
+      el("thead", {}, el("tr", {}, ...["BLOCK_M", "", "this layer", "all layers"].map((text) => el("th", { scope: "col", class: /l/.test(text) ? "num" : "" }, text)))),
       el("tbody", {}, ...rows));
   },
 

@@ -75,6 +75,7 @@ const graph = {
       this.draw();
       byId("view").querySelector(`[data-node="${CSS.escape(node.id)}"]`)?.focus();
     };
+    const name = node.op ? title(node) : shortName(node);
     const text = title(node) + (node.cut ? `, first ${MOST} shown` : "");
     const group = svg("g", {
       class: `node ${kind}`, transform: `translate(${node.x} ${node.y})`, "data-node": node.id,
@@ -87,7 +88,7 @@ const graph = {
         event.preventDefault();
         toggle();
       },
-    }, svg("rect", { width: node.w, height: node.h, rx: 5 }), svg("text", { x: isOpen ? PAD : node.w / 2, y: 17 }, text));
+    }, svg("rect", { width: node.w, height: node.h, rx: 5 }), svg("text", { x: isOpen ? PAD : node.w / 2, y: 17 }, name, node.op ? null : svg("tspan", { class: "dim" }, text.slice(name.length))));
     const { op } = node;
     group.append(svg("title", {}, op ? `${op.results.join(", ")} = ${op.name}\n${op.type}\n${op.scope}` : node.path));
     return group;
@@ -117,8 +118,8 @@ const graph = {
 
   find(query) {
     const found = [...this.canvas.querySelectorAll(".node")];
-    this.found = found.filter((node) => node.getAttribute("aria-label").toLowerCase().includes(query) ||
-      (node.querySelector("title")?.textContent || "").toLowerCase().includes(query));
+    this.found = found.filter((node) => query && (node.getAttribute("aria-label").toLowerCase().includes(query) ||
+      (node.querySelector("title")?.textContent || "").toLowerCase().includes(query)));
     found.forEach((node) => node.classList.toggle("found", this.found.includes(node)));
     return this.found;
   },

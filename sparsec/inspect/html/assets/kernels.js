@@ -37,7 +37,7 @@ const kernels = {
     if (!this.all.size) {
       this.list.host.replaceChildren(el("p", { class: "note" }, "Kernels appear here once the module is lowered."));
       this.select.hidden = true;
-    } else if (!this.now) this.open([...this.all.keys()][0]);
+    } else if (!this.now) this.open(([...this.all].find(([, one]) => one.from.size) || [""])[0]);
     else this.open(this.now);
   },
 

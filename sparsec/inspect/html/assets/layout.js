@@ -162,6 +162,9 @@ function shift(node, x, y) {
 
 function title(node) {
   if (node.op) return node.op.callee ? `@${node.op.callee}` : node.op.name.replace(/^aten\./, "");
-  const name = node.until ? `${node.label}–${node.until}  ×${node.times}` : node.label;
-  return `${name}  ${grouped(node.ops)} ops`;
+  return `${shortName(node)} · ${grouped(node.ops)} op${node.ops === 1 ? "" : "s"}`;
+}
+
+function shortName(node) {
+  return node.until ? `${node.label}–${node.until} ×${node.times}` : node.label;
 }

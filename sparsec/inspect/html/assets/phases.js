@@ -115,9 +115,10 @@ const phases = {
     if (row[3]) return el("div", { class: "row fold" }, `${grouped(row[3])} lines alike`);
     if (line < 0) return el("div", { class: "row gap" });
     const keys = text.keys[line], content = text.lines[line] ?? "", isLoc = content.trimStart().startsWith("loc ");
+    const made = side ? state.data.passes[state.pass].made[line + 1] : "";
     return el("div", {
-      class: `row ${row[2] ? (side ? "added" : "removed") : ""} ${isLoc ? "loc" : ""} ${search.at === i ? "found" : ""}`,
-      "data-keys": keys ? keys.join(" ") : "", title: keys && !isLoc ? text.scopes[line] : undefined,
+      class: `row ${made ? "made" : ""} ${row[2] ? (side ? "added" : "removed") : ""} ${isLoc ? "loc" : ""} ${search.at === i ? "found" : ""}`,
+      "data-keys": keys ? keys.join(" ") : "", title: keys && !isLoc ? [text.scopes[line], made && `made by ${made}`].filter(Boolean).join("\n") : undefined,
     }, el("span", { class: "no", "aria-hidden": "true" }, String(line + 1)),
       ...(isLoc && !state.query ? locTokens(content) : tokens(content, state.query)));
   },

@@ -113,8 +113,9 @@ function locTokens(line) {
 function light(key) {
   state.key = key;
   for (const row of document.querySelectorAll("[data-keys]")) {
-    row.classList.toggle("lit", key >= 0 && row.dataset.keys.split(" ").includes(String(key)));
-    row.classList.toggle("pin", key >= 0 && key === state.pinned);
+    const isLit = key >= 0 && row.dataset.keys.split(" ").includes(String(key));
+    row.classList.toggle("lit", isLit);
+    row.classList.toggle("pin", isLit && key === state.pinned);
   }
   const place = places.all[key];
   byId("status").replaceChildren(...(place ? [
