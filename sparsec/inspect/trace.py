@@ -162,9 +162,9 @@ def read_trace(path: Path) -> Trace:
     for step in held:
         (tokens,) = ints([step.get("tokens")], 1, "`tokens`")
         counts = table(step.get("counts"), "`counts`")
-        for row, layer in zip(counts, layers, strict=True):
-            if sum(row) > tokens * layer.k:
-                raise wrong(f"{sum(row)} choices of {tokens} tokens that have {layer.k} each")
+        for row, router in zip(counts, layers, strict=True):
+            if sum(row) > tokens * router.k:
+                raise wrong(f"{sum(row)} choices of {tokens} tokens that have {router.k} each")
         steps.append(Step(tokens, counts))
     placement = table(data["placement"], "`placement`") if data.get("placement") else ()
     return Trace(str(data.get("model", "")), tuple(layers), tuple(steps), placement)

@@ -48,7 +48,10 @@ def write_index(folder: Path) -> Path:
 def _assets() -> tuple[str, str]:
     """Our script and our style."""
     here = files("sparsec.inspect.html")
-    read = lambda name: here.joinpath("assets", name).read_text(encoding="utf-8")  # noqa: E731
+
+    def read(name: str) -> str:
+        return here.joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+
     script = "\n".join(["(() => {", '"use strict";', *(read(f"{name}.js") for name in SCRIPTS), "})();"])
     return script, "\n".join(read(f"{name}.css") for name in STYLES)
 

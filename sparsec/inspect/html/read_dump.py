@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -43,7 +44,7 @@ def read_dump(folder: Path) -> dict[str, Any]:
     passes = list[dict[str, Any]]()
     made = _optional(folder / "made.json", lambda path: _object(_json(path)), notes) or {}
     for entry in manifest["passes"]:
-        shown = _try(lambda entry=entry: _pass(folder, _object(entry), texts, made), notes)
+        shown = _try(partial(_pass, folder, entry, texts, made), notes)
         passes += [shown] if shown is not None else []
     if (crash := folder / "crash.sparsec").is_file():
         notes.append(f"a pass failed; reproduce with: sparsec opt {crash.name}")
@@ -61,7 +62,8 @@ def read_dump(folder: Path) -> dict[str, Any]:
     }
 
 
-def _pass(folder: Path, entry: dict[str, Any], texts: list[str], made: dict[str, Any]) -> dict[str, Any]:
+def _pass(folder: Path, given: object, texts: list[str], made: dict[str, Any]) -> dict[str, Any]:
+    entry = _object(given)
     shown: dict[str, Any] = {
         "phase": str(entry.get("phase", "")),
         "name": str(entry.get("pass", "capture")),

@@ -74,7 +74,7 @@ const phases = {
     this.heads[1].replaceChildren("Before", el("small", {}, counts(pass.before)));
     this.heads[2].replaceChildren(old === index ? (state.pass ? "IR, unchanged" : "IR as captured") : "After",
       el("small", {}, counts(pass.after || (this.b ? this.b.ops.length : 0)),
-        this.changes.length && old !== index ? `, ${this.changes.length} changes` : ""));
+        this.changes.length && old !== index ? `, ${this.changes.length} change${this.changes.length === 1 ? "" : "s"}` : ""));
     this.fillSource();
     this.before.set(this.rows.length, this.a?.width);
     this.after.set(this.rows.length, this.b?.width);
@@ -120,7 +120,7 @@ const phases = {
       class: `row ${made ? "made" : ""} ${row[2] ? (side ? "added" : "removed") : ""} ${isLoc ? "loc" : ""} ${search.at === i ? "found" : ""}`,
       "data-keys": keys ? keys.join(" ") : "", title: keys && !isLoc ? [text.scopes[line], made && `made by ${made}`].filter(Boolean).join("\n") : undefined,
     }, el("span", { class: "no", "aria-hidden": "true" }, String(line + 1)),
-      ...(isLoc && !state.query ? locTokens(content) : tokens(content, state.query)));
+      ...(isLoc && !(state.query && content.toLowerCase().includes(state.query)) ? locTokens(content) : tokens(content, state.query)));
   },
 
   fillSource() {
@@ -188,7 +188,7 @@ const phases = {
   },
 
   find(query) {
-    const hit = (text, line) => line >= 0 && text.lines[line].toLowerCase().includes(query);
+    const hit = (text, line) => line >= 0 && text.lines[line]?.toLowerCase().includes(query);
     return this.rows.flatMap(([a, b], i) => (hit(this.a, a) || hit(this.b, b) ? [i] : []));
   },
 
