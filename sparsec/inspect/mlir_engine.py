@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sparsec.diagnostics import SparsecError
 from sparsec.dialects.dtypes import to_torch
-from sparsec.dialects.moe import ExpertBank
+from sparsec.dialects.moe import ExpertBank, Layer, Route
 from sparsec.inspect.linalg import FUNCTION, require_torch_mlir
-from sparsec.ir.core import Module
+from sparsec.ir.core import Module, Value
 from sparsec.ir.interp import evaluate_module
 
 _PIPELINE = ",".join(
@@ -90,7 +90,10 @@ def compare(module: Module, text: str, seed: int = 0) -> list[Agreement]:
     wanted: list[Tensor] = evaluate_module(module, inputs, weights)
     found = [torch.zeros_like(value, memory_format=torch.contiguous_format) for value in wanted]
     Engine(text).run(made, found)
-    names = [value.name or f"result {i}" for i, value in enumerate(main.body.terminator.operands)]
+    results = main.body.terminator.operands
+    names = [value.name or f"result {i}" for i, value in enumerate(results)]
+    for values in (wanted, found):
+        _order_slots(results, values)
     return [_agreement(*each) for each in zip(names, wanted, found, strict=True)]
 
 
@@ -108,6 +111,17 @@ def random_arguments(module: Module, seed: int) -> list[Tensor]:
         scale = shape[-1] ** -0.5 if is_weight and len(shape) > 1 else 1.0
         made.append((torch.randn(shape, generator=generator) * scale).to(dtype))
     return made
+
+
+def _order_slots(results: Sequence[Value], values: list[Tensor]) -> None:
+    """Bring a token's ids and weights into the order of ids where its router leaves their order open."""
+    for op in {value.op for value in results}:
+        if not isinstance(op, Route | Layer) or not {op.ids, op.weights} <= set(results):
+            continue
+        if any(inner.attrs.get("sorted") is False for inner in op.regions[0].walk()):
+            ids, weights = results.index(op.ids), results.index(op.weights)
+            order = values[ids].argsort(dim=-1, stable=True)
+            values[ids], values[weights] = values[ids].gather(-1, order), values[weights].gather(-1, order)
 
 
 def _agreement(name: str, wanted: Tensor, found: Tensor) -> Agreement:

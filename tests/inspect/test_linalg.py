@@ -118,6 +118,23 @@ def test_blocks_of_models(name: str) -> None:
         assert one.error <= (2**-7 if "bf16" in name else 1e-5), one
 
 
+@pytest.mark.mlir
+def test_slots_whose_order_a_router_leaves_open() -> None:
+    """PyTorch's own top-k does not sort where it need not."""
+    pytest.importorskip("torch_mlir.fx")
+    text = """
+    func @main(%z: tensor<s0x64xf32>) -> (tensor<s0x6xi64>, tensor<s0x6xf32>) {
+      %i, %w = moe.route(%z) : tensor<s0x6xi64>, tensor<s0x6xf32> {
+        body(%l: tensor<s0x64xf32>):
+          %v, %e = aten.topk(%l) {k = 6, sorted = false} : tensor<s0x6xf32>, tensor<s0x6xi64>
+          yield %e, %v
+      }
+      return %i, %w
+    }
+    """
+    agree(static(parse_module(text), 9), EXACT)
+
+
 CAPACITY = """
 func @main(%i: tensor<s0x2xi64>) -> (tensor<s0x2xi64>, tensor<s0x2xi64>) {
   %a = moe.capacity(%i) {num_experts = 2, capacity = 2} : tensor<s0x2xi64>
