@@ -54,7 +54,6 @@ def main(folder: Path) -> None:
     """The command line of `bench.py` in a run of a dump."""
     parser = argparse.ArgumentParser(description="Times the kernels of this run on this machine.")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="Which; default: all.")
-    parser.add_argument("--bench", action="store_true", help="What it does anyway.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128], metavar="N")
     parser.add_argument("--json", action="store_true", help="One JSON object a line.")
     options = parser.parse_args()

@@ -36,6 +36,7 @@ def test_layout(tmp_path: Path) -> None:
         "02-canonicalize.diff",
         "02-canonicalize.sparsec",
         "costs.json",
+        "index.html",
         "made.json",
         "manifest.json",
         "remarks.jsonl",
