@@ -29,8 +29,9 @@ def read_dump(folder: Path) -> dict[str, Any]:
     """The data of the page, ready for JSON.
 
     Returns: `name`; `state`; `passes`, each with `text` (an index into `texts`, of the last text up to it), `blocks`
-    of changed lines [first before, count, first after, count], from 0, and `made`, the rule by line, from 1; `texts`; `remarks`; `kernels`, each
-    with `name` and `text`; `costs`, `trace`, `plan` or None; `notes` on files that could not be read.
+    of changed lines [first before, count, first after, count], from 0, and `made`, the rule by line, from 1; `texts`;
+    `remarks`; `kernels`, each with `name` and `text`; `costs`, `trace` or None; `notes` on files that could
+    not be read.
 
     Raises: SparsecError if the folder has no manifest of a dump.
     """
@@ -56,7 +57,6 @@ def read_dump(folder: Path) -> dict[str, Any]:
         "remarks": _optional(folder / "remarks.jsonl", _remarks, notes) or [],
         "costs": _optional(folder / "costs.json", _costs, notes),
         "trace": _optional(folder / "trace.json", lambda path: read_trace(path).json(), notes),
-        "plan": _optional(folder / "plan.json", _plan, notes),
         "kernels": _kernels(folder / "kernels", notes),
         "notes": notes,
     }
@@ -126,13 +126,6 @@ def _costs(path: Path) -> dict[str, Any]:
         rows.append({**texts, **{key: _number(row.get(key)) for key in ("line", "bytes", "flops", "us")}})
     taken = {str(name): _number(size) for name, size in _object(data.get("sizes") or {}).items()}
     return {"chip": str(data.get("chip", "")), "sizes": taken, "ops": rows}
-
-
-def _plan(path: Path) -> dict[str, Any]:
-    """What of a plan is shown: how often each kernel runs, and where."""
-    data = _object(_json(path))
-    kernels = _object(data.get("kernels") or {})
-    return {"kernels": [str(name) for name in kernels], "target": str(data.get("target", ""))}
 
 
 def _kernels(folder: Path, notes: list[str]) -> list[dict[str, str]]:

@@ -135,7 +135,7 @@ const experts = {
         }
         return padded ? 1 - full / padded : 0;
       };
-      const [here, all] = [of([this.layer]), of(this.loads.keys())];
+      const [here, all] = [of([this.layer]), of([...this.loads.keys()])];
       return el("tr", {}, el("th", { scope: "row" }, String(block)), meter(here), el("td", { class: "num" }, percent(here)),
         el("td", { class: "num dim" }, percent(all)));
     });
