@@ -76,7 +76,7 @@ def sparsec(
         )
     if is_differentiated(graph_module, example_inputs):
         try:
-            trained = with_banks(graph_module, list(example_inputs))
+            trained = with_banks(graph_module, list(example_inputs), config.dump)
         except CompileError as error:
             warnings.warn(f"sparsec leaves this graph to PyTorch:\n{error}", stacklevel=2)
             trained = None

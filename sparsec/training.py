@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from copy import copy
 from operator import getitem
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from sparsec.differentiable import TARGET
 from sparsec.frontend import region
 from sparsec.frontend.derivative import gradient
 from sparsec.frontend.graph import import_graph
+from sparsec.inspect.dump import Dump
 from sparsec.ir.core import Op
 from sparsec.ir.types import DType
 
@@ -64,8 +66,11 @@ def is_differentiated(graph_module: GraphModule, example_inputs: Sequence[Any]) 
     return any(isinstance(value, Tensor) and value.requires_grad for value in examples)
 
 
-def with_banks(graph_module: GraphModule, example_inputs: list[Any]) -> GraphModule | None:
+def with_banks(graph_module: GraphModule, example_inputs: list[Any], dump: Path | None = None) -> GraphModule | None:
     """The graph with each bank of experts as `sparsec::bank`; None where it has none, or cannot be taken apart.
+
+    Args:
+        dump: a folder for a run with what the passes did.
 
     Raises: CompileError that names the operator and the user's line, for what the IR cannot hold.
     """
@@ -78,7 +83,7 @@ def with_banks(graph_module: GraphModule, example_inputs: list[Any]) -> GraphMod
         return None
     _hold(traced, example_inputs)
     imported = import_graph(traced)
-    result = pipeline.run_passes(imported.module, _PASSES)
+    result = pipeline.run_passes(imported.module, _PASSES, instruments=[Dump(dump, "graph")] if dump else [])
     for remark in result.remarks:
         if remark.kind == "missed":
             said = Diagnostic(remark.message, remark.loc, "warning", hint=remark.suggestion)

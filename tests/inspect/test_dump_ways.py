@@ -124,6 +124,15 @@ def test_torch_compile_dumps_each_graph(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "graph-0002" / "index.html").is_file()
 
 
+def test_a_graph_that_is_differentiated_is_dumped(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dense": "aten", "dump": str(tmp_path)}
+    torch.compile(Layer(), backend="sparsec", options=options)(torch.randn(5, 32))
+    (run,) = tmp_path.iterdir()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [entry["pass"] for entry in manifest["passes"] if entry.get("diff")][-1] == "dce"
+    assert (run / "index.html").is_file()
+
+
 def test_a_folder_that_is_none_is_refused() -> None:
     with pytest.raises(Exception, match="takes options="), torch.no_grad():
         torch.compile(nn.Linear(4, 4), backend="sparsec", options={"dump": 3})(torch.randn(5, 4))
