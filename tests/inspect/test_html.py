@@ -200,6 +200,17 @@ def test_a_page_of_5000_ops_is_shown_within_two_seconds(chromium: Browser, large
     assert not chromium.errors
 
 
+def test_a_page_of_nothing_says_so(chromium: Browser, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"passes": [], "state": "failed"}')
+    chromium.open(write_index(tmp_path))
+    titles = ("No passes", "No ops", "No routing trace", "No costs", "No remarks", "0 ms")
+    for key, title in enumerate(titles, 1):
+        chromium.press(str(key), "j")
+        assert title in chromium.text("#view")
+    chromium.press("1", "/", "x", "Escape")
+    assert not chromium.errors
+
+
 def test_texts_of_strangers_are_texts(page: Browser) -> None:
     assert EVIL in page.evaluate("document.querySelector('.source').textContent")
     assert page.evaluate("window.taken") is None

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from sparsec import pipeline
+from sparsec.cli import cli
 from sparsec.diagnostics import SparsecError
 from sparsec.inspect.trace import read_trace, record
 from sparsec.ir.parser import parse_module
+from tests.ways_in import tiny
 
 ROUTER = """
 module {phase = "raise", version = 1}
@@ -65,6 +68,24 @@ def test_a_step_of_decoding_counts_its_own_token_alone() -> None:
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     (path := tmp_path / "trace.json").write_text(json.dumps(traced([0, 3], new_tokens=1).json()))
     assert read_trace(path) == traced([0, 3], new_tokens=1)
+
+
+def test_the_command_traces_a_model_into_its_dump(tmp_path: Path) -> None:
+    model = tiny.folder(tmp_path, "qwen3_moe")
+    (run := tmp_path / "run").mkdir()
+    (run / "manifest.json").write_text('{"passes": []}')
+    given = ["trace", str(model), "--prompt-ids", "3,4,5,6,7", "-n", "1", "-o", str(run)]
+    result = CliRunner().invoke(cli, given, catch_exceptions=False)
+    assert str(run / "index.html") in result.output.replace("\n", "")
+    trace = read_trace(run / "trace.json")
+    assert [layer.path for layer in trace.layers] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert [step.tokens for step in trace.steps] == [5, 1]
+    assert [[sum(row) for row in step.counts] for step in trace.steps] == [[10, 10], [2, 2]]
+    # The prompt's choices are those of eager PyTorch.
+    model = tiny.model("qwen3_moe")
+    logits = model(torch.tensor([[3, 4, 5, 6, 7]]), output_router_logits=True).router_logits
+    for row, layer in zip(trace.steps[0].counts, logits, strict=True):
+        assert list(row) == torch.bincount(layer.topk(2).indices.flatten(), minlength=4).tolist()
 
 
 def test_a_module_without_a_router_has_no_trace() -> None:

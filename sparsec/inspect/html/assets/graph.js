@@ -7,7 +7,7 @@ const graph = {
   zoom: 1,
 
   show(host) {
-    this.canvas = svg("svg", { role: "img", "aria-label": "Graph of the module" });
+    this.canvas = svg("svg", { role: "group", "aria-label": "Graph of the module" });
     this.host = el("div", { class: "graph", tabindex: "0" }, this.canvas);
     this.caption = el("p", { class: "caption" });
     host.replaceChildren(this.caption, this.host);

@@ -189,7 +189,7 @@ const phases = {
 
   find(query) {
     const hit = (text, line) => line >= 0 && text.lines[line]?.toLowerCase().includes(query);
-    return this.rows.flatMap(([a, b], i) => (hit(this.a, a) || hit(this.b, b) ? [i] : []));
+    return (this.rows || []).flatMap(([a, b], i) => (hit(this.a, a) || hit(this.b, b) ? [i] : []));
   },
 
   reveal(index) {

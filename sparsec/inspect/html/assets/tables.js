@@ -31,7 +31,7 @@ const costs = {
     this.total = el("p", { class: "caption" });
     this.note = `${found.chip ? `On ${found.chip}, at best; launches and caches left out` : "No chip is known for the target, so no times"}${sizes ? `; with ${sizes}` : ""}.`;
     host.replaceChildren(el("div", { class: "bar" },
-      choice("Rows", [[true, "By line"], [false, "Every op"]], this.grouped, group), this.total), el("div", { class: "table" }, this.heads, this.list.host));
+      choice("Rows", [[true, "By line"], [false, "Every op"]], this.grouped, group), this.total), el("div", { class: "table", role: "table", "aria-label": "Costs" }, this.heads, this.list.host));
     linked(this.list.host, (key) => light((state.pinned = state.pinned === key ? -1 : key)));
     this.update();
   },
@@ -78,11 +78,11 @@ const costs = {
 
   row(row) {
     const cells = COLUMNS.map(([name, , text]) => {
-      if (name === "share") return el("span", { class: "c-share" }, el("i", { style: { width: `${(100 * row.share) / this.most}%` } }), el("em", {}, percent(row.share)));
-      if (name === "times") return el("span", { class: "c-times" }, row.times > 1 ? `×${row.times}` : "");
-      return el("span", { class: `c-${name}` }, text(row));
+      if (name === "share") return el("span", { class: "c-share", role: "cell" }, el("i", { style: { width: `${(100 * row.share) / this.most}%` } }), el("em", {}, percent(row.share)));
+      if (name === "times") return el("span", { class: "c-times", role: "cell" }, row.times > 1 ? `×${row.times}` : "");
+      return el("span", { class: `c-${name}`, role: "cell" }, text(row));
     });
-    return el("div", { class: "grid", "data-keys": row.place }, ...cells);
+    return el("div", { class: "grid", role: "row", "data-keys": row.place }, ...cells);
   },
 
   key(key) {
@@ -150,7 +150,7 @@ const timeline = {
   hint: "j k pass · enter or click opens it",
 
   show(host) {
-    const { passes } = state.data, whole = sum(passes.map((pass) => pass.ms)) || 1, most = Math.max(1, ...passes.map((pass) => Math.max(pass.before, pass.after)));
+    const { passes } = state.data, total = sum(passes.map((pass) => pass.ms)), whole = total || 1, most = Math.max(1, ...passes.map((pass) => Math.max(pass.before, pass.after)));
     let at = 0;
     this.rows = passes.map((pass, i) => {
       const from = at;
@@ -169,7 +169,7 @@ const timeline = {
       show("phases");
     };
     const names = ["#", "phase", "pass", "when", "time", "ops", "before → after", "", "did"];
-    host.replaceChildren(el("div", { class: "bar" }, el("p", { class: "caption" }, el("b", {}, `${digits(whole)} ms`), ` in ${passes.length - 1} passes, verification left out.`)),
+    host.replaceChildren(el("div", { class: "bar" }, el("p", { class: "caption" }, el("b", {}, `${digits(total)} ms`), ` in ${Math.max(0, passes.length - 1)} passes, verification left out.`)),
       el("div", { class: "scroll" }, el("table", { class: "timeline" },
         el("thead", {}, el("tr", {}, ...names.map((name) => el("th", { scope: "col" }, name)))), el("tbody", {}, ...this.rows))));
     this.update();
