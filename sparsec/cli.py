@@ -263,6 +263,37 @@ def trace_command(**options: Any) -> None:
     trace_model.run(**options)
 
 
+@cli.command("plan")
+@click.option(
+    "--load",
+    "loads",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Counts [layers, experts]: a scenario or more.",
+)
+@click.option(
+    "--topology", required=True, metavar="SPEC", help="8x8:nvlink=450GB/s,ib=50GB/s,memory=80GB (nodes x ranks)."
+)
+@click.option("--slots", type=click.IntRange(min=1), required=True, help="Experts of a layer that a rank holds.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The plan, as JSON.")
+@click.option("--batch", type=click.IntRange(min=0), default=0, help="Hold on the noise of batches of this many picks.")
+@click.option("--robust/--exact", default=None, help="Hold on other traffic, or fit the mean; default: by scenarios.")
+@click.option("--old", type=click.Path(path_type=Path), help="The plan in use.")
+@click.option("--moves", type=click.IntRange(min=0), help="With --old: experts that may be loaded anew, in all layers.")
+@click.option("--expert-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one expert's weights.")
+@click.option("--row-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one token that is sent.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=55.0, show_default=True, help="Time to search in.")
+@click.option("--rounds", type=click.IntRange(min=0), default=1200, show_default=True, help="Rounds of the search.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def plan_command(**options: Any) -> None:
+    """Plan which ranks hold which experts, from measured loads, so that it holds on other traffic too."""
+    from sparsec.commands import plan_experts
+
+    plan_experts.run(**options)
+
+
 @cli.command("targets")
 @click.option("--json", "as_json", is_flag=True)
 def targets_command(as_json: bool) -> None:

@@ -1,0 +1,170 @@
+"""The planner: loads and a topology in, a placement out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsec.diagnostics import SparsecError
+from sparsec.passes.placement.bound import lower_bound
+from sparsec.passes.placement.loads import Loads
+from sparsec.passes.placement.pack import pack, replicas
+from sparsec.passes.placement.plan_file import Plan, check_plan
+from sparsec.passes.placement.replan import limits, moved
+from sparsec.passes.placement.report import report
+from sparsec.passes.placement.scenarios import batches, drifted
+from sparsec.passes.placement.search import Ranks, Search
+from sparsec.passes.placement.split import best_split
+from sparsec.passes.placement.swap import swap
+from sparsec.passes.placement.topology import Topology, slots_per_rank
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+CLOSE = 1.5e-3
+"""How far over the lower bound a layer may stay without a further search."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to plan for.
+
+    Args:
+        slots: experts per rank and layer, where the topology does not say otherwise.
+        batch: tokens times experts per token, of a batch whose noise to hold on; 0: none.
+        robust: hold on traffic that drifts from the scenarios; None: where there are several.
+        expert_bytes: of one expert's weights.
+        row_bytes: of one token that is sent.
+        moves: the most experts that may be loaded anew, over all layers, given an old plan; None: any number.
+        seconds: no search goes on for longer. A plan that ran into this depends on the machine's speed, and says so.
+        rounds: of the search.
+        seed: of what is drawn by chance.
+    """
+
+    slots: int
+    batch: int = 0
+    robust: bool | None = None
+    expert_bytes: float = 0.0
+    row_bytes: float = 0.0
+    moves: int | None = None
+    seconds: float = 55.0
+    rounds: int = 1200
+    seed: int = 0
+
+
+def plan(
+    loads: Loads,
+    topology: Topology,
+    options: Options,
+    *,
+    old: Plan | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Place every layer's experts.
+
+    Raises:
+        SparsecError: the experts do not fit, or the old plan is of another model or other devices.
+    """
+    deadline = monotonic() + options.seconds
+    counts = loads.counts
+    _, layers, experts = counts.shape
+    size = slots_per_rank(topology, options.slots, experts, layers, options.expert_bytes)
+    ranks = Ranks(np.repeat(np.arange(len(size)), size), np.array([rank.speed for rank in topology.ranks], np.float32))
+    if old is not None and (old.layers, old.experts, list(old.size)) != (loads.layers, experts, size):
+        raise SparsecError("the old plan has other layers, experts or slots\n  hint: plan without it")
+    rng = np.random.default_rng(options.seed)
+    total = float(ranks.speed.sum())
+    shares = counts / np.maximum(counts.sum(2, keepdims=True), 1e-300) * total
+    mean = shares.mean(0)
+    bound = lower_bound(mean, np.array(size), ranks.speed.astype(np.float64))
+    say("replicas and packing")
+    start = pack(mean, replicas(mean, sum(size), len(size)), ranks.of_slot, ranks.speed.astype(np.float64))
+    greedy = swap(start, mean, ranks, bound)
+    robust = len(counts) > 1 if options.robust is None else options.robust
+    cut = False
+    if options.moves is not None and old is not None:
+        slots, cut = _search(old.slots, shares, ranks, rng, options, robust, deadline, say, old.slots)
+    elif robust or options.batch:
+        hottest = shares.max(0)
+        number = replicas(hottest, sum(size), len(size))
+        first = pack(hottest, number, ranks.of_slot, ranks.speed.astype(np.float64))
+        slots, cut = _search(first, shares, ranks, rng, options, robust, deadline, say)
+    else:
+        slots = greedy.copy()
+        far = np.flatnonzero(_equal(slots, mean, ranks) > bound * (1 + CLOSE))
+        if len(far):
+            found, cut = _search(slots[far], shares[:, far], ranks, rng, options, False, deadline, say)
+            slots[far] = found
+    say("split")
+    split = _shares(slots, mean, ranks, bound)
+    if options.moves is None:
+        worse = _fullest(slots, split, mean, ranks) > _equal(start, mean, ranks) * (1 + 1e-9)
+        slots[worse] = greedy[worse]
+        split[worse] = _shares(greedy[worse], mean[worse], ranks, bound[worse])
+    made = Plan(topology, loads.layers, experts, tuple(size), slots, split, options.seed)
+    check_plan(made)
+    figures = report(made, loads, bound, options.expert_bytes, options.row_bytes)
+    figures["moved"] = None if old is None else moved(old, made, options.expert_bytes)
+    figures["cut_short"] = cut
+    made.report.update(figures)
+    return made
+
+
+def _search(
+    start: Ints,
+    shares: Floats,
+    ranks: Ranks,
+    rng: np.random.Generator,
+    options: Options,
+    robust: bool,
+    deadline: float,
+    say: Callable[[str], None],
+    old: Ints | None = None,
+) -> tuple[Ints, bool]:
+    """Search for a placement that holds on the scenarios, and on those near them. Also: whether time ran out."""
+    made = [shares.mean(0)[None], shares]
+    if robust:
+        made = [drifted(shares, max(64, 2 * len(shares)), rng)]
+    if options.batch:
+        made.append(batches(shares, max(32, 2 * len(shares)), options.batch, rng))
+    loads = np.concatenate(made)
+    loads = loads / loads.sum(2, keepdims=True) * ranks.speed.sum()
+    limit = None
+    if old is not None and options.moves is not None:
+        limit = limits(old, shares, ranks, options.moves)
+    search = Search(
+        start.copy(), np.ascontiguousarray(loads.transpose(1, 2, 0), np.float32), ranks, rng, old=old, limit=limit
+    )
+    done = search.run(options.rounds, deadline, lambda done: say(f"search: {done} of {options.rounds} rounds"))
+    return search.slots, done < options.rounds
+
+
+def _equal(slots: Ints, loads: Floats, ranks: Ranks) -> Floats:
+    """The fullest rank of every layer, when replicas share equally."""
+    counts = np.stack([np.bincount(row, minlength=loads.shape[1]) for row in slots]) if len(slots) else slots
+    return _fullest(slots, 1 / np.take_along_axis(counts, slots, 1), loads, ranks)
+
+
+def _fullest(slots: Ints, split: Floats, loads: Floats, ranks: Ranks) -> Floats:
+    """The fullest rank of every layer, over its speed. -> [layers]."""
+    starts = np.searchsorted(ranks.of_slot, np.arange(len(ranks.speed)))
+    amount = np.take_along_axis(loads, slots, 1) * split
+    return (np.add.reduceat(amount, starts, axis=1) / ranks.speed).max(1)
+
+
+def _shares(slots: Ints, loads: Floats, ranks: Ranks, bound: Floats) -> Floats:
+    """The shares of every slot: equal where that is near the bound, else the best for these loads."""
+    split = np.empty(slots.shape)
+    equal = _equal(slots, loads, ranks)
+    for layer, row in enumerate(slots):
+        number = np.bincount(row, minlength=loads.shape[1])
+        split[layer] = 1 / number[row]
+        if equal[layer] > bound[layer] * (1 + CLOSE):
+            amount, _ = best_split(row, loads[layer], ranks)
+            held = np.bincount(row, amount, loads.shape[1])
+            split[layer] = np.divide(amount, held[row], out=split[layer].copy(), where=held[row] > 0)
+    return split

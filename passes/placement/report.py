@@ -1,0 +1,73 @@
+"""The figures of a plan: balance, the bound and the gap to it, rows that cross links, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsec.passes.placement.loads import Loads
+from sparsec.passes.placement.plan_file import Plan
+from sparsec.passes.placement.search import Ranks
+from sparsec.passes.placement.split import best_split
+
+Floats = NDArray[np.float64]
+
+
+def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_bytes: float) -> dict[str, Any]:
+    """Measure a plan.
+
+    Loads are over the mean of the ranks, so that 1 is perfect. `planned` is with the plan's own split, `best` with
+    the best split of each scenario. Links are rows per pick (times `row_bytes`, bytes): what reaches the fullest rank
+    from its own node and from others, when tokens start on all ranks alike.
+
+    Args:
+        bound: [layers], of the mean of the scenarios.
+    """
+    ranks = Ranks(plan.rank_of_slot, np.array([rank.speed for rank in plan.topology.ranks], np.float32))
+    shares = loads.counts / loads.counts.sum(2, keepdims=True) * float(ranks.speed.sum())
+    mean = shares.mean(0)
+    scenarios = []
+    for name, share in zip(loads.names, shares, strict=True):
+        planned = _loads(plan, share).max(1)
+        best = np.array([best_split(row, share[layer], ranks)[1] for layer, row in enumerate(plan.slots)])
+        scenarios.append({"name": name, "planned": _summary(planned), "best": _summary(best)})
+    load = _loads(plan, mean)
+    fullest = load.max(1)
+    node = np.array([rank.node for rank in plan.topology.ranks])
+    width = np.bincount(node)[node]
+    rows = load * ranks.speed / ranks.speed.sum()
+    inside, outside = rows * (width - 1) / len(node), rows * (len(node) - width) / len(node)
+    return {
+        "bound": _summary(bound),
+        "load": _summary(fullest),
+        "gap": _summary(fullest / bound - 1),
+        "layers": [
+            {"layer": layer, "load": one, "bound": low}
+            for layer, one, low in zip(plan.layers, fullest.tolist(), bound.tolist(), strict=True)
+        ],
+        "scenarios": scenarios,
+        "links": {
+            "inside": {
+                "rows_per_pick": float(inside.max(1).mean()),
+                "bytes_per_pick": float(inside.max(1).mean() * row_bytes),
+            },
+            "outside": {
+                "rows_per_pick": float(outside.max(1).mean()),
+                "bytes_per_pick": float(outside.max(1).mean() * row_bytes),
+            },
+        },
+        "memory": [size * len(plan.layers) * expert_bytes for size in plan.size],
+    }
+
+
+def _loads(plan: Plan, share: Floats) -> Floats:
+    """[layers, ranks], over the ranks' speeds."""
+    speed = np.array([rank.speed for rank in plan.topology.ranks])
+    starts = np.searchsorted(plan.rank_of_slot, np.arange(len(speed)))
+    return np.add.reduceat(np.take_along_axis(share, plan.slots, 1) * plan.split, starts, axis=1) / speed
+
+
+def _summary(values: Floats) -> dict[str, float]:
+    return {"mean": float(values.mean()), "worst": float(values.max())}
