@@ -29,7 +29,7 @@ class Config:
 
     target: str = "cpu"  #: what to compile for: cpu, cuda:sm_80, cuda:sm_90, cuda:sm_100, hip:gfx942, hip:gfx950
     dump: Path | None = None  #: folder that gets the IR after every pass, diffs and a manifest
-    override_dir: Path | None = None  #: a run of a dump: IR texts and kernels edited in it are used in place of one's own
+    override_dir: Path | None = None  #: a run of a dump: IR texts and kernels that were edited in it are used
     verify: bool = True  #: verify the IR after every pass
     weights: str = "model"  #: how experts' weights are stored: model (as is), int8 or int4 (CPU), fp8 or mxfp4 (GPU)
     activations: str = "model"  #: what int8 and int4 weights are multiplied by: model (as they are) or int8

@@ -59,9 +59,7 @@ class PassRecord:
     changed: bool
     counts: dict[str, int]
     remarks: tuple[Remark, ...]
-    made: dict[Op, str] = field(
-        repr=False, compare=False, default_factory=dict[Op, str]
-    )  #: as of `Result`
+    made: dict[Op, str] = field(repr=False, compare=False, default_factory=dict[Op, str])  #: as of `Result`
 
 
 @dataclass(frozen=True)

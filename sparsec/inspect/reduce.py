@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sparsec import pipeline
@@ -129,10 +130,7 @@ class _Search:
             self._pieces(lambda m: len(m.main.body.terminator.operands), _drop_results)
             self._pieces(lambda m: len(m.main.body.ops) - 1, _drop_ops)
             for place in range(sum(1 for _ in _regions(self.module))):
-                self._pieces(
-                    lambda m, place=place: len(_region(m, place).ops) - 1 if _has(m, place) else 0,
-                    lambda m, gone, place=place: _drop_inner(_region(m, place), gone),
-                )
+                self._pieces(partial(_inner, place=place), partial(_drop_at, place=place))
             self._pieces(lambda m: len(m.main.body.args), _drop_args)
             self._pieces(lambda m: len(m.funcs), _drop_funcs)
 
@@ -182,6 +180,15 @@ def _drop_ops(module: Module, gone: Collection[int]) -> None:
     main = module.main
     for op in [main.body.ops[i] for i in gone]:
         _replace(op, lambda value: _new_input(main, value))
+
+
+def _inner(module: Module, place: int) -> int:
+    """How many ops of a region may go."""
+    return len(_region(module, place).ops) - 1 if _has(module, place) else 0
+
+
+def _drop_at(module: Module, gone: Collection[int], place: int) -> None:
+    _drop_inner(_region(module, place), gone)
 
 
 def _drop_inner(block: Block, gone: Collection[int]) -> None:

@@ -22,7 +22,7 @@ def test_every_number_of_tokens_has_its_reasons() -> None:
     assert len(up.orders) == 1 and up.loss < 0.03
     for one, op in ((up, module.main.body.ops[1]), (down, module.main.body.ops[2])):
         assert [choice.tokens for choice in one.choices] == list(BUCKETS)
-        scheduled = {variant["kernel"] for variant in op.attrs["variants"]}  # type: ignore[union-attr]
+        scheduled = {variant["kernel"] for variant in op.attrs["variants"]}  # type: ignore[union-attr, index, call-overload]
         assert {choice.chosen.family for choice in one.choices} == scheduled
         for choice in one.choices:
             assert sorted(offer.family for offer in choice.offers) == sorted(FAMILIES)

@@ -126,7 +126,7 @@ class Library:
 
 def driver() -> tuple[Cuda, Library]:
     class Fake(Cuda):
-        names = (None,)  # pyright: ignore[reportAssignmentType]  # this process itself
+        names = (None,)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # this process itself
 
         def call(self, function: str, *args: Any) -> None:
             if isinstance(self.library, Library):

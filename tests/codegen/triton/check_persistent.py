@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsec.dialects import builtin
-from sparsec.dialects.moe import gemm_combine_reference, group_reference
+from sparsec.dialects.moe import GemmCombine, gemm_combine_reference, group_reference
 from sparsec.dialects.moe.references import tiles_reference
 from sparsec.ir.core import Func
 from sparsec.ir.types import Sym
@@ -31,7 +31,7 @@ def finished(func: Func, tail: Callable[[torch.Tensor], torch.Tensor], hidden: i
     func.body.ops.pop()
     old = func.body.ops.pop()
     body = build.region(tail, torch.randn(3, hidden, dtype=torch.float16), rows=[True], symbol=Sym("r"))
-    op = build.moe.GemmCombine([*old.arguments[:8]], None, dict(old.attrs), [body])
+    op = GemmCombine([*old.arguments[:8]], None, dict(old.attrs), [body])
     func.body.append(op)
     func.body.append(builtin.Return(list(op.results)))
     return func

@@ -187,7 +187,8 @@ def test_packed_banks_are_refused(packing: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_bits_do_not_depend_on_the_batch_on_a_gpu(transposed: bool) -> None:
     """Close to the reference, and the same bits for tokens by themselves, in batches, and with rows in groups."""
-    from tests.codegen.triton.test_gpu import SiluEnv, bound
+    from tests.codegen.triton.on_gpu import bound
+    from tests.codegen.triton.test_gpu import SiluEnv
 
     torch.manual_seed(0)
     tokens, k, experts, hidden, width = 16, 4, 12, 512, 384

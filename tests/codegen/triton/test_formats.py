@@ -60,11 +60,10 @@ def run(text: str, registers: dict[str, int]) -> dict[str, int]:
             case "lop3.b32":
                 made = 0
                 for i in range(32):
-                    a, b, c = (value >> i & 1 for value in values[:3])
-                    made |= (values[3] >> (4 * a + 2 * b + c) & 1) << i
+                    bit = [value >> i & 1 for value in values[:3]]
+                    made |= (values[3] >> (4 * bit[0] + 2 * bit[1] + bit[2]) & 1) << i
             case "fma.rn.bf16x2":
-                a, b, c = map(halves, values)
-                made = bits(*(x * y + z for x, y, z in zip(a, b, c, strict=True)))
+                made = bits(*(x * y + z for x, y, z in zip(*map(halves, values), strict=True)))
             case _:
                 raise AssertionError(f"no such instruction here: {name}")
         registers[out] = made

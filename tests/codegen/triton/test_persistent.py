@@ -50,7 +50,12 @@ def test_both_groups_of_warps_store_their_own_rows(columns: int, monkeypatch: py
     """Triton's own IR: the rows of each group begin at 0 or 64 of the tile, and nothing moves them on once more."""
     triton: Any = pytest.importorskip("triton")
     compiled, compile = list[Any](), triton.compile
-    monkeypatch.setattr(triton, "compile", lambda *a, **k: compiled.append(compile(*a, **k)) or compiled[-1])
+
+    def keep(*args: Any, **options: Any) -> Any:
+        compiled.append(compile(*args, **options))
+        return compiled[-1]
+
+    monkeypatch.setattr(triton, "compile", keep)
     variant = {**TILE, "block_n": columns, "num_warps": 4, "num_stages": 2}
     qwen(variant, "cuda:sm_90", bias=columns == 128, transposed=columns == 128)
     (text,) = [made.asm["ttgir"] for made in compiled if "warp_specialize" in made.asm["ttgir"]]

@@ -47,10 +47,10 @@ class Case:
     def func(self, variants: Sequence[Any] = ()) -> Func:
         s, dtype = self.shape, TORCH[self.dtype]
         if self.half == "up":
-            sizes = (s.hidden, s.width, s.experts, s.k, dtype, self.layout, False, self.transposed)
-            return build.gather_gemm(silu, *sizes, variants=variants, listed=True)
-        sizes = (s.hidden, s.width, s.experts, s.k, dtype, False, self.transposed)
-        return build.gemm_combine(*sizes, variants=variants, listed=True)
+            up = (s.hidden, s.width, s.experts, s.k, dtype, self.layout, False, self.transposed)
+            return build.gather_gemm(silu, *up, variants=variants, listed=True)
+        down = (s.hidden, s.width, s.experts, s.k, dtype, False, self.transposed)
+        return build.gemm_combine(*down, variants=variants, listed=True)
 
     def gemm(self) -> Gemm:
         return gemm_of(self.func().body.ops[0])  # type: ignore[arg-type]

@@ -57,7 +57,8 @@ def passed(func: Func) -> Iterator[tuple[str, list[Any]]]:
         texts.append(made.binaries[config["file"]].assembly)
         return lambda grid, args: given.append(list(args))
 
-    launcher(kernel, torch.device("cpu"), load, sms=2)([param and zeros(param) for param in params])
+    operands = [None if param is None else zeros(param) for param in params]
+    launcher(kernel, torch.device("cpu"), load, sms=2)(operands)
     for text, args in zip(texts, given, strict=True):
         yield text, [value for arg in args for value in Encoder().values(arg)]
 
