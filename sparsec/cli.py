@@ -279,12 +279,16 @@ def trace_command(**options: Any) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The plan, as JSON.")
 @click.option("--batch", type=click.IntRange(min=0), default=0, help="Hold on the noise of batches of this many picks.")
 @click.option("--robust/--exact", default=None, help="Hold on other traffic, or fit the mean; default: by scenarios.")
+@click.option(
+    "--routing", type=click.Path(path_type=Path), help="Experts of tokens [tokens, layers, k]: few nodes each."
+)
 @click.option("--old", type=click.Path(path_type=Path), help="The plan in use.")
 @click.option("--moves", type=click.IntRange(min=0), help="With --old: experts that may be loaded anew, in all layers.")
 @click.option("--expert-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one expert's weights.")
 @click.option("--row-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one token that is sent.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=55.0, show_default=True, help="Time to search in.")
 @click.option("--rounds", type=click.IntRange(min=0), default=1200, show_default=True, help="Rounds of the search.")
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that search.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def plan_command(**options: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsec.diagnostics import SparsecError
+from sparsec.passes.placement.affinity import Dispatch, best_place
 from sparsec.passes.placement.bound import lower_bound
 from sparsec.passes.placement.loads import Loads
 from sparsec.passes.placement.pack import pack, replicas
@@ -17,7 +21,7 @@ from sparsec.passes.placement.plan_file import Plan, check_plan
 from sparsec.passes.placement.replan import limits, moved
 from sparsec.passes.placement.report import report
 from sparsec.passes.placement.scenarios import batches, drifted
-from sparsec.passes.placement.search import Ranks, Search
+from sparsec.passes.placement.search import Found, Job, Ranks, search
 from sparsec.passes.placement.split import best_split
 from sparsec.passes.placement.swap import swap
 from sparsec.passes.placement.topology import Topology, slots_per_rank
@@ -25,6 +29,7 @@ from sparsec.passes.placement.topology import Topology, slots_per_rank
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+CHUNK = 8  #: layers that are searched together, which share what numpy costs per call
 CLOSE = 1.5e-3
 """How far over the lower bound a layer may stay without a further search."""
 
@@ -43,6 +48,7 @@ class Options:
         seconds: no search goes on for longer. A plan that ran into this depends on the machine's speed, and says so.
         rounds: of the search.
         seed: of what is drawn by chance.
+        workers: processes that search. They change no result. More than one needs a main module that can be imported.
     """
 
     slots: int
@@ -54,6 +60,7 @@ class Options:
     seconds: float = 55.0
     rounds: int = 1200
     seed: int = 0
+    workers: int = 1
 
 
 def plan(
@@ -61,10 +68,13 @@ def plan(
     topology: Topology,
     options: Options,
     *,
+    routing: Ints | None = None,
     old: Plan | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Place every layer's experts.
+
+    With `routing` ([tokens, layers, k], experts), tokens are kept on few nodes as well as loads even.
 
     Raises:
         SparsecError: the experts do not fit, or the old plan is of another model or other devices.
@@ -86,7 +96,12 @@ def plan(
     greedy = swap(start, mean, ranks, bound)
     robust = len(counts) > 1 if options.robust is None else options.robust
     cut = False
-    if options.moves is not None and old is not None:
+    sent: list[Dispatch] = []
+    if routing is not None:
+        node = np.array([rank.node for rank in topology.ranks])
+        found = [best_place(routing[:, layer], mean[layer], ranks, node) for layer in range(layers)]
+        slots, sent = np.stack([one for one, _ in found]), [one for _, one in found]
+    elif options.moves is not None and old is not None:
         slots, cut = _search(old.slots, shares, ranks, rng, options, robust, deadline, say, old.slots)
     elif robust or options.batch:
         hottest = shares.max(0)
@@ -101,7 +116,9 @@ def plan(
             slots[far] = found
     say("split")
     split = _shares(slots, mean, ranks, bound)
-    if options.moves is None:
+    if sent:
+        split = np.stack([_sent(row, one) for row, one in zip(slots, sent, strict=True)])
+    elif options.moves is None:
         worse = _fullest(slots, split, mean, ranks) > _equal(start, mean, ranks) * (1 + 1e-9)
         slots[worse] = greedy[worse]
         split[worse] = _shares(greedy[worse], mean[worse], ranks, bound[worse])
@@ -110,8 +127,17 @@ def plan(
     figures = report(made, loads, bound, options.expert_bytes, options.row_bytes)
     figures["moved"] = None if old is None else moved(old, made, options.expert_bytes)
     figures["cut_short"] = cut
+    figures["nodes_per_token"] = float(np.mean([one.nodes for one in sent])) if sent else None
+    figures["load_of_routing"] = float(np.mean([one.load.max() for one in sent])) if sent else None
     made.report.update(figures)
     return made
+
+
+def _sent(slots: Ints, sent: Dispatch) -> Floats:
+    """The shares of every slot, as its expert's tokens were dispatched; equal where it had none."""
+    rows = np.bincount(sent.slot.ravel(), minlength=len(slots)).astype(np.float64)
+    held, number = np.bincount(slots, rows), np.bincount(slots)
+    return np.divide(rows, held[slots], out=1.0 / number[slots], where=held[slots] > 0)
 
 
 def _search(
@@ -128,7 +154,7 @@ def _search(
     """Search for a placement that holds on the scenarios, and on those near them. Also: whether time ran out."""
     made = [shares.mean(0)[None], shares]
     if robust:
-        made = [drifted(shares, max(64, 2 * len(shares)), rng)]
+        made = [drifted(shares, max(32, 2 * len(shares)), rng)]
     if options.batch:
         made.append(batches(shares, max(32, 2 * len(shares)), options.batch, rng))
     loads = np.concatenate(made)
@@ -136,11 +162,38 @@ def _search(
     limit = None
     if old is not None and options.moves is not None:
         limit = limits(old, shares, ranks, options.moves)
-    search = Search(
-        start.copy(), np.ascontiguousarray(loads.transpose(1, 2, 0), np.float32), ranks, rng, old=old, limit=limit
-    )
-    done = search.run(options.rounds, deadline, lambda done: say(f"search: {done} of {options.rounds} rounds"))
-    return search.slots, done < options.rounds
+    columns = np.ascontiguousarray(loads.transpose(1, 2, 0), np.float32)
+    parts = [slice(first, first + CHUNK) for first in range(0, len(start), CHUNK)]
+    share = max(0.0, deadline - monotonic()) * min(options.workers, len(parts)) / len(parts)
+    jobs = [
+        Job(
+            start[part],
+            columns[part],
+            ranks,
+            int(rng.integers(1 << 62)),
+            None if old is None else old[part],
+            None if limit is None else limit[part],
+            options.rounds,
+            share,
+        )
+        for part in parts
+    ]
+    found: list[tuple[Ints, bool]] = []
+    with _mapping(min(options.workers, len(jobs))) as run:
+        for one in run(search, jobs):
+            found.append(one)
+            say(f"search: {len(found)} of {len(jobs)} groups of layers")
+    return np.concatenate([slots for slots, _ in found]), any(cut for _, cut in found)
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Callable[[Callable[[Job], Found], list[Job]], Iterable[Found]]]:
+    """`map`, in this process or in several."""
+    if workers == 1:
+        yield map
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            yield pool.map
 
 
 def _equal(slots: Ints, loads: Floats, ranks: Ranks) -> Floats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
+Found = tuple[NDArray[np.int64], bool]
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,12 @@ class Search:
         self.load = even_out(self.slots, self.amount, self.ranks, 10)
         self.value = objective(self.load)
 
-    def run(self, rounds: int, deadline: float, say: Callable[[int], None] | None = None) -> int:
+    def run(self, rounds: int, deadline: float) -> int:
         """Try moves, keep those that help. Returns the rounds that there was time for."""
         for done in range(rounds):
             if monotonic() > deadline:
                 return done
             self.step()
-            if say and done % 20 == 0:
-                say(done)
         return rounds
 
     def step(self) -> None:
@@ -192,3 +190,25 @@ def spread(slots: Ints, loads: Singles) -> Singles:
     """Each expert's load, split equally over its replicas. -> [layers, slots, scenarios]."""
     counts = (slots[:, :, None] == slots[:, None, :]).sum(1)
     return (np.take_along_axis(loads, slots[:, :, None], 1) / counts[:, :, None]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search over some layers, whole, for another process."""
+
+    slots: Ints
+    loads: Singles
+    ranks: Ranks
+    seed: int
+    old: Ints | None
+    limit: Ints | None
+    rounds: int
+    seconds: float
+
+
+def search(job: Job) -> Found:
+    """The slots that were found, and whether time ran out."""
+    rng = np.random.default_rng(job.seed)
+    state = Search(job.slots.copy(), job.loads, job.ranks, rng, old=job.old, limit=job.limit)
+    done = state.run(job.rounds, monotonic() + job.seconds)
+    return state.slots, done < job.rounds

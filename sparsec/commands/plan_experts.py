@@ -11,18 +11,30 @@ from rich.table import Table
 
 from sparsec.console import out, working
 from sparsec.diagnostics import SparsecError
-from sparsec.passes.placement import Options, Plan, parse_topology, plan, read_loads, read_plan, write_plan
+from sparsec.passes.placement import (
+    Options,
+    Plan,
+    parse_topology,
+    plan,
+    read_loads,
+    read_plan,
+    read_routing,
+    write_plan,
+)
 
 
 def run(
     loads: Sequence[str],
     topology: str,
     output: Path,
+    routing: Path | None,
     old: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Plan a placement and write it. Raises: SparsecError for bad input, OSError where it cannot be written."""
+    if options["moves"] is not None and routing is not None:
+        raise SparsecError("--moves and --routing do not go together\n  hint: leave one of them out")
     if options["moves"] is not None and old is None:
         raise SparsecError("--moves limits what changes of an old plan, and none is given\n  hint: --old plan.json")
     with working(as_json) as status:
@@ -30,7 +42,12 @@ def run(
         read = read_loads(loads)
         status.step(f"plan {read.counts.shape[1]} layers of {read.counts.shape[2]} experts")
         made = plan(
-            read, parse_topology(topology), Options(**options), old=read_plan(old) if old else None, say=status.say
+            read,
+            parse_topology(topology),
+            Options(**options),
+            routing=read_routing(routing, read.layers, read.counts.shape[2]) if routing else None,
+            old=read_plan(old) if old else None,
+            say=status.say,
         )
         write_plan(made, output)
     if as_json:
@@ -53,6 +70,9 @@ def tables(plan: Plan) -> list[Table]:
         link = figures["links"][side]
         bytes_ = f"{link['bytes_per_pick']:.1f} B/pick" if link["bytes_per_pick"] else ""
         whole.add_row(name, f"{link['rows_per_pick']:.5f} rows/pick", bytes_)
+    if figures["nodes_per_token"] is not None:
+        whole.add_row("nodes per token", f"{figures['nodes_per_token']:.3f}", "")
+        whole.add_row("fullest rank, as those tokens go", f"{figures['load_of_routing']:.4f}", "")
     if any(figures["memory"]):
         whole.add_row("memory of the fullest rank", f"{max(figures['memory']) / 1e9:.2f} GB", "")
     if figures["moved"] is not None:

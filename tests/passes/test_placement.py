@@ -243,3 +243,15 @@ def test_the_graph_has_every_link() -> None:
     assert graph.edges[("rank", 3), ("node", 1)]["bandwidth"] == 450e9
     assert graph.edges[("rank", 0), "net"]["bandwidth"] == 50e9
     assert graph.number_of_edges() == 8
+
+
+def test_experts_used_together_live_together() -> None:
+    rng = np.random.default_rng(0)
+    topic = rng.integers(4, size=600)
+    inside = rng.permuted(np.tile(np.arange(8), (600, 1)), axis=1)[:, :4]
+    routed = rng.permutation(32)[topic[:, None] * 8 + inside][:, None]
+    counts = np.bincount(routed.ravel(), minlength=32)[None, None].astype(np.float64)
+    topology = parse_topology("4x2")
+    made = plan(loads_of(counts), topology, Options(5), routing=routed)
+    assert made.report["nodes_per_token"] < 1.2
+    assert made.report["load_of_routing"] < 1.1

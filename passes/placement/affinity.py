@@ -1,0 +1,222 @@
+"""Placements that keep a token on few nodes: experts that are used together live together, as far as load allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsec.passes.placement.search import Ranks
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+CAP = 1.05
+"""How full, over the mean, a rank may get before a token goes to another replica than the nearest."""
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Where tokens went.
+
+    Args:
+        slot: [tokens, k], the slot of each pick.
+        load: [ranks], picks over the speed, over the mean.
+        nodes: the mean number of distinct nodes of a token.
+    """
+
+    slot: Ints
+    load: Floats
+    nodes: float
+
+
+def dispatch(slots: Ints, routed: Ints, ranks: Ranks, node: Ints, cap: float = CAP) -> Dispatch:
+    """Send every pick to a replica: to a node that the token goes to anyway, else to the least loaded rank.
+
+    Args:
+        slots: [slots], the expert in each slot.
+        routed: [tokens, k], experts.
+        node: [ranks].
+        cap: a rank fuller than this times its share of all picks is avoided where there is another.
+    """
+    homes = [np.flatnonzero(slots == expert).tolist() for expert in range(int(max(slots.max(), routed.max())) + 1)]
+    rank_of, node_of = ranks.of_slot.tolist(), node[ranks.of_slot].tolist()
+    speed = ranks.speed.astype(np.float64)
+    limit = (cap * routed.size * speed / speed.sum()).tolist()
+    load = [0.0] * len(speed)
+    chosen = np.empty(routed.shape, np.int64)
+    total = 0
+    for token, row in enumerate(routed.tolist()):
+        order = sorted(range(len(row)), key=lambda pick: len(homes[row[pick]]))
+        used: set[int] = set()
+        for pick in order:
+            options = homes[row[pick]]
+            if len(options) > 1:
+                options = [slot for slot in options if load[rank_of[slot]] < limit[rank_of[slot]]] or options
+                options = [slot for slot in options if node_of[slot] in used] or options
+            slot = min(options, key=lambda slot: load[rank_of[slot]] / limit[rank_of[slot]])
+            chosen[token, pick] = slot
+            load[rank_of[slot]] += 1
+            used.add(node_of[slot])
+        total += len(used)
+    rows = np.array(load) / speed
+    return Dispatch(chosen, rows * speed.sum() / routed.size, total / len(routed))
+
+
+def place(routed: Ints, weight: Floats, ranks: Ranks, node: Ints, slack: float = 1.03) -> Ints:
+    """Place one layer's experts.
+
+    First a partition into nodes, improved by swaps that lower the number of (token, node) pairs; then spare slots
+    for replicas, first where one rank cannot carry an expert, then where most tokens are saved a node; then ranks
+    within nodes, heaviest first.
+
+    Args:
+        routed: [tokens, k].
+        weight: [experts], load over the ranks' mean.
+        slack: how full a node may get over its share of the load.
+
+    Returns:
+        [slots].
+    """
+    state = _Nodes(routed, weight, ranks, node, slack)
+    state.partition()
+    state.swap()
+    state.replicate()
+    each = np.repeat((weight / state.hosts.sum(1))[:, None], state.nodes, 1)
+    best, least = state.pack(each), np.inf
+    for _ in range(4):  # with what each replica was sent, pack again
+        slots = state.pack(each)
+        sent = dispatch(slots, routed, ranks, node, 1.0)
+        if float(sent.load.max()) < least:
+            best, least = slots, float(sent.load.max())
+        each = np.zeros((state.experts, state.nodes))
+        np.add.at(each, (slots[sent.slot], node[ranks.of_slot[sent.slot]]), 1.0)
+        each /= np.maximum(state.hosts, 1)
+    return best
+
+
+def best_place(routed: Ints, weight: Floats, ranks: Ranks, node: Ints) -> tuple[Ints, Dispatch]:
+    """The best of some slacks: fewest nodes per token, weighed with the load of the fullest rank."""
+    found = []
+    for slack in (1.01, 1.03, 1.06, 1.1):
+        slots = place(routed, weight, ranks, node, slack)
+        sent = dispatch(slots, routed, ranks, node, 1.0)
+        found.append((sent.nodes * max(1.02, float(sent.load.max())) ** 2, slots, sent))
+    _, slots, sent = min(found, key=lambda one: one[0])
+    return slots, sent
+
+
+class _Nodes:
+    """Experts on nodes: `home` of each expert ([experts]), further replicas in `hosts` ([experts, nodes])."""
+
+    def __init__(self, routed: Ints, weight: Floats, ranks: Ranks, node: Ints, slack: float) -> None:
+        self.routed, self.weight, self.ranks, self.node = routed, weight, ranks, node
+        self.experts, self.nodes = len(weight), int(node.max()) + 1
+        self.used = np.zeros((len(routed), self.experts), np.float32)
+        self.used[np.arange(len(routed))[:, None], routed] = 1
+        size = np.bincount(ranks.of_slot, minlength=len(node))
+        self.room = np.bincount(node, size, self.nodes).astype(np.int64)
+        share = np.bincount(node, ranks.speed, self.nodes)
+        self.most = share / share.sum() * weight.sum() * slack
+        self.width = np.bincount(node, minlength=self.nodes)
+        self.home = np.zeros(self.experts, np.int64)
+
+    def partition(self) -> None:
+        """Heaviest first, to the node where most of its companions are; leave room for the spare slots evenly."""
+        spare = int(self.room.sum()) - self.experts
+        room = self.room - np.floor(spare * self.room / self.room.sum()).astype(np.int64)
+        together = self.used.T @ self.used
+        near = np.zeros((self.experts, self.nodes))
+        load = np.zeros(self.nodes)
+        for expert in np.argsort(-self.weight, kind="stable"):
+            fits = room > 0
+            good = fits & (load + self.weight[expert] <= self.most)
+            scores = near[expert] / max(1.0, float(near[expert].max())) - 2 * load / self.most
+            node = int(np.where(good if good.any() else fits, scores, -np.inf).argmax())
+            self.home[expert] = node
+            near[:, node] += together[expert]
+            room[node] -= 1
+            load[node] += self.weight[expert]
+
+    def swap(self, rounds: int = 400) -> None:
+        """Swap the two experts of different nodes that save most, while load stays in bounds."""
+        per_node = self.used @ np.eye(self.nodes, dtype=np.float32)[self.home]
+        load = np.bincount(self.home, self.weight, self.nodes)
+        for _ in range(rounds):
+            leave = (self.used * (per_node[:, self.home] == 1)).sum(0)
+            join = self.used.T @ (per_node == 0).astype(np.float32)
+            out = leave[:, None] - join[:, self.home]  # e leaves for the node of f
+            gain = out + out.T
+            delta = self.weight[None, :] - self.weight[:, None]  # what the node of e gains
+            after = load[self.home][:, None] + delta
+            over = np.maximum(after - self.most[self.home][:, None], 0)
+            was = np.maximum(load - self.most, 0)[self.home]
+            worse = over + over.T - was[:, None] - was[None, :]
+            gain = np.where(worse > 1e-9, -np.inf, gain - 1e3 * np.minimum(worse, 0))
+            gain[self.home[:, None] == self.home[None, :]] = -np.inf
+            tried = False
+            for flat in np.argsort(-gain, axis=None)[:16]:
+                e, f = divmod(int(flat), self.experts)
+                if gain[e, f] <= 0:
+                    break
+                home = self.home.copy()
+                home[[e, f]] = home[[f, e]]
+                new = self.used @ np.eye(self.nodes, dtype=np.float32)[home]
+                if (new > 0).sum() < (per_node > 0).sum() or worse[e, f] < -1e-9:
+                    self.home, per_node, tried = home, new, True
+                    load = np.bincount(home, self.weight, self.nodes)
+                    break
+            if not tried:
+                break
+        self.per_node = per_node
+
+    def replicate(self) -> None:
+        """Fill the spare slots."""
+        self.hosts = np.zeros((self.experts, self.nodes), np.int64)
+        self.hosts[np.arange(self.experts), self.home] = 1
+        room = self.room - self.hosts.sum(0)
+        per_node = self.per_node.copy()
+        serving = np.where(self.used > 0, self.home[None, :], -1)
+        limit = float(self.weight.sum()) / float(self.ranks.speed.sum())
+        load = np.bincount(self.home, self.weight, self.nodes)
+        while room.sum() > 0:
+            number = self.hosts.sum(1)
+            alone = self.used * (np.take_along_axis(per_node, np.maximum(serving, 0), 1) == 1)
+            saved = alone.T @ (per_node > 0).astype(np.float32)
+            saved[np.arange(self.experts), self.home] = 0
+            hot = self.weight / number
+            score = saved / max(1.0, float(saved.max()))
+            score -= load / self.most * 0.2
+            if hot.max() > 0.75 * limit:
+                score[hot < hot.max()] = -np.inf
+            score[:, room == 0] = -np.inf
+            score[self.hosts > 0] = -np.inf
+            if not np.isfinite(score).any():  # more replicas in a node that has one, on another rank
+                score = np.where((room > 0) & (self.hosts < self.width), hot[:, None], -np.inf)
+            expert, node = divmod(int(score.argmax()), self.nodes)
+            self.hosts[expert, node] += 1
+            room[node] -= 1
+            moves = np.flatnonzero((alone[:, expert] > 0) & (per_node[:, node] > 0))
+            per_node[moves, serving[moves, expert]] -= 1
+            per_node[moves, node] += 1
+            serving[moves, expert] = node
+            part = self.weight[expert] / self.hosts[expert].sum()
+            load[node] += part
+            load[self.home[expert]] -= part
+
+    def pack(self, each: Floats) -> Ints:
+        """The ranks of every node, heaviest first. `each` ([experts, nodes]) is the load of a replica."""
+        slots = np.full(len(self.ranks.of_slot), -1, np.int64)
+        for node in range(self.nodes):
+            ranks = np.flatnonzero(self.node == node)
+            free = {int(rank): np.flatnonzero(self.ranks.of_slot == rank).tolist() for rank in ranks}
+            load = dict.fromkeys(free, 0.0)
+            items = np.repeat(np.arange(self.experts), self.hosts[:, node])
+            for expert in items[np.lexsort((items, -each[items, node], -self.hosts[items, node]))].tolist():
+                open_ = [rank for rank, some in free.items() if some]
+                apart = [rank for rank in open_ if expert not in slots[self.ranks.of_slot == rank]]
+                rank = min(apart or open_, key=lambda rank: load[rank])
+                slots[free[rank].pop(0)] = expert
+                load[rank] += each[expert, node] / float(self.ranks.speed[rank])
+        return slots

@@ -1,0 +1,98 @@
+"""Placements on recorded loads: the figures that are aimed at. Skipped where the recordings are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from benchmarks.placement import eplb, families, fullest
+from sparsec.passes.placement import Loads, Options, best_split, parse_topology, plan, read_loads
+from sparsec.passes.placement.affinity import best_place, dispatch
+from sparsec.passes.placement.bound import lower_bound
+from sparsec.passes.placement.scenarios import batches
+from sparsec.passes.placement.search import Ranks
+
+TRACES = Path(__file__).parents[3] / "shared" / "traces"
+LOADS = TRACES / "deepseek_v3_sglang_expert_load.npz"
+ROUTING = TRACES / "qwen15_moe_layer0_routing.npz"
+pytestmark = pytest.mark.skipif(not LOADS.is_file(), reason="no recorded loads here")
+
+Floats = NDArray[np.float64]
+
+
+def some(loads: Loads, scenarios: list[int], every: int) -> Loads:
+    picked = range(0, len(loads.layers), every)
+    return Loads(
+        loads.counts[scenarios][:, picked],
+        tuple(loads.names[index] for index in scenarios),
+        tuple(loads.layers[index] for index in picked),
+    )
+
+
+@pytest.mark.parametrize(("ranks", "slots"), [(16, 16), (32, 9), (64, 5), (128, 3)])
+def test_one_histogram(ranks: int, slots: int) -> None:
+    one = some(read_loads([LOADS]), [0], 4)
+    made = plan(one, parse_topology(f"1x{ranks}"), Options(slots, rounds=300))
+    share = one.counts[0] / one.counts[0].sum(1, keepdims=True) * ranks
+    bound = lower_bound(share, np.full(ranks, slots), np.ones(ranks))
+    load = np.array([layer["load"] for layer in made.report["layers"]])
+    assert (load / bound).mean() <= 1.003
+    for row, layer, ours in zip(eplb(share, ranks, slots), share, load, strict=True):
+        assert ours <= fullest(row, layer, ranks) * (1 + 1e-9)
+
+
+def held_out(ranks: int, slots: int, every: int) -> float:
+    loads = read_loads([LOADS])
+    figures: list[float] = []
+    for out in families(loads.names).values():
+        known = some(loads, [index for index in range(len(loads.names)) if index not in out], every)
+        made = plan(known, parse_topology(f"{ranks // 8}x8"), Options(slots, seconds=1000))
+        devices = Ranks(made.rank_of_slot, np.ones(ranks, np.float32))
+        counts = some(loads, out, every).counts
+        share = counts / counts.sum(2, keepdims=True) * ranks
+        figures.append(
+            float(
+                np.mean(
+                    [best_split(made.slots[at], one[at], devices)[1] for one in share for at in range(len(made.slots))]
+                )
+            )
+        )
+    return float(np.mean(figures))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "slots", "most"), [(32, 9, 1.08), (64, 5, 1.14)])
+def test_a_held_out_family(ranks: int, slots: int, most: float) -> None:
+    assert held_out(ranks, slots, 7) <= most
+
+
+def test_noise_of_batches() -> None:
+    one = some(read_loads([LOADS]), [4], 20)
+    picks = 4096 * 8
+    made = plan(one, parse_topology("4x8"), Options(9, batch=picks, rounds=500))
+    fresh = batches(one.counts, 8, picks, np.random.default_rng(99))
+    devices = Ranks(made.rank_of_slot, np.ones(32, np.float32))
+    loads = [
+        best_split(row, batch[layer], devices)[1] / (picks / 32)
+        for batch in fresh
+        for layer, row in enumerate(made.slots)
+    ]
+    assert np.mean(loads) <= 1.025
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_nodes_per_token_on_a_recorded_routing(first: int) -> None:
+    """Planned on one half of the tokens, measured on the other."""
+    routed = np.load(ROUTING, allow_pickle=False)["routed"][:, 0].astype(np.int64)
+    halves = routed[: len(routed) // 2], routed[len(routed) // 2 :]
+    known, unseen = halves[first], halves[1 - first]
+    ranks, node = Ranks(np.repeat(np.arange(12), 6), np.ones(12, np.float32)), np.arange(12) // 3
+    weight = np.bincount(known.ravel(), minlength=60) / known.size * 12
+    slots, _ = best_place(known, weight, ranks, node)
+    theirs = dispatch(eplb(weight[None], 12, 6)[0], unseen, ranks, node)
+    ours = dispatch(slots, unseen, ranks, node, 1.0)
+    assert ours.nodes <= 2.15 < theirs.nodes
+    assert ours.load.max() <= theirs.load.max()
