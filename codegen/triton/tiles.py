@@ -5,6 +5,7 @@ two. Padded lanes hold anything; a function that mixes lanes takes the true SIZE
 integers i32.
 """
 # pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 # mypy: disable-error-code="no-untyped-def, assignment, attr-defined, no-untyped-call"
 # ruff: noqa: ANN001, ANN201, PLR0124
 
