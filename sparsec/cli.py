@@ -286,7 +286,7 @@ def trace_command(**options: Any) -> None:
 @click.option("--moves", type=click.IntRange(min=0), help="With --old: experts that may be loaded anew, in all layers.")
 @click.option("--expert-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one expert's weights.")
 @click.option("--row-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one token that is sent.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=55.0, show_default=True, help="Time to search in.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=45.0, show_default=True, help="Time to search in.")
 @click.option("--rounds", type=click.IntRange(min=0), default=1200, show_default=True, help="Rounds of the search.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that search.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)

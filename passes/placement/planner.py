@@ -57,7 +57,7 @@ class Options:
     expert_bytes: float = 0.0
     row_bytes: float = 0.0
     moves: int | None = None
-    seconds: float = 55.0
+    seconds: float = 45.0
     rounds: int = 1200
     seed: int = 0
     workers: int = 1
@@ -154,7 +154,7 @@ def _search(
     """Search for a placement that holds on the scenarios, and on those near them. Also: whether time ran out."""
     made = [shares.mean(0)[None], shares]
     if robust:
-        made = [drifted(shares, max(32, 2 * len(shares)), rng)]
+        made = [drifted(shares, max(30, 2 * len(shares)), rng), shares.mean(0)[None], shares.mean(0)[None]]
     if options.batch:
         made.append(batches(shares, max(32, 2 * len(shares)), options.batch, rng))
     loads = np.concatenate(made)

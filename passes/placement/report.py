@@ -9,18 +9,20 @@ from numpy.typing import NDArray
 
 from sparsec.passes.placement.loads import Loads
 from sparsec.passes.placement.plan_file import Plan
-from sparsec.passes.placement.search import Ranks
-from sparsec.passes.placement.split import best_split
+from sparsec.passes.placement.search import Ranks, even_out, spread
 
 Floats = NDArray[np.float64]
+
+SWEEPS = 40
+"""After so many, what is left to even out is below a thousandth."""
 
 
 def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_bytes: float) -> dict[str, Any]:
     """Measure a plan.
 
     Loads are over the mean of the ranks, so that 1 is perfect. `planned` is with the plan's own split, `best` with
-    the best split of each scenario. Links are rows per pick (times `row_bytes`, bytes): what reaches the fullest rank
-    from its own node and from others, when tokens start on all ranks alike.
+    the best split of each scenario (from above, to a thousandth). Links are rows per pick (times `row_bytes`, bytes):
+    what reaches the fullest rank from its own node and from others, when tokens start on all ranks alike.
 
     Args:
         bound: [layers], of the mean of the scenarios.
@@ -31,7 +33,7 @@ def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_byt
     scenarios = []
     for name, share in zip(loads.names, shares, strict=True):
         planned = _loads(plan, share).max(1)
-        best = np.array([best_split(row, share[layer], ranks)[1] for layer, row in enumerate(plan.slots)])
+        best = even_out(plan.slots, spread(plan.slots, share[:, :, None].astype(np.float32)), ranks, SWEEPS).max((1, 2))
         scenarios.append({"name": name, "planned": _summary(planned), "best": _summary(best)})
     load = _loads(plan, mean)
     fullest = load.max(1)
