@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,11 @@ def eplb(loads: Floats, ranks: int, slots: int) -> Ints:
             total[rank] += weight[item]
         result[layer] = [one for some in held for one in some]
     return result
+
+
+def best_fullest(slots: Ints, load: Floats, devices: Ranks) -> float:
+    """The same when replicas share as well as they can."""
+    return best_split(slots, load, devices)[1]
 
 
 def fullest(slots: Ints, load: Floats, ranks: int) -> float:
@@ -133,9 +139,9 @@ def _held_out(loads: Loads, every: int, rounds: int) -> Table:
             made = plan(known, parse_topology(f"{ranks // 8}x8"), Options(slots, rounds=rounds))
             seconds = time.process_time() - start
             devices = Ranks(made.rank_of_slot, np.ones(ranks, np.float32))
-            equal = _mean(share, packed, lambda row, load, ranks=ranks: fullest(row, load, ranks))
-            lp = _mean(share, packed, lambda row, load, devices=devices: best_split(row, load, devices)[1])
-            ours = _mean(share, made.slots, lambda row, load, devices=devices: best_split(row, load, devices)[1])
+            equal = _mean(share, packed, partial(fullest, ranks=ranks))
+            split = partial(best_fullest, devices=devices)
+            lp, ours = _mean(share, packed, split), _mean(share, made.slots, split)
             table.add_row(name, str(ranks), *(f"{value:.3f}" for value in (equal, lp, ours)), f"{seconds:.1f}")
     return table
 

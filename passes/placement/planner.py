@@ -112,8 +112,7 @@ def plan(
         slots = greedy.copy()
         far = np.flatnonzero(_equal(slots, mean, ranks) > bound * (1 + CLOSE))
         if len(far):
-            found, cut = _search(slots[far], shares[:, far], ranks, rng, options, False, deadline, say)
-            slots[far] = found
+            slots[far], cut = _search(slots[far], shares[:, far], ranks, rng, options, False, deadline, say)
     say("split")
     split = _shares(slots, mean, ranks, bound)
     if sent:

@@ -36,7 +36,7 @@ def test_further_results(tokens: int) -> None:
             ids, weights, *others = layer(x)
             got = kernel(func)(operands(x))
         check(got[:4], (ids, weights), 8)
-        for extra, wanted in zip(got[4:], others, strict=False):
+        for extra, wanted in zip(got[4:-1], others, strict=False):  # the tile lists come last
             if wanted.shape[0] == tokens:
                 torch.testing.assert_close(extra.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-6)
 
