@@ -3,6 +3,8 @@
     sparsec explain examples/debugging.py:centred_router
     sparsec bisect  examples/debugging.py:wrong_pass
     sparsec explain examples/debugging.py:normed_experts --missed
+
+The page says what each command finds, and what to do about it.
 """
 
 from __future__ import annotations
