@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,24 @@ def randomised(model: nn.Module) -> Any:
     return model.eval()
 
 
-def zoo_model(family: str) -> tuple[Any, dict[str, Tensor]]:
-    """A tiny model of a family of the zoo beside the repository; skips the test where there is none."""
+@cache
+def zoo() -> Any:
+    """The zoo beside the repository, under a name that nothing else can have; skips the test where there is none."""
     pytest.importorskip("transformers")
     if not (ZOO / "zoo.py").is_file():
         pytest.skip("no zoo beside the repository")
-    if str(ZOO) not in sys.path:
-        sys.path.append(str(ZOO))
+    spec = importlib.util.spec_from_file_location("zoo_beside_the_repository", ZOO / "zoo.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def zoo_model(family: str) -> tuple[Any, dict[str, Tensor]]:
+    """A tiny model of a family of the zoo; skips the test where this transformers lacks it."""
+    families = zoo().FAMILIES
     try:
-        return importlib.import_module("zoo").FAMILIES[family]()
+        return families[family]()  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         pytest.skip(f"this transformers has no {error.name}")
 

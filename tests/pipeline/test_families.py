@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from sparsec import pipeline
 from sparsec.ir.interp import evaluate_module
+from tests.frontend.helpers import zoo_model
 
-ZOO = Path(__file__).parents[2] / ".." / "shared" / "zoo"
 QUICK = ("gpt_oss", "deepseek_v3")
 FAMILIES = (
     *("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "granitemoe", "glm4_moe"),
@@ -21,23 +16,11 @@ FAMILIES = (
 )
 
 
-@pytest.fixture(scope="module")
-def zoo() -> Any:
-    if not (ZOO / "zoo.py").exists():
-        pytest.skip("the model zoo is not beside the repository")
-    pytest.importorskip("transformers")
-    sys.path.insert(0, str(ZOO))
-    try:
-        return importlib.import_module("zoo")
-    finally:
-        sys.path.remove(str(ZOO))
-
-
 @pytest.mark.parametrize("family", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
-def test_every_phase_gives_what_was_captured(zoo: Any, family: str) -> None:
+def test_every_phase_gives_what_was_captured(family: str) -> None:
     from sparsec.frontend.capture import capture
 
-    model, inputs = zoo.FAMILIES[family]()
+    model, inputs = zoo_model(family)
     captured = capture(model, (), dict(inputs))
     ids = inputs["input_ids"]
     again = torch.randint(3, 128, (3, 7), generator=torch.Generator().manual_seed(3))
