@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,14 @@ class Shape:
         if k > experts:
             raise ValueError(f"shape '{text}' sends a token to {k} of {experts} experts")
         return Shape(text, experts, hidden, width, k)
+
+    @staticmethod
+    def argument(parser: ArgumentParser, text: str) -> Shape:
+        """The same for a command line, which ends with what is wrong."""
+        try:
+            return Shape.parse(text)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 SHAPES = {

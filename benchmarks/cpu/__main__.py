@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
         write_readme(README, results, f"benchmarks/results/{name}.md")
         return
     warnings.filterwarnings("ignore", message=".*lru_cache.*", category=UserWarning)
-    shapes = [_shape(parser, text) for text in options.shapes]
+    shapes = [Shape.argument(parser, text) for text in options.shapes]
     tokens = options.tokens if "uniform" in options.routing else []
     skewed = options.zipf_tokens if "zipf" in options.routing else []
     settings = Settings(
@@ -93,13 +93,6 @@ def _save(results: dict[str, Any], roof: Roof, output: Path) -> None:
     set_roof(results["layers"], roof)
     results["machine"]["load_after"] = machine.load()
     save(output, results, render(results))
-
-
-def _shape(parser: argparse.ArgumentParser, text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

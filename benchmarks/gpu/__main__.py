@@ -39,7 +39,9 @@ def main(words: Sequence[str] | None = None) -> None:
         results = json.loads(found.read_text(encoding="utf-8")) if found else None
         write_readme(README, results, f"benchmarks/results/{found.stem}.md" if found else "")
         return
-    shapes = [_shape(parser, text) for text in options.shapes or (REHEARSED if options.rehearse else GPU_SHAPES)]
+    shapes = [
+        Shape.argument(parser, text) for text in options.shapes or (REHEARSED if options.rehearse else GPU_SHAPES)
+    ]
     if options.compile_only:
         if options.ahead is None:
             parser.error("--compile-only needs --ahead FOLDER")
@@ -90,13 +92,6 @@ def compile_all(shapes: Sequence[Shape], target: str, folder: Path, processes: i
         done = pool.map(partial(ahead.compile_only, target=target, folder=folder), shapes)
         for shape, _ in zip(shapes, done, strict=True):
             print(f"{shape} is compiled for {target}", flush=True)
-
-
-def _shape(parser: argparse.ArgumentParser, text: str) -> Shape:
-    try:
-        return Shape.parse(text)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

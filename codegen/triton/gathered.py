@@ -17,13 +17,12 @@ from typing import Any
 from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue, up_parameters
 from sparsec.codegen.triton.gemm import GroupedGemm
 from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring, ceil_div, tensor_map
-from sparsec.codegen.triton.persistent import DIVIDED
+from sparsec.codegen.triton.persistent import DIVIDED, demand
 from sparsec.codegen.triton.source import indent
 from sparsec.codegen.triton.swap import Streamed
-from sparsec.codegen.triton.tile import POINTERS, padded, unsupported
+from sparsec.codegen.triton.tile import POINTERS, padded
 from sparsec.dialects.moe import GatherGemm
 from sparsec.ir.core import Func
-from sparsec.ir.types import DType
 
 COPIED = 8, 1024
 """Rows and columns that a program of the copy takes."""
@@ -35,11 +34,8 @@ class Gathered:
 
     def __init__(self, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
         self.op, self.gemm, self.name = op, gemm, func.name
+        demand(op, gemm)
         self.dtype = dtype = gemm.a.tensor.dtype
-        if dtype not in (DType.bf16, DType.f16):
-            raise unsupported(op, f"%{gemm.a.name} is {dtype}: persistent kernels take bf16 and f16")
-        if op.tiles is None:
-            raise unsupported(op, "persistent kernels read their tiles from a list, which the op does not take")
         self.streamed = Streamed(gemm, op.layout, op.up_transposed, "up")
         self.rows = Parameter("gathered", POINTERS[dtype], wiring.buffer(f"t * {gemm.k * gemm.inner * dtype.itemsize}"))
         self.parameters = [self.rows if p.name == "x" else p for p in up_parameters(gemm, op, wiring)]

@@ -19,15 +19,23 @@ from sparsec.codegen.triton.combine import Down
 from sparsec.codegen.triton.gemm import GroupedGemm, masked
 from sparsec.codegen.triton.launch import Entry, Parameter, Wiring, tensor_map
 from sparsec.codegen.triton.source import indent
+from sparsec.codegen.triton.swap import Streamed
 from sparsec.codegen.triton.tile import unsupported
-from sparsec.dialects.moe import GemmCombine
+from sparsec.dialects.moe import GatherGemm, GemmCombine
 from sparsec.ir.core import Func
 from sparsec.ir.types import DType
 
-ENGINE_BYTES = 16
-"""The copy engine takes rows that are a multiple of this long."""
 DIVIDED = 128, 4
 """Rows of a tile and warps of a program whose work Triton 3.6 divides."""
+
+
+def demand(op: GatherGemm | GemmCombine, gemm: GroupedGemm) -> None:
+    """What going over tiles takes: narrow floats and a list of the tiles. Raises: CompileError."""
+    dtype = gemm.a.tensor.dtype
+    if dtype not in (DType.bf16, DType.f16):
+        raise unsupported(op, f"%{gemm.a.name} is {dtype}: persistent kernels take bf16 and f16")
+    if op.tiles is None:
+        raise unsupported(op, "persistent kernels read their tiles from a list, which the op does not take")
 
 
 class Persistent:
@@ -36,21 +44,12 @@ class Persistent:
 
     def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
         self.op, self.gemm, self.name = op, gemm, f"{func.name}_persistent"
-        dtype = gemm.a.tensor.dtype
-        if dtype not in (DType.bf16, DType.f16):
-            raise unsupported(op, f"%{gemm.a.name} is {dtype}: persistent kernels take bf16 and f16")
-        if op.packing != "plain":
-            raise unsupported(op, f"weights packed as {op.packing} do not come by the copy engine")
-        if op.tiles is None:
-            raise unsupported(op, "persistent kernels read their tiles from a list, which the op does not take")
-        row = (gemm.columns if op.down_transposed else gemm.inner) * dtype.itemsize
-        if gemm.inner % 16 or row % ENGINE_BYTES:
-            rows = f"rows of {row} bytes with {gemm.inner} terms to a sum"
-            raise unsupported(op, f"{rows}: the copy engine takes multiples of {ENGINE_BYTES} bytes and of 16 terms")
+        demand(op, gemm)
+        self.streamed = Streamed(gemm, "single", op.down_transposed, "down")
         self.down = Down(func, op, gemm, wiring)
 
     def functions(self) -> list[str]:
-        bound = [] if all(self.gemm.columns % self.sizes(v)["BLOCK_N"] == 0 for v in self.gemm.variants) else ["H"]
+        bound = [] if self.streamed.whole() else ["H"]
         text = self._signature() + "\n" + indent(self._lines(bound))
         return [text, *self.down.functions()]
 
@@ -65,30 +64,23 @@ class Persistent:
 
     def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
         """Tile sizes of a variant. BLOCK_K divides I: no sum has a part that comes from beyond it."""
-        sizes = self.gemm.sizes(variant)
+        sizes = self.streamed.sizes(variant)
         if sizes["BLOCK_N"] > 256:
             raise unsupported(self.op, f"persistent kernels have tiles of up to 256 columns, not {sizes['BLOCK_N']}")
-        while self.gemm.inner % sizes["BLOCK_K"]:
-            sizes["BLOCK_K"] //= 2
         return sizes
 
     def _parameters(self, sizes: Mapping[str, int]) -> list[Parameter]:
         """The down-projection's, with `h` and `down` as descriptors."""
         gemm, dtype = self.gemm, self.gemm.a.tensor.dtype
-        m, n, k = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        experts, columns, inner = gemm.experts, gemm.columns, gemm.inner
+        block = [sizes["BLOCK_M"], sizes["BLOCK_K"]]
         given = list[Parameter]()
         for parameter in self.down.parameters:
             match parameter.name:
                 case "h":
-                    size: list[int | str] = [f"t * {gemm.k}", inner]
-                    given.append(tensor_map("h", dtype, parameter.argument, size, [inner, 1], [m, k]))
+                    shape = [f"t * {gemm.k}", gemm.inner]
+                    given.append(tensor_map("h", dtype, parameter.argument, shape, [gemm.inner, 1], block))
                 case "down":
-                    rows, row, block = columns, inner, [1, n, k]
-                    if self.op.down_transposed:
-                        rows, row, block = inner, columns, [1, k, n]
-                    strides = [rows * row, row, 1]
-                    given.append(tensor_map("down", dtype, parameter.argument, [experts, rows, row], strides, block))
+                    given.append(self.streamed.map(parameter.argument, sizes))
                 case _:
                     given.append(parameter)
         return given

@@ -6,23 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 
 from rich.text import Text
 
-from sparsec import api, pipeline
+from sparsec import pipeline
 from sparsec.codegen.emit import emit
-from sparsec.commands.options import TEXTS
-from sparsec.commands.read_module import read_module
+from sparsec.commands.read_module import module_of
 from sparsec.config import Config
 from sparsec.console import out, working
 from sparsec.diagnostics import Remark, SparsecError
-from sparsec.frontend.capture import capture
-from sparsec.frontend.models import load_model
 from sparsec.inspect.cost_text import quantity, size_of, time
 from sparsec.inspect.costs import roof
 from sparsec.inspect.explain import Finding, explain, select
-from sparsec.ir.core import Module
 from sparsec.targets import Target
 
 CPU = "35GB/s,3TFLOP/s"
@@ -43,7 +38,7 @@ def run(
     """Say what was fused in a model, what was not, and why. Raises: SparsecError."""
     with working(as_json) as status:
         status.say(f"read {model}")
-        module = _module(model)
+        module = module_of(model, "capture")
         target = Config.read(target=target or str(module.attrs.get("target", "")) or None).target
         Target.parse(target)
         status.say("compile")
@@ -79,14 +74,6 @@ def render(one: Finding) -> Text:
         launches = f"{gain.launches} launch{'es' if gain.launches > 1 else ''}"
         text.append(f"\n         worth about {time(gain.us)}: {launches}, {quantity(gain.bytes)}B")
     return text
-
-
-def _module(model: str) -> Module:
-    """What a model, a text or a dump is before any pass. Raises: SparsecError."""
-    if model.endswith(TEXTS) or (Path(model) / "remarks.jsonl").is_file():
-        return read_module(model, "capture" if Path(model).is_dir() else None)
-    loaded = load_model(model, meta=True)
-    return api.with_structure(capture(loaded.model, loaded.args, loaded.kwargs)).module
 
 
 def _emitted(result: pipeline.Result, target: str) -> tuple[Remark, ...]:

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import click
 
-from sparsec import api, pipeline
-from sparsec.commands.options import TEXTS
-from sparsec.commands.read_module import read_module
+from sparsec import pipeline
+from sparsec.commands.read_module import module_of
 from sparsec.console import err, out, working
 from sparsec.diagnostics import SparsecError
-from sparsec.frontend.capture import capture
-from sparsec.frontend.models import load_model
 from sparsec.inspect.dump import write_atomic
 from sparsec.inspect.layers import cut_layer, expert_layers, find_layer, sizes_for, with_sizes
 from sparsec.inspect.linalg import to_linalg
@@ -93,14 +90,8 @@ def irdl_path(output: Path) -> Path:
 
 
 def _module(model: str, phase: str | None, target: str) -> Module:
-    """What a text, an artifact, a dump or a model is, at least at a phase if one is given. Raises: SparsecError."""
-    path = Path(model)
-    if model.endswith(TEXTS) or (path / "remarks.jsonl").is_file() or (path / "manifest.json").is_file():
-        is_dump = (path / "remarks.jsonl").is_file()
-        module = read_module(model, phase if is_dump else None)
-    else:
-        loaded = load_model(model, meta=not model.endswith(".pt2"))
-        module = api.with_structure(capture(loaded.model, loaded.args, loaded.kwargs)).module
+    """The module that is named, at least at a phase if one is given. Raises: SparsecError."""
+    module = module_of(model, phase)
     at = str(module.attrs.get("phase", "capture"))
     if phase is not None and pipeline.PHASES.index(at) < pipeline.PHASES.index(phase):
         return pipeline.run(module, target=target, to=phase).module

@@ -64,8 +64,9 @@ def held_out(ranks: int, slots: int, every: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "slots", "most"), [(32, 9, 1.08), (64, 5, 1.14)])
+@pytest.mark.parametrize(("ranks", "slots", "most"), [(32, 9, 1.07), (64, 5, 1.14)])
 def test_a_held_out_family(ranks: int, slots: int, most: float) -> None:
+    """What is aimed at; 1.075 and 1.150 were measured, so this is red until the search is better."""
     assert held_out(ranks, slots, 7) <= most
 
 
@@ -83,12 +84,24 @@ def test_noise_of_batches() -> None:
     assert np.mean(loads) <= 1.025
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_nodes_per_token_on_a_recorded_routing(first: int) -> None:
-    """Planned on one half of the tokens, measured on the other."""
+def planned_and_unseen(routed: NDArray[np.int64], way: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    half = len(routed) // 2
+    ways = {
+        "first half": (routed[:half], routed[half:]),
+        "second half": (routed[half:], routed[:half]),
+        "every second": (routed[::2], routed[1::2]),
+    }
+    return ways[way]
+
+
+WORSE = pytest.mark.xfail(reason="the load of the tokens in between is worse than EPLB's: 1.18 to 1.16", strict=True)
+
+
+@pytest.mark.parametrize("way", ["first half", "second half", pytest.param("every second", marks=WORSE)])
+def test_nodes_per_token_on_a_recorded_routing(way: str) -> None:
+    """Planned on some of the tokens, measured on the others."""
     routed = np.load(ROUTING, allow_pickle=False)["routed"][:, 0].astype(np.int64)
-    halves = routed[: len(routed) // 2], routed[len(routed) // 2 :]
-    known, unseen = halves[first], halves[1 - first]
+    known, unseen = planned_and_unseen(routed, way)
     ranks, node = Ranks(np.repeat(np.arange(12), 6), np.ones(12, np.float32)), np.arange(12) // 3
     weight = np.bincount(known.ravel(), minlength=60) / known.size * 12
     slots, _ = best_place(known, weight, ranks, node)
