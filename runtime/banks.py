@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from sparsec.runtime.operators import slots_of
-from sparsec.runtime.plan import Call, Launch, Plan, Step
+from sparsec.runtime.plan import Call, Exchange, Launch, Plan, Step
 
 BANKS: dict[str, tuple[int, ...]] = {
     "moe.experts": (3, 4, 5, 6, 7, 8),
@@ -20,7 +20,7 @@ def reads_of(step: Step) -> list[int]:
     """The slots that a step reads, repeats included."""
     if isinstance(step, Call):
         return [slot for tree in (*step.args, *step.kwargs.values()) for slot in slots_of(tree)]
-    return [slot for slot in step.ins if slot is not None] if isinstance(step, Launch) else []
+    return [slot for slot in step.ins if slot is not None] if isinstance(step, Launch | Exchange) else []
 
 
 def bank_slots(plan: Plan, native: Collection[str] = ()) -> set[int]:

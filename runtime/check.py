@@ -2,7 +2,8 @@
 
 Checked: slots are defined before they are read and exist, operators are allowed and get arguments that fit their
 schemas, sizes are expressions over symbols that have a value by then, in-place updates touch buffers only, launches
-fit their kernels, and the structure trees fit the outputs.
+fit their kernels, exchanges between ranks are brought to their end (`runtime.check_spread`), and the structure trees
+fit the outputs.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from sparsec.runtime import structure
+from sparsec.runtime.check_spread import Handles, check_spread
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.errors import ArtifactError
 from sparsec.runtime.operators import dims_of, problems, resolve, slots_of, updates
-from sparsec.runtime.plan import Call, Free, Kernel, Launch, Plan, Region, Step, Tensor
+from sparsec.runtime.plan import Call, Exchange, Free, Kernel, Launch, Plan, Region, Step, Tensor
 
 MAX_SLOTS = 1_000_000
 MAX_RANK = 64
@@ -44,7 +46,10 @@ def check_plan(plan: Plan, allow: Collection[str] = ()) -> None:
         if arg.type is not None:
             _check_type(arg.type, known if arg.kind == "input" else (), f"argument '{arg.name}'")
     buffers = {arg.slot: arg.source for arg in plan.args if arg.kind == "buffer"}
-    live = _check_steps(plan.steps, defined, known, set(buffers), plan.kernels, allow, "step")
+    check_spread(plan)
+    handles = Handles.of(plan)
+    live = _check_steps(plan.steps, defined, known, set(buffers), plan.kernels, allow, "step", handles)
+    handles.finish()
     for i, output in enumerate(plan.outputs):
         if output.slot not in live:
             raise ArtifactError(f"output {i} reads slot {output.slot}, which holds no value at the end")
@@ -93,7 +98,8 @@ def _check_region(region: Region, where: str, allow: Collection[str]) -> None:
         known |= _bare(type)
     for type in region.params:
         _check_type(type, known, where)
-    live = _check_steps(region.steps, set(range(len(region.params))), known, set(), {}, allow, f"{where}, step")
+    defined = set(range(len(region.params)))
+    live = _check_steps(region.steps, defined, known, set(), {}, allow, f"{where}, step", Handles(None))
     if not set(region.outs) <= live:
         raise ArtifactError(f"{where} yields a slot that holds no value")
 
@@ -106,13 +112,22 @@ def _check_steps(
     kernels: dict[str, Kernel],
     allow: Collection[str],
     what: str,
+    handles: Handles,
 ) -> set[int]:
-    """Check steps in order. Returns: the slots that hold a value at the end. `defined` and `known` grow in place."""
+    """Check steps in order. Returns: the slots that hold a tensor at the end. `defined` and `known` grow in place."""
     for i, step in enumerate(steps):
         where = f"{what} {i}"
         if isinstance(step, Free):
-            _read(step.slots, defined, where)
-            defined.difference_update(step.slots)
+            tensors = handles.free(step.slots, where)
+            _read(tensors, defined, where)
+            defined.difference_update(tensors)
+        elif isinstance(step, Exchange):
+            _read(handles.take(step, where), defined, where)
+            for type in step.types:
+                if type is not None:
+                    _check_type(type, known, where)
+            defined.update(map(_in_range, handles.give(step, defined, where)))
+            _check_binds(step, where, known)
         elif isinstance(step, Launch):
             kernel = kernels.get(step.kernel)
             if kernel is None:
@@ -144,6 +159,10 @@ def _check_call(
     if not several and len(step.outs) != len(op._schema.returns):
         raise ArtifactError(f"{where} ({step.op}) has {len(step.outs)} results, it returns {len(op._schema.returns)}")
     defined.update(_in_range(slot) for slot in step.outs if slot is not None)
+    _check_binds(step, where, known)
+
+
+def _check_binds(step: Call | Exchange, where: str, known: set[str]) -> None:
     for slot, _, symbol in step.binds:
         if slot not in step.outs or not symbol.isidentifier():
             raise ArtifactError(f"{where} binds '{symbol}' to slot {slot}, which is not its result")

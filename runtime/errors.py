@@ -9,3 +9,7 @@ class ArtifactError(Exception):
 
 class InputError(Exception):
     """An argument that the program does not take."""
+
+
+class RankError(Exception):
+    """Another process of a program that several run together is dead, hangs or disagrees."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,14 @@ from sparsec.runtime.context import Choice, Context
 from sparsec.runtime.dims import Expr, compile_dim
 from sparsec.runtime.dtypes import DTYPES, NAMES
 from sparsec.runtime.errors import ArtifactError, InputError
+from sparsec.runtime.exchanges import Idle, exchange, require_world
 from sparsec.runtime.operators import resolve, slots_of, updates
-from sparsec.runtime.plan import Arg, Call, Free, Launch, Plan
+from sparsec.runtime.plan import Arg, Call, Exchange, Free, Launch, Plan
 from sparsec.runtime.steps import Closure, Runner, Slots
+from sparsec.runtime.tables import check_tables
+
+if TYPE_CHECKING:
+    from sparsec.runtime.distributed import World
 
 
 class Program:
@@ -36,9 +42,11 @@ class Program:
         allow: namespaces or operators beyond aten's that the plan may call (`["mylib"]`).
         trust_code: run the plan's native kernels even if they were not compiled by this user on this machine; without
             it those that were not are run by PyTorch.
+        world: the ranks that run a plan which was compiled for several devices; by default all processes that
+            torch.distributed knows. Every rank then has to call whenever one does, or to call `idle`.
 
     Raises:
-        ArtifactError: the plan cannot be run, or does not fit the weights.
+        ArtifactError: the plan cannot be run, or does not fit the weights or the world.
     """
 
     def __init__(
@@ -50,9 +58,11 @@ class Program:
         files: Mapping[str, bytes] | None = None,
         allow: Collection[str] = (),
         trust_code: bool = False,
+        world: World | None = None,
     ) -> None:
         check_plan(plan, allow)
         self.plan, self.device = plan, _placed(device)
+        self.world = require_world(plan, world)
         self._inputs = [arg for arg in plan.args if arg.kind == "input"]
         self._specs = [_Spec(arg) for arg in self._inputs]
         self._weights, self._by_slot = weights, {arg.slot: arg for arg in plan.args if arg.kind != "input"}
@@ -65,6 +75,7 @@ class Program:
                 if slot not in banks:
                     self._runner.base[slot] = self._load(arg)
             self._set_up_buffers(allow)
+            check_tables(plan, self._runner.base)
         del self._weights  # from here on only what the steps read is held
 
     @property
@@ -101,6 +112,20 @@ class Program:
         """
         outputs = self(*structure.take_apart(self.plan.inputs, args, kwargs or {}))
         return structure.build(self.plan.structure, outputs)
+
+    def idle(self) -> None:
+        """Take part in one run of the other ranks, which have inputs where this one has none.
+
+        Raises: RankError; InputError for a program that runs alone.
+        """
+        if self.world is None:
+            raise InputError("the program was compiled for one device: there are no other ranks to take part with")
+        with torch.inference_mode():
+            self._idle()
+
+    @cached_property
+    def _idle(self) -> Idle:
+        return Idle(self.plan, self._runner, self.device)
 
     def reset(self) -> None:
         """Set every buffer back to what it was when the program was loaded."""
@@ -158,8 +183,11 @@ class Program:
         mutations = [output for output in self.plan.outputs if output.kind == "mutation"]
         self._updates = [(output.slot, base[slots[output.source]]) for output in mutations]
 
-    def _launch(self, step: Launch) -> Closure:
-        """The closure of a launch."""
+    def _launch(self, step: Launch | Exchange) -> Closure:
+        """The closure of a launch or of an exchange."""
+        if isinstance(step, Exchange):
+            assert self.world is not None
+            return exchange(step, self.world)
         ins, outs = step.ins, step.outs
         kernel = bind(self.plan.kernels[step.kernel], ins, self._context)
 

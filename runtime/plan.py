@@ -80,7 +80,31 @@ class Free:
     slots: list[int]
 
 
-Step: TypeAlias = Call | Launch | Free
+@dataclass(frozen=True)
+class Exchange:
+    """Take part in an exchange of rows between ranks (`sparsec.runtime.distributed`).
+
+    | `op` | `ins` | `outs` |
+    |---|---|---|
+    | `remap` | ids [T, k], slots [P], shares [P] | where [T, k] |
+    | `dispatch_start` | x [T, H], where [T, k], weights [T, k] | a handle |
+    | `dispatch_wait` | that handle | rows [u, H], local [u, k'], weights [u, k'] |
+    | `combine_start` | y [u, H], that handle | another handle |
+    | `combine_wait` | the other handle | out [T, H] |
+
+    A handle takes a slot as a tensor does, and each is waited for once. `types` are those of `ins`, None for a handle;
+    `binds` is as of `Call`.
+    """
+
+    op: Literal["remap", "dispatch_start", "dispatch_wait", "combine_start", "combine_wait"]
+    attrs: dict[str, Json]
+    ins: list[int]
+    outs: list[int]
+    types: list[Tensor | None]
+    binds: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+Step: TypeAlias = Call | Launch | Free | Exchange
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,7 @@ class Region:
 
     Args:
         params: types of its arguments, which take slots 0, 1, ...; their bare symbols bind what sizes mention.
-        steps: what it computes; no launches.
+        steps: what it computes; no launches, no exchanges.
         outs: the slots that it yields.
     """
 
@@ -147,8 +171,47 @@ class Output:
 
 
 @dataclass(frozen=True)
+class SpreadLayer:
+    """One layer of experts that are spread over ranks, by the sources of its arguments.
+
+    Args:
+        name: the number of the layer in the model, as a text (`3`; `3.1` for a second one that it has).
+        experts: how many it has.
+        slots: the buffer [P] i64 that says which expert each slot of all ranks holds.
+        shares: the buffer [P] f64, the share of its expert's tokens that each slot gets.
+        banks: what each rank has values of its own of: weights [S, ...], row s for its slot s.
+    """
+
+    name: str
+    experts: int
+    slots: str
+    shares: str
+    banks: list[str]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a plan that several ranks run together spreads experts over them.
+
+    Args:
+        ranks: how many run it.
+        width: ranks of a node; the nodes follow one another.
+        slots: S, experts of a layer that a rank holds. Slot p of the P = ranks * S is on rank p // S.
+        layers: in the order in which they run.
+    """
+
+    ranks: int
+    width: int
+    slots: int
+    layers: list[SpreadLayer]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A whole model. `structure` says how the outputs are put together, `inputs` how arguments are taken apart."""
+    """A whole model. `structure` says how the outputs are put together, `inputs` how arguments are taken apart.
+
+    `spread` is None for a plan that one process runs alone.
+    """
 
     args: list[Arg]
     steps: list[Step]
@@ -156,3 +219,8 @@ class Plan:
     kernels: dict[str, Kernel]
     inputs: Json
     structure: Json
+    spread: Spread | None = None
+
+    def local(self) -> set[str]:
+        """The sources of weights that each rank has values of its own of."""
+        return set() if self.spread is None else {bank for layer in self.spread.layers for bank in layer.banks}

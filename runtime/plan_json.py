@@ -8,11 +8,27 @@ from typing import Any, TypeVar
 
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
-from sparsec.runtime.plan import Arg, Call, Free, Kernel, Launch, Output, Plan, Region, Step, Tensor, Variant
+from sparsec.runtime.plan import (
+    Arg,
+    Call,
+    Exchange,
+    Free,
+    Kernel,
+    Launch,
+    Output,
+    Plan,
+    Region,
+    Spread,
+    SpreadLayer,
+    Step,
+    Tensor,
+    Variant,
+)
 
 T = TypeVar("T")
 
-_STEPS: dict[str, type[Step]] = {"call": Call, "launch": Launch, "free": Free}
+_STEPS: dict[str, type[Step]] = {"call": Call, "launch": Launch, "free": Free, "exchange": Exchange}
+_EXCHANGES = ("remap", "dispatch_start", "dispatch_wait", "combine_start", "combine_wait")
 
 
 def to_json(value: Any) -> Any:
@@ -38,6 +54,7 @@ def from_json(data: Any) -> Plan:
         kernels={name: _kernel(kernel, f"kernel '{name}'") for name, kernel in entry.get("kernels", dict).items()},
         inputs=entry.get("inputs", dict),
         structure=entry.get("structure", dict),
+        spread=None if entry.data.get("spread") is None else _spread(entry.data["spread"], "spread"),
     )
 
 
@@ -121,6 +138,15 @@ def _step(data: Any, where: str) -> Step:
         return Free(entry.slots("slots"))
     if kind == "launch":
         return Launch(entry.get("kernel", str), entry.optional_slots("ins"), entry.slots("outs"))
+    if kind == "exchange":
+        return Exchange(
+            op=entry.choice("op", _EXCHANGES),
+            attrs=entry.get("attrs", dict),
+            ins=entry.slots("ins"),
+            outs=entry.slots("outs"),
+            types=entry.list("types", _optional_tensor),
+            binds=entry.list("binds", _bind),
+        )
     return Call(
         op=entry.get("op", str),
         args=entry.get("args", list),
@@ -140,6 +166,23 @@ def _bind(data: Any, where: str) -> tuple[int, int, str]:
 def _output(data: Any, where: str) -> Output:
     entry = _Entry(data, where)
     return Output(entry.choice("kind", ("output", "mutation")), entry.slot("slot"), entry.get("source", str))
+
+
+def _spread(data: Any, where: str) -> Spread:
+    entry = _Entry(data, where)
+    sizes = (entry.get("ranks", int), entry.get("width", int), entry.get("slots", int))
+    return Spread(*sizes, layers=entry.list("layers", _spread_layer))
+
+
+def _spread_layer(data: Any, where: str) -> SpreadLayer:
+    entry = _Entry(data, where)
+    return SpreadLayer(
+        name=entry.get("name", str),
+        experts=entry.get("experts", int),
+        slots=entry.get("slots", str),
+        shares=entry.get("shares", str),
+        banks=entry.list("banks", _name),
+    )
 
 
 def _variant(data: Any, where: str) -> Variant:

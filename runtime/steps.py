@@ -6,7 +6,7 @@ an `itemgetter` over that list and the operator. Sizes are computed once per ass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 
 from sparsec.runtime import cpu_dense
 from sparsec.runtime.dims import Expr, compile_dim
-from sparsec.runtime.errors import InputError
+from sparsec.runtime.errors import InputError, RankError
 from sparsec.runtime.operators import CONSTANTS, dims_of, resolve, slots_of
-from sparsec.runtime.plan import Call, Free
+from sparsec.runtime.plan import Call, Exchange, Free
 
 Slots = list[Any]
 Closure = Callable[[Slots], None]
@@ -33,7 +33,7 @@ class Runner:
         width: how many slots the plan itself uses.
         known: symbols that have a value before the first step.
         device: where factory operators create.
-        launch: makes the closure of a `Launch`.
+        launch: makes the closure of a `Launch` or an `Exchange`.
         allow: as of `operators.resolve`.
 
     Attributes:
@@ -58,23 +58,32 @@ class Runner:
         self._kept: dict[tuple[int, ...], list[Any]] = {}
         self._closures: list[Closure] = []
         self._names: list[str] = []
+        self._places: list[range] = []  # of each step: its closures
         self._new = set[int]()  # slots of tensors that nobody else holds
         self._visible: dict[int, int] = {}  # slot of a mask -> slot of what it shows
         for step in steps:
+            first = len(self._closures)
             if isinstance(step, Free):
                 self._add("free", _free(step.slots))
             elif isinstance(step, Call):
                 self._add(step.op, self._call(step))
-                if step.binds:
-                    self._add(step.op, self._bind(step))
             else:
                 assert launch is not None, "a region launches nothing"
-                self._add(f"launch {step.kernel}", launch(step))
+                self._add(step.op if isinstance(step, Exchange) else f"launch {step.kernel}", launch(step))
+            if isinstance(step, Call | Exchange) and step.binds:
+                self._add(step.op, self._bind(step))
+            self._places.append(range(first, len(self._closures)))
+
+    def blank(self) -> Slots:
+        """Fresh slots for a run of steps that need no known symbol."""
+        values = self.base.copy()
+        values[self._env_slot] = {}
+        return values
 
     def start(self, env: Mapping[str, int]) -> Slots:
         """Fresh slots for a run in which `env` gives every known symbol its value."""
-        values = self.base.copy()
-        values[self._env_slot] = dict(env)
+        values = self.blank()
+        values[self._env_slot].update(env)
         if self._sizes:
             key = tuple([env[name] for name in self._known])
             sizes = self._kept.get(key)
@@ -86,18 +95,22 @@ class Runner:
                 values[slot] = size
         return values
 
-    def run(self, values: Slots) -> None:
-        """Run every step.
+    def run(self, values: Slots, only: Sequence[int] | None = None) -> None:
+        """Run every step, or `only` those of these numbers.
 
         Raises:
             InputError: an index, such as a token id, is beyond its table.
+            RankError: another rank is dead or does not answer.
             RuntimeError: an operator fails; names the step.
         """
         i = 0
+        steps: Iterable[tuple[int, Closure]] = enumerate(self._closures)
+        if only is not None:
+            steps = ((i, self._closures[i]) for step in only for i in self._places[step])
         try:
-            for i, closure in enumerate(self._closures):  # noqa: B007 (read where it fails)
+            for i, closure in steps:  # noqa: B007 (read where it fails)
                 closure(values)
-        except InputError:
+        except (InputError, RankError):
             raise
         except IndexError as error:
             raise InputError(
@@ -190,7 +203,7 @@ class Runner:
             return self._device
         return CONSTANTS[tag][value]
 
-    def _bind(self, step: Call) -> Closure:
+    def _bind(self, step: Call | Exchange) -> Closure:
         binds = list(step.binds)
 
         def bind(values: Slots) -> None:
