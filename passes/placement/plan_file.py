@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsec.diagnostics import SparsecError
+from sparsec.passes.placement.array_file import read_json
 from sparsec.passes.placement.topology import Topology, parse_topology
 
 FORMAT, VERSION = "sparsec-placement", 1
-LARGEST = 1 << 28  #: bytes of a plan
+LARGEST = 1 << 27  #: bytes of a plan
 MOST_SLOTS = 1 << 26  #: over all layers
 
 Ints = NDArray[np.int64]
@@ -77,6 +78,7 @@ def write_plan(plan: Plan, path: str | Path) -> None:
         "split": [[round(value, 9) for value in row] for row in plan.split.tolist()],
         "report": plan.report,
     }
+    check_writable(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -88,17 +90,19 @@ def write_plan(plan: Plan, path: str | Path) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Raises: SparsecError where no file can be written, before anything is computed for it."""
+    if path.is_dir():
+        raise SparsecError(f"{path}: is a folder\n  hint: name a file in it")
+    if not path.parent.is_dir():
+        raise SparsecError(f"{path}: there is no folder {path.parent}\n  hint: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise SparsecError(f"{path}: the folder {path.parent} cannot be written to\n  hint: name another file")
+
+
 def read_plan(path: str | Path) -> Plan:
     """Read and check a plan. Raises: SparsecError naming the entry that is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise SparsecError(f"{path}: no such file")
-    if path.stat().st_size > LARGEST:
-        raise SparsecError(f"{path}: {path.stat().st_size} bytes; a plan has at most {LARGEST}")
-    try:
-        data = json.loads(path.read_text(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise SparsecError(f"{path}: is not JSON: {error}") from error
+    data = read_json(Path(path), LARGEST, nan=False)
     try:
         return _plan(data)
     except SparsecError as error:
@@ -107,9 +111,10 @@ def read_plan(path: str | Path) -> Plan:
 
 def _plan(data: Any) -> Plan:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise SparsecError(f"is no plan: 'format' is not '{FORMAT}'")
+        raise SparsecError(f"is no plan: 'format' is not '{FORMAT}'\n  hint: make one with sparsec plan")
     if data.get("version") != VERSION:
-        raise SparsecError(f"has version {data.get('version')!r}; this sparsec reads {VERSION}\n  hint: plan again")
+        found = repr(data.get("version"))[:20]
+        raise SparsecError(f"has version {found}; this sparsec reads {VERSION}\n  hint: plan again")
     experts, layers, size = _whole(data, "experts"), _wholes(data, "layers"), _wholes(data, "slots_per_rank")
     if experts < 1 or not layers or len(set(layers)) != len(layers):
         raise SparsecError("'experts' and 'layers' must name at least one expert, and each layer once")
@@ -174,6 +179,8 @@ def _table(data: dict[str, Any], key: str, rows: int, columns: int, kind: type) 
             raise SparsecError(f"'{key}': row {index} is not a list of {columns} numbers")
         if kind is int and not all(0 <= value < 1 << 31 for value in row):
             raise SparsecError(f"'{key}': row {index} has a number that is no expert")
+        if kind is float and not all(0 <= value <= 1 + 1e-6 for value in row):
+            raise SparsecError(f"'{key}': row {index} has a share that is not from 0 to 1")
     return np.array(table)
 
 
@@ -182,7 +189,3 @@ def _report(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise SparsecError("'report' is no JSON object")
     return report
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number")

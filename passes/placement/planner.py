@@ -12,13 +12,12 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsec.diagnostics import SparsecError
 from sparsec.passes.placement.affinity import Dispatch, best_place
 from sparsec.passes.placement.bound import lower_bound
 from sparsec.passes.placement.loads import Loads
 from sparsec.passes.placement.pack import pack, replicas
 from sparsec.passes.placement.plan_file import Plan, check_plan
-from sparsec.passes.placement.replan import limits, moved
+from sparsec.passes.placement.replan import check_old, limits, moved
 from sparsec.passes.placement.report import report
 from sparsec.passes.placement.scenarios import batches, drifted
 from sparsec.passes.placement.search import Found, Job, Ranks, search
@@ -84,8 +83,8 @@ def plan(
     _, layers, experts = counts.shape
     size = slots_per_rank(topology, options.slots, experts, layers, options.expert_bytes)
     ranks = Ranks(np.repeat(np.arange(len(size)), size), np.array([rank.speed for rank in topology.ranks], np.float32))
-    if old is not None and (old.layers, old.experts, list(old.size)) != (loads.layers, experts, size):
-        raise SparsecError("the old plan has other layers, experts or slots\n  hint: plan without it")
+    if old is not None:
+        check_old(old, loads, size)
     rng = np.random.default_rng(options.seed)
     total = float(ranks.speed.sum())
     shares = counts / np.maximum(counts.sum(2, keepdims=True), 1e-300) * total

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsec.diagnostics import SparsecError
+from sparsec.passes.placement.loads import Loads
 from sparsec.passes.placement.plan_file import Plan
 from sparsec.passes.placement.search import Ranks
 from sparsec.passes.placement.split import best_split
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+def check_old(old: Plan, loads: Loads, size: Sequence[int]) -> None:
+    """Raises: SparsecError unless a plan is of the model that was measured, and of ranks with so many slots."""
+    shown = [f"{len(layers)} layers ({layers[0]} to {layers[-1]})" for layers in (old.layers, loads.layers)]
+    for what, has, wanted in (
+        ("experts per layer", old.experts, loads.counts.shape[2]),
+        ("layers", shown[0] if old.layers != loads.layers else "", shown[1] if old.layers != loads.layers else ""),
+        ("ranks", len(old.size), len(size)),
+        ("slots", sum(old.size), sum(size)),
+    ):
+        if has != wanted:
+            raise SparsecError(
+                f"the old plan is of another model or of other devices: its {what} are {has}, not {wanted}\n"
+                "  hint: plan without it, or with the slots and topology that it has"
+            )
+    if list(old.size) != list(size):
+        rank = next(rank for rank, (one, two) in enumerate(zip(old.size, size, strict=True)) if one != two)
+        raise SparsecError(f"the old plan has {old.size[rank]} slots on rank {rank}, the topology {size[rank]}")
 
 
 def limits(old: Ints, shares: Floats, ranks: Ranks, moves: int) -> Ints:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 MOST_RANKS = 8192
+LONGEST = 4096  #: characters of a text
+SPEEDS = (1e-3, 1e3)
 _UNITS = {
     "": 1.0,
     "B": 1.0,
@@ -79,6 +81,8 @@ def parse_topology(text: str) -> Topology:
     Raises:
         SparsecError: says which part is wrong.
     """
+    if len(text) > LONGEST:
+        raise SparsecError(f"topology '{text[:40]}...': has more than {LONGEST} characters")
     ranks: list[Rank] = []
     node = 0
     for group in text.split("+"):
@@ -146,6 +150,8 @@ def _values(text: str, tail: str) -> dict[str, float]:
             )
         if name in ("speed", "slots") and match[2]:
             raise SparsecError(f"topology '{text}': '{item}' takes a number without a unit")
+        if name == "speed" and not SPEEDS[0] <= number <= SPEEDS[1]:
+            raise SparsecError(f"topology '{text}': '{item}' is not from {SPEEDS[0]:g} to {SPEEDS[1]:g}")
         if name == "slots" and number != int(number):
             raise SparsecError(f"topology '{text}': '{item}' takes a whole number")
         values[name] = number

@@ -1,7 +1,7 @@
 """A routing trace: how many tokens each expert of each layer got while a model ran, step by step.
 
     {"version": 1, "model": "mixtral", "layers": [{"path": "model.layers.0.mlp", "experts": 8, "k": 2}],
-     "steps": [{"tokens": 5, "counts": [[2, 0, 3, ...]]}]}
+     "steps": [{"tokens": 5, "counts": [[2, 0, 3, ...]], "routed": [[[0, 2], ...]]}]}
 
 The module as raised is run by the reference interpreter, and every router's ids are counted: the runtime knows nothing
 of it. That is slow, and exact; it is meant for small models and short prompts.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,10 +38,15 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class Step:
-    """One run: `counts[layer][expert]` of its `tokens` went to an expert. Ids outside 0..experts-1 count nowhere."""
+    """One run: `counts[layer][expert]` of its `tokens` went to an expert. Ids outside 0..experts-1 count nowhere.
+
+    Args:
+        routed: [layers][tokens][k], the experts of every token, or empty.
+    """
 
     tokens: int
     counts: tuple[tuple[int, ...], ...]
+    routed: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,13 @@ class Trace:
 
     def json(self) -> dict[str, Any]:
         """As it is written."""
-        return {"version": 1, **{key: value for key, value in asdict(self).items() if value != ()}}
+        data: dict[str, Any] = {"version": 1, **{key: value for key, value in asdict(self).items() if value != ()}}
+        data["steps"] = [{key: value for key, value in step.items() if value != ()} for step in data["steps"]]
+        return data
+
+    def counted(self) -> Trace:
+        """Without the single tokens' experts."""
+        return replace(self, steps=tuple(replace(step, routed=()) for step in self.steps))
 
 
 def record(
@@ -94,8 +105,9 @@ def record(
         say(f"{len(ids)} tokens")
         outputs = evaluate_module(module, inputs(ids), weights, observer=observe)
         seen = len(ids) if not written else 1  # attention looks back only: earlier tokens choose as before
-        counts = tuple(_counts(found[op][-seen:], _size(op.num_experts)) for op in routes)
-        steps.append(Step(seen, counts))
+        ids_of = [found[op][-seen:] for op in routes]
+        counts = tuple(_counts(one, _size(op.num_experts)) for one, op in zip(ids_of, routes, strict=True))
+        steps.append(Step(seen, counts, tuple(tuple(map(tuple, one.long().tolist())) for one in ids_of)))
         if written < new_tokens:
             ids.append(int(outputs[0].reshape(-1, outputs[0].shape[-1])[-1].argmax()))
     layers = tuple(TracedLayer(op.loc.scope, _size(op.num_experts), _size(op.k)) for op in routes)
@@ -158,6 +170,21 @@ def read_trace(path: Path) -> Trace:
             raise wrong(f"{what} are not for {len(layers)} layers")
         return tuple(ints(row, layer.experts, what) for row, layer in zip(value, layers, strict=True))
 
+    def routed(value: Any, tokens: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list) or len(value) != len(layers):
+            raise wrong(f"`routed` is not for {len(layers)} layers")
+        found = list[tuple[tuple[int, ...], ...]]()
+        for rows, router in zip(value, layers, strict=True):
+            if not isinstance(rows, list) or len(rows) != tokens:
+                raise wrong(f"`routed` is not for {tokens} tokens")
+            for row in rows:
+                if not isinstance(row, list) or len(row) != router.k or not all(type(one) is int for one in row):
+                    raise wrong(f"`routed` has not {router.k} numbers for every token")
+            found.append(tuple(map(tuple, rows)))
+        return tuple(found)
+
     steps = list[Step]()
     for step in held:
         (tokens,) = ints([step.get("tokens")], 1, "`tokens`")
@@ -165,6 +192,6 @@ def read_trace(path: Path) -> Trace:
         for row, router in zip(counts, layers, strict=True):
             if sum(row) > tokens * router.k:
                 raise wrong(f"{sum(row)} choices of {tokens} tokens that have {router.k} each")
-        steps.append(Step(tokens, counts))
+        steps.append(Step(tokens, counts, routed(step.get("routed"), tokens)))
     placement = table(data["placement"], "`placement`") if data.get("placement") else ()
     return Trace(str(data.get("model", "")), tuple(layers), tuple(steps), placement)

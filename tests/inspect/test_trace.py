@@ -16,6 +16,7 @@ from sparsec.cli import cli
 from sparsec.diagnostics import SparsecError
 from sparsec.inspect.trace import read_trace, record
 from sparsec.ir.parser import parse_module
+from sparsec.passes.placement import read_loads, read_routing
 from tests.ways_in import tiny
 
 ROUTER = """
@@ -53,6 +54,16 @@ def test_every_choice_of_every_token_is_counted() -> None:
     trace = traced([0, 1, 2])
     assert [(layer.path, layer.experts, layer.k) for layer in trace.layers] == [("model.layers.0.mlp", 4, 2)]
     assert [(step.tokens, step.counts) for step in trace.steps] == [(3, ((2, 2, 1, 1),))]
+    assert trace.steps[0].routed == (((0, 1), (0, 1), (3, 2)),)
+    assert "routed" not in json.dumps(trace.counted().json())
+
+
+def test_a_trace_is_a_load_and_a_routing_to_plan_for(tmp_path: Path) -> None:
+    (path := tmp_path / "trace.json").write_text(json.dumps(traced([0, 1, 2], new_tokens=1).json()))
+    loads = read_loads([path])
+    assert loads.counts.tolist() == [[[2, 3, 1, 2]]]
+    assert loads.names == ("trace",) and loads.layers == (0,)
+    assert read_routing(path, loads.layers, 4).tolist() == [[[0, 1]], [[0, 1]], [[3, 2]], [[1, 3]]]
 
 
 def test_a_step_of_decoding_counts_its_own_token_alone() -> None:

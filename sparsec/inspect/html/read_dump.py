@@ -56,7 +56,7 @@ def read_dump(folder: Path) -> dict[str, Any]:
         "texts": texts,
         "remarks": _optional(folder / "remarks.jsonl", _remarks, notes) or [],
         "costs": _optional(folder / "costs.json", _costs, notes),
-        "trace": _optional(folder / "trace.json", lambda path: read_trace(path).json(), notes),
+        "trace": _optional(folder / "trace.json", lambda path: read_trace(path).counted().json(), notes),
         "kernels": _kernels(folder / "kernels", notes),
         "notes": notes,
     }
