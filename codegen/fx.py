@@ -16,7 +16,7 @@ from sparsec.dialects.builtin import Return
 from sparsec.dialects.dtypes import to_torch
 from sparsec.dialects.kernel import Alloc, Launch
 from sparsec.ir.core import Attr, Func, Op, Value
-from sparsec.ir.types import Dim, DType, Sym, SymType, symbols
+from sparsec.ir.types import Dim, DType, Sym, SymType, dims_of, symbols
 
 _BINARY: dict[type[ast.operator], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -112,7 +112,7 @@ class FxBuilder:
         if isinstance(value.type, SymType):
             self.dims.setdefault(str(value.type.expr), self.nodes[value])
             return
-        for axis, dim in enumerate(value.type.shape):
+        for axis, dim in enumerate(dims_of(value.type)):
             if isinstance(dim, Sym) and dim.isidentifier() and dim not in self.dims:
                 call = (torch.ops.aten.sym_size.int, (self.nodes[value], axis))
                 self.dims[dim] = self.graph.call_function(*call)

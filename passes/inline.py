@@ -12,7 +12,7 @@ from typing import ClassVar
 from sparsec.dialects.builtin import Call
 from sparsec.ir.core import Attr, Block, Func, Module, Op
 from sparsec.ir.equal import ValueMap, clone_op
-from sparsec.ir.types import Dim, Sym, SymType, TensorType, Type, evaluate, symbols
+from sparsec.ir.types import Dim, HandleType, Sym, SymType, TensorType, Type, dims_of, evaluate, symbols
 from sparsec.passes.base import Pass, PassContext, register
 
 _UNBACKED = re.compile(r"\bu(\d+)\b")
@@ -63,6 +63,8 @@ def _body(callee: Func, call: Call, block: Block, fresh: int) -> tuple[list[Op],
         if isinstance(type, SymType):
             moved = with_sizes(type.expr, sizes)
             return SymType(moved if isinstance(moved, Sym) else Sym(str(moved)))
+        if isinstance(type, HandleType):
+            return type
         return TensorType(tuple(with_sizes(dim, sizes) for dim in type.shape), type.dtype)
 
     def map_attr(value: Attr) -> Attr:
@@ -106,5 +108,4 @@ def _replaced(dim: Sym, sizes: tuple[tuple[str, Dim], ...]) -> Dim:
 
 
 def _unbacked(type: Type) -> list[int]:
-    dims = type.shape if isinstance(type, TensorType) else (type.expr,)
-    return [int(n) for dim in dims if isinstance(dim, Sym) for n in _UNBACKED.findall(dim)]
+    return [int(n) for dim in dims_of(type) if isinstance(dim, Sym) for n in _UNBACKED.findall(dim)]

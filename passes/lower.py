@@ -25,7 +25,7 @@ from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.rewrite import Rewriter, rule
-from sparsec.ir.types import Dim, Sym, SymType, TensorType, Type
+from sparsec.ir.types import Dim, Sym, TensorType, Type
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.capacity import spell_capacity
 from sparsec.passes.fuse import bank_rules
@@ -124,7 +124,7 @@ def outline(op: OpDef, backend: str) -> Func:
 
 def _renamers(tokens: Dim) -> tuple[Callable[[Type], Type], Callable[[Attr], Attr]]:
     def map_type(type: Type) -> Type:
-        if isinstance(type, SymType):
+        if not isinstance(type, TensorType):
             return type
         return TensorType(tuple(substitute(dim, tokens, TOKENS) for dim in type.shape), type.dtype)
 

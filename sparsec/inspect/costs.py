@@ -16,7 +16,7 @@ from sparsec.diagnostics import SparsecError
 from sparsec.dialects.kernel import Launch
 from sparsec.ir.core import Block, Func, Module, Op, Value
 from sparsec.ir.opdef import Cost, OpDef
-from sparsec.ir.types import DType, Sym, SymType, TensorType, evaluate, symbols
+from sparsec.ir.types import DType, Sym, TensorType, dims_of, evaluate, symbols
 from sparsec.passes.chips import CHIPS
 
 SIZE = 128
@@ -90,11 +90,7 @@ def free_symbols(module: Module) -> tuple[str, ...]:
     """The sizes of `main` that are known only at run time, in order of appearance."""
     found: dict[str, None] = {}
     for value in _values(module.main.body):
-        match value.type:
-            case TensorType(shape=shape):
-                found.update(dict.fromkeys(name for dim in shape for name in symbols(dim)))
-            case SymType(expr=expr):
-                found.update(dict.fromkeys(symbols(expr)))
+        found.update(dict.fromkeys(name for dim in dims_of(value.type) for name in symbols(dim)))
     return tuple(found)
 
 

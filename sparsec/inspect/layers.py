@@ -9,7 +9,7 @@ from sparsec.dialects.moe import Experts, Layer
 from sparsec.ir.core import Attr, Block, Func, Module, Op
 from sparsec.ir.equal import ValueMap, clone_block, clone_op
 from sparsec.ir.opdef import make
-from sparsec.ir.types import Dim, Sym, SymType, TensorType, Type, evaluate, symbols
+from sparsec.ir.types import Dim, Sym, TensorType, Type, dims_of, evaluate, symbols
 
 
 def expert_layers(module: Module) -> dict[str, Op]:
@@ -94,7 +94,7 @@ def sizes_for(module: Module, tokens: int) -> dict[str, int]:
     Raises: SparsecError where the module has a number of tokens of its own.
     """
     types = [arg.type for arg in module.main.body.args]
-    found = {name: 1 for type in types for dim in _dims(type) for name in symbols(dim)}
+    found = {name: 1 for type in types for dim in dims_of(type) for name in symbols(dim)}
     inputs = (
         arg.tensor
         for arg in module.main.body.args
@@ -138,10 +138,6 @@ def with_sizes(module: Module, sizes: Mapping[str, int]) -> Module:
         new.result_attrs = {i: dict(attrs) for i, attrs in func.result_attrs.items()}
         made.funcs[func.name] = new
     return made
-
-
-def _dims(type: Type) -> tuple[Dim, ...]:
-    return (type.expr,) if isinstance(type, SymType) else type.shape
 
 
 __all__ = ["cut_layer", "expert_layers", "find_layer", "sizes_for", "with_sizes"]

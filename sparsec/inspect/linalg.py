@@ -25,7 +25,8 @@ from sparsec.dialects.moe.common import padded
 from sparsec.ir.core import Block, Module, Op
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.printer import print_op
-from sparsec.ir.types import Dim, Sym, SymType, TensorType, evaluate
+from sparsec.ir.ranks import Alone
+from sparsec.ir.types import Dim, Sym, TensorType, Type, evaluate
 
 FUNCTION = "main"  #: name of the function in the text
 
@@ -79,10 +80,10 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in lines if "error:" in line or "failed to" in line), next(iter(lines), repr(error)))
 
 
-def _example(type: Any, name: str) -> Tensor:
-    if isinstance(type, SymType) or not all(isinstance(dim, int) for dim in type.shape):
+def _example(type: Type, name: str) -> Tensor:
+    if not isinstance(type, TensorType) or not all(isinstance(dim, int) for dim in type.shape):
         raise CompileError(f"%{name} is {type}: linalg needs sizes that are known")
-    return torch.zeros(tuple(type.shape), dtype=to_torch(type.dtype))
+    return torch.zeros([dim for dim in type.shape if isinstance(dim, int)], dtype=to_torch(type.dtype))
 
 
 class _Traced(nn.Module):
@@ -100,7 +101,7 @@ class _Trace:
     """The `Env` of ops while they are traced."""
 
     def __init__(self, symbols: dict[str, int]) -> None:
-        self.symbols = symbols
+        self.symbols, self.peers = symbols, Alone()
 
     def dim(self, dim: Dim) -> int:
         return evaluate(dim, self.symbols)
@@ -122,7 +123,7 @@ class _Trace:
     def op(self, op: Op, operands: list[Any]) -> Sequence[Any]:
         assert isinstance(op, OpDef)
         static = _STATIC.get(op.name)
-        if static is None and op.dialect in ("moe", "kernel") and op.name != "moe.route":
+        if static is None and op.dialect in ("moe", "dist", "kernel") and op.name != "moe.route":
             raise CompileError(
                 f"'{op.name}' has no form of static shapes: export the phase `raise`\n{print_op(op)}", op.loc
             )

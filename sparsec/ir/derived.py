@@ -13,12 +13,18 @@ It is computed once, never in a run of the model, and stored under its own sourc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from sparsec.ir.core import Func, Module
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PREFIX = "derived/"
 """What the source of a derived weight starts with, so that it is nobody's parameter."""
+
+PLACEMENT = "placement/"
+"""What the sources of tables start with that say where experts live: `placement/3/slots`, `placement/3/shares`."""
 
 ROLE = "derive"
 """Attribute `role` of functions that compute weights."""
@@ -44,3 +50,40 @@ def derivations(module: Module) -> dict[str, Derivation]:
         for attrs in module.main.arg_attrs.values()
         if attrs.get("kind") == "derived"
     }
+
+
+@dataclass(frozen=True)
+class PlacementTable:
+    """A table that says where experts live: an argument of `main`, whose value can change between runs.
+
+    Args:
+        experts: how many the layer has.
+        slots: physical slots on all ranks together.
+        shares: whether it holds the share of its expert's tokens that each slot gets; else the expert in each slot.
+    """
+
+    experts: int
+    slots: int
+    shares: bool
+
+    def even(self) -> Tensor:
+        """The table of a placement that deals the experts out in turn: slot p has expert p % E; replicas share alike.
+
+        [P], i64, or f64 for shares.
+        """
+        import torch
+
+        held = torch.arange(self.slots) % self.experts
+        return 1.0 / torch.bincount(held, minlength=self.experts)[held].double() if self.shares else held
+
+
+def placement_tables(module: Module) -> dict[str, PlacementTable]:
+    """The tables of a placed module by their source, layer by layer."""
+    found = dict[str, PlacementTable]()
+    for arg, attrs in module.main.arg_attrs.items():
+        experts, source = attrs.get("experts"), str(attrs.get("source"))
+        if source.startswith(PLACEMENT) and isinstance(experts, int):
+            size = arg.tensor.shape[0]
+            assert isinstance(size, int)
+            found[source] = PlacementTable(experts, size, source.endswith("/shares"))
+    return found

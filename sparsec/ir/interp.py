@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Block, Func, Module, Op, Value
-from sparsec.ir.derived import derivations
+from sparsec.ir.derived import derivations, placement_tables
 from sparsec.ir.loc import UNKNOWN, Loc
-from sparsec.ir.opdef import OpDef
+from sparsec.ir.opdef import OpDef, Peers
 from sparsec.ir.printer import print_op
-from sparsec.ir.types import Dim, DType, SymType, evaluate
+from sparsec.ir.ranks import Alone, run_together
+from sparsec.ir.types import Dim, DType, HandleType, SymType, dims_of, evaluate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,9 @@ def evaluate_module(
 ) -> list[Any]:
     """Run `main` and give all its results in order: outputs, then new values of buffers.
 
+    A module that is placed on several devices runs as all of them do, each on the same inputs, and gives the results of
+    the first; it alone is observed.
+
     Args:
         module: a module that `verify_module` accepts.
         inputs: values of the arguments of kind `input` (or of no kind), in order: tensors, or ints for `sym<...>`.
@@ -59,11 +63,46 @@ def evaluate_module(
     Raises:
         CompileError: for inputs that do not fit the arguments, and where an op's result is not of its type.
     """
+    ranks = devices(module)
+    if ranks == 1:
+        return _evaluate(module, inputs, weights, observer, override, Alone())
+    return run_together(
+        ranks,
+        lambda peers: _evaluate(module, inputs, weights, None if peers.rank else observer, override, peers),
+    )[0]
+
+
+def evaluate_ranks(
+    module: Module, inputs: Sequence[Sequence[Tensor | int]], weights: Mapping[str, Tensor]
+) -> list[list[Any]]:
+    """What each rank of a placed module gives for its own inputs, all ranks side by side in this process.
+
+    Raises: CompileError, as of `evaluate_module`, for the first rank that fails.
+    """
+    if len(inputs) != devices(module):
+        raise CompileError(f"the module is placed on {devices(module)} devices, there are inputs for {len(inputs)}")
+    return run_together(len(inputs), lambda peers: _evaluate(module, inputs[peers.rank], weights, None, None, peers))
+
+
+def devices(module: Module) -> int:
+    """How many ranks run the module: its attribute `devices`, 1 where it has none."""
+    count = module.attrs.get("devices", 1)
+    return count if isinstance(count, int) else 1
+
+
+def _evaluate(
+    module: Module,
+    inputs: Sequence[Tensor | int],
+    weights: Mapping[str, Tensor],
+    observer: Observer | None,
+    override: Override | None,
+    peers: Peers,
+) -> list[Any]:
     import torch
 
     main = module.main
     given, args = iter(inputs), list[Any]()
-    weights = DerivedWeights(module, weights)
+    weights = DerivedWeights(module, weights, peers.rank)
     for arg in main.body.args:
         attrs = main.arg_attrs.get(arg, {})
         if attrs.get("kind", "input") == "input":
@@ -79,54 +118,66 @@ def evaluate_module(
     if next(given, None) is not None:
         raise CompileError(f"@main takes fewer inputs than the {len(inputs)} given")
     with torch.no_grad():
-        return list(_Run(module, observer, override).func(main, args))
+        return list(_Run(module, observer, override, peers).func(main, args))
 
 
 class DerivedWeights(Mapping[str, "Tensor"]):
     """The weights that a module reads, by source: those given, and those derived from them.
 
     A derived weight is computed each time it is asked for and not kept, unless `given` has it, as an artifact does, or
-    another one is computed of it, as packed banks are of their scales.
+    another one is computed of it, as packed banks are of their scales. Tables of a placement that are not given are
+    those of an even one.
+
+    Args:
+        rank: of a placed module, whose local banks differ from rank to rank.
     """
 
-    def __init__(self, module: Module, given: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: Module, given: Mapping[str, Tensor], rank: int = 0) -> None:
         self.module, self.given, self.made = module, given, derivations(module)
+        self.rank, self.tables = rank, placement_tables(module)
         self._read = {name for made in self.made.values() for name in made.of}
         self._kept: dict[str, Tensor] = {}
 
     def __getitem__(self, source: str) -> Tensor:
         made = self.made.get(source)
         if made is None or source in self.given:
+            if source in self.tables and source not in self.given:
+                return self.tables[source].even()
             return self.given[source]
         if source in self._kept:
             return self._kept[source]
-        (value,) = evaluate_func(self.module, made.func, [self[name] for name in made.of])
+        (value,) = evaluate_func(self.module, made.func, [self[name] for name in made.of], self.rank)
         if source in self._read:
             self._kept[source] = value
         return cast("Tensor", value)
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**dict.fromkeys(self.given), **dict.fromkeys(self.made)})
+        return iter({**dict.fromkeys(self.given), **dict.fromkeys(self.made), **dict.fromkeys(self.tables)})
 
     def __len__(self) -> int:
-        return len(self.given.keys() | self.made.keys())
+        return len(self.given.keys() | self.made.keys() | self.tables.keys())
 
 
-def evaluate_func(module: Module, func: Func, args: Sequence[Tensor]) -> tuple[Any, ...]:
+def evaluate_func(module: Module, func: Func, args: Sequence[Tensor], rank: int = 0) -> tuple[Any, ...]:
     """What a function of a module returns for `args`. Raises: CompileError, as of `evaluate_module`."""
     import torch
 
     with torch.no_grad():
-        return _Run(module, None, None).func(func, args)
+        return _Run(module, None, None, Alone(rank)).func(func, args)
 
 
 class _Run:
     """One activation of a function or region: the `Env` that ops' references see."""
 
     def __init__(
-        self, module: Module, observer: Observer | None, override: Override | None, outer: _Run | None = None
+        self,
+        module: Module,
+        observer: Observer | None,
+        override: Override | None,
+        peers: Peers,
+        outer: _Run | None = None,
     ) -> None:
-        self.module, self.observer, self.override = module, observer, override
+        self.module, self.observer, self.override, self.peers = module, observer, override, peers
         self.symbols: dict[str, int] = dict(outer.symbols) if outer is not None else {}
         self.local: set[str] = set()  # symbols that this activation bound: only those must agree
         self.deaths: dict[Block, list[tuple[Value, ...]]] = outer.deaths if outer is not None else {}
@@ -138,13 +189,13 @@ class _Run:
             raise CompileError(f"size {dim!r} needs {error.args[0]!r}, which no argument binds") from None
 
     def run(self, block: Block, args: Sequence[Any]) -> tuple[Any, ...]:
-        return _Run(self.module, self.observer, self.override, self).block(block, args)
+        return _Run(self.module, self.observer, self.override, self.peers, self).block(block, args)
 
     def call(self, name: str, args: Sequence[Any]) -> tuple[Any, ...]:
         callee = self.module.funcs.get(name)
         if callee is None:
             raise CompileError(f"@{name} is not in the module")
-        inner = _Run(self.module, self.observer, self.override)
+        inner = _Run(self.module, self.observer, self.override, self.peers)
         return inner.func(callee, [arg for arg in args if arg is not None])
 
     def func(self, func: Func, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -218,6 +269,8 @@ class _Run:
         """Raises: CompileError if a value is not of its type."""
         loc = op.loc if op is not None else UNKNOWN
         what = f"%{value.name}" if op is None else f"'{op.name}' result {value.index}"
+        if isinstance(value.type, HandleType):
+            return
         if isinstance(value.type, SymType):
             if not isinstance(actual, int):
                 raise CompileError(f"{what} is a {type(actual).__name__}, {value.type} is an integer", loc)
@@ -236,7 +289,7 @@ def _sizes(value: Value, actual: Any) -> Iterator[tuple[Dim, int]]:
     if isinstance(value.type, SymType):
         yield value.type.expr, actual
     else:
-        yield from zip(value.type.shape, getattr(actual, "shape", ()), strict=False)
+        yield from zip(dims_of(value.type), getattr(actual, "shape", ()), strict=False)
 
 
 def _place(block: Block) -> Loc:

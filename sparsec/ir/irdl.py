@@ -103,6 +103,8 @@ def print_irdl(module: Module | None = None) -> str:
         "  // A size that is known at run time, as a type and as an attribute: an expression over symbols.",
         *_symbolic("type", "sym"),
         *_symbolic("attribute", "expr"),
+        "  // An exchange between ranks that has begun.",
+        "  irdl.type @handle",
         "}",
     ]
     for dialect, names in groupby(sorted(REGISTRY.keys() - FOREIGN), key=lambda name: name.partition(".")[0]):
@@ -149,7 +151,9 @@ def _operation(name: str, cls: type[OpDef], open_places: Places) -> Iterator[str
 
 def _value(place: str, kind: str) -> Iterator[str]:
     """The constraint of an operand or result: a tensor; where anything is passed on, a symbol's value too."""
-    if kind in _OPEN:
+    if kind in ("HandleOperand", "HandleResult"):
+        yield f"    %{place} = irdl.base @sparsec::@handle"
+    elif kind in _OPEN:
         yield from _any_of(place, ['irdl.base "!builtin.tensor"', "irdl.base @sparsec::@sym"])
     else:
         yield f'    %{place} = irdl.base "!builtin.tensor"'

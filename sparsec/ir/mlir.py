@@ -24,7 +24,7 @@ from sparsec.ir.irdl import Places, places, segment_sizes, segments_of
 from sparsec.ir.loc import Loc
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.printer import Names, format_float, one_line
-from sparsec.ir.types import DType, Sym, SymType, Type
+from sparsec.ir.types import DType, HandleType, Sym, SymType, Type
 
 PREFIX = "sparsec."  #: of attributes of modules, functions and arguments, which MLIR wants in a dialect
 SEGMENTS = "operand_segments"
@@ -111,6 +111,8 @@ def format_type(type: Type) -> str:
     """A type in MLIR's spelling, symbols in its encoding."""
     if isinstance(type, SymType):
         return f'!sparsec.sym<"{type.expr}">'
+    if isinstance(type, HandleType):
+        return "!sparsec.handle"
     dims = "".join(f"{dim}x" if isinstance(dim, int) else "?x" for dim in type.shape)
     symbolic = [f'"{dim}"' for dim in type.shape if isinstance(dim, Sym)]
     encoding = f", [{', '.join(symbolic)}]" if symbolic else ""

@@ -37,7 +37,7 @@ from sparsec.ir.text import (
     parse_int,
     split_dims,
 )
-from sparsec.ir.types import Dim, DType, Sym, SymType, TensorType, Type
+from sparsec.ir.types import HANDLE, Dim, DType, Sym, SymType, TensorType, Type
 
 _INHERENT = frozenset({"sym_name", "function_type", "arg_attrs", "res_attrs", "sym_visibility"})
 _HEAD = re.compile(
@@ -340,8 +340,11 @@ def _unprefixed(attrs: Mapping[str, Attr]) -> dict[str, Attr]:
 @lru_cache(maxsize=16384)
 def _types(text: str) -> tuple[Type, ...]:
     """Types of a comma list. Raises: ValueError."""
-    found = re.findall(r'(tensor|!sparsec\.sym)<((?:[^<>"]|complex<f32>|"[^"]*")*)>', text)
-    return tuple(_tensor(body) if kind == "tensor" else SymType(_symbol(body[1:-1])) for kind, body in found)
+    found = re.findall(r'(tensor|!sparsec\.sym)<((?:[^<>"]|complex<f32>|"[^"]*")*)>|(!sparsec\.handle)\b', text)
+    return tuple(
+        HANDLE if handle else _tensor(body) if kind == "tensor" else SymType(_symbol(body[1:-1]))
+        for kind, body, handle in found
+    )
 
 
 def _tensor(body: str) -> TensorType:

@@ -9,9 +9,10 @@
         num_experts: int
 
 Annotations declare operands, results, regions and attributes in the order that the text form shows them. A class
-attribute that is not annotated so is ordinary Python. `OptOperand` may be `none`; `Operands` and `Results` take the
-rest and come last of their kind, as does `OptBody`, a region that may be left out. An attribute with a value in the
-class is optional, and that value is its default.
+attribute that is not annotated so is ordinary Python. `OptOperand` may be `none`; `HandleOperand` and `HandleResult`
+are of type `handle`, as no `Operand` or `Result` is; `Operands` and `Results` take the rest and come last of their
+kind, as does `OptBody`, a region that may be left out. An attribute with a value in the class is optional, and that
+value is its default.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from sparsec.ir.types import Dim, Type
 Operand: TypeAlias = Value
 OptOperand: TypeAlias = Value | None
 Operands: TypeAlias = tuple[Value, ...]
+HandleOperand: TypeAlias = Value
 Result: TypeAlias = Value
+HandleResult: TypeAlias = Value
 Results: TypeAlias = tuple[Value, ...]
 Body: TypeAlias = Block
 OptBody: TypeAlias = Block | None
 
-_KINDS = {"Operand", "OptOperand", "Operands", "Result", "Results", "Body", "OptBody"}
+_OPERANDS = ("Operand", "HandleOperand", "OptOperand", "Operands")
+_RESULTS = ("Result", "HandleResult", "Results")
+_KINDS = {*_OPERANDS, *_RESULTS, "Body", "OptBody"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,22 @@ class Env(Protocol):
 
     def call(self, name: str, args: Sequence[Any]) -> tuple[Any, ...]:
         """What another function of the module returns for `args`."""
+        ...
+
+    @property
+    def peers(self) -> Peers:
+        """The ranks that run the same program."""
+        ...
+
+
+class Peers(Protocol):
+    """Ranks that run one program together, as one of them sees them."""
+
+    rank: int
+    count: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives, by rank; every rank must call it, in the same order."""
         ...
 
 
@@ -123,8 +144,8 @@ class OpDef(Op):
             hints = get_type_hints(cls)
             kinds = {field: kind for field, kind in cls._declared.items() if not kind.startswith("ClassVar")}
             _FIELDS[cls] = Fields(
-                operands={f: k for f, k in kinds.items() if k in ("Operand", "OptOperand", "Operands")},
-                results={f: k for f, k in kinds.items() if k in ("Result", "Results")},
+                operands={f: k for f, k in kinds.items() if k in _OPERANDS},
+                results={f: k for f, k in kinds.items() if k in _RESULTS},
                 regions=tuple(f for f, k in kinds.items() if k in ("Body", "OptBody")),
                 required_regions=sum(k == "Body" for k in kinds.values()),
                 attrs={f: hints[f] for f, k in kinds.items() if k not in _KINDS},
@@ -167,13 +188,13 @@ FALLBACK_NAMES: dict[str, Callable[[], list[str]]] = {}  #: the ops such a diale
 
 def _accessor(field: str, kind: str, counts: dict[str, int], default: Any) -> property:
     """A property that reads one declared field."""
-    if kind in ("Operand", "OptOperand", "Operands"):
+    if kind in _OPERANDS:
         i = counts["operand"]
         counts["operand"] += 1
         if kind == "Operands":
             return property(lambda op: op.arguments[i:])
         return property(lambda op: op.arguments[i] if i < len(op.arguments) else None)
-    if kind in ("Result", "Results"):
+    if kind in _RESULTS:
         i = counts["result"]
         counts["result"] += 1
         return property(lambda op: op.results[i:]) if kind == "Results" else property(lambda op: op.results[i])
@@ -267,7 +288,7 @@ def declared_problems(op: OpDef) -> Iterator[str]:
 def _count(what: str, declared: Mapping[str, str], present: list[bool]) -> Iterator[str]:
     names, kinds = list(declared), list(declared.values())
     open_ended = bool(kinds) and kinds[-1] in ("Operands", "Results")
-    required = [n for n, k in declared.items() if k in ("Operand", "Result")]
+    required = [n for n, k in declared.items() if k in ("Operand", "HandleOperand", "Result", "HandleResult")]
     missing = [n for i, n in enumerate(names) if n in required and not (i < len(present) and present[i])]
     if missing:
         yield f"lacks {what} {', '.join(repr(n) for n in missing)}"

@@ -364,7 +364,7 @@ class _Builder:
         types = self._types.get(token)
         if types is None:
             found = list[Type]()
-            for match in re.finditer(r"(?:tensor|sym)<[^<>\n]*>", token):
+            for match in re.finditer(r"(?:tensor|sym)<[^<>\n]*>|handle\b", token):
                 try:
                     found.append(parse_type(match.group()))
                 except ValueError as error:

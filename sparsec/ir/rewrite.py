@@ -44,12 +44,17 @@ class Rule:
     @property
     def place(self) -> str:
         """Where the rule itself is written: `passes/raise_route.py:41`."""
-        module = self.match.__module__.split(".")
-        path = module[1:] if module[:2] == ["sparsec", "passes"] else module
-        return f"{'/'.join(path)}.py:{inspect.unwrap(self.match).__code__.co_firstlineno}"
+        return source_place(self.match.__module__, inspect.unwrap(self.match).__code__.co_firstlineno)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.place})"
+
+
+def source_place(module: str, line: int) -> str:
+    """Where a line of a Python module is written: `passes/raise_route.py:41`, from the root of the project."""
+    path = module.split(".")
+    path = path[1:] if path[0] == "sparsec" and path[1:2] in (["passes"], ["codegen"], ["runtime"]) else path
+    return f"{'/'.join(path)}.py:{line}"
 
 
 def rule(*roots: str) -> Callable[[Match], Rule]:
@@ -63,11 +68,17 @@ def rule(*roots: str) -> Callable[[Match], Rule]:
 
 @dataclass
 class Rewriter:
-    """What a rule may do. `made` remembers, for each op that a rule made, the rule and the ops it replaced."""
+    """What a rule may do.
+
+    `made` remembers, for each op that a rule made, the rule and the ops it replaced; `gone`, for each op that a rule
+    removed or made another stand for, the rule.
+    """
 
     counts: Counter[Rule] = field(default_factory=Counter)
     made: dict[Op, str] = field(default_factory=dict)
+    gone: dict[Op, str] = field(default_factory=dict)
     current: Rule | None = None
+    failed: tuple[Rule, Op] | None = None  #: the rule that raised an error, and the op that it was looking at
     _before: dict[Op, list[Op]] = field(default_factory=dict)
     _after: dict[Op | Block, list[Op]] = field(default_factory=dict)
     _created: list[Op] = field(default_factory=list)
@@ -143,13 +154,18 @@ class Rewriter:
         self.current, self._created, self._erased, self._absorbed = rule, [], [], []
         try:
             changed = rule.match(op, self)
+        except Exception:
+            self.failed = rule, op
+            raise
         finally:
             self.current = None
         if changed:
             self.counts[rule] += 1
             gone = self._absorbed or self._erased or [op]
             loc = fuse([*([] if self._absorbed else [op.loc]), *(old.loc for old in gone)])
-            origin = f"{rule.place} ({rule.name}) from {', '.join(dict.fromkeys(old.name for old in gone))}"
+            by = f"{rule.place} ({rule.name})"
+            self.gone.update(dict.fromkeys((*self._erased, *self._absorbed), by))
+            origin = f"{by} from {', '.join(dict.fromkeys(old.name for old in gone))}"
             for new in self._created:
                 new.loc = new.loc if new.loc else loc
                 self.made[new] = origin

@@ -22,7 +22,7 @@ from sparsec.diagnostics import CompileError, Diagnostic
 from sparsec.ir.core import Attr, Op, Value
 from sparsec.ir.loc import Loc
 from sparsec.ir.opdef import OpDef, lookup
-from sparsec.ir.types import Dim, DType, Sym, SymType, TensorType, Type
+from sparsec.ir.types import HANDLE, Dim, DType, Sym, SymType, TensorType, Type
 
 MAX_DEPTH = 64  #: of nested regions, lists and dictionaries
 MAX_INT = 2**63 - 1
@@ -183,14 +183,16 @@ def _check_dim(node: ast.expr, text: str) -> None:
 
 @lru_cache(maxsize=16384)
 def parse_type(text: str) -> Type:
-    """A type: `tensor<s0x64xbf16>` or `sym<s0>`. Raises: ValueError that says what is wrong."""
+    """A type: `tensor<s0x64xbf16>`, `sym<s0>` or `handle`. Raises: ValueError that says what is wrong."""
+    if text == "handle":
+        return HANDLE
     if text.startswith("sym<") and text.endswith(">"):
         expr = parse_dim(text[4:-1])
         if isinstance(expr, int):
             raise ValueError(f"`{text}`: a symbol is expected, not a number")
         return SymType(expr)
     if not text.startswith("tensor<") or not text.endswith(">"):
-        raise ValueError(f"`{text}` is not a type (tensor<s0x8xf32> or sym<s0>)")
+        raise ValueError(f"`{text}` is not a type (tensor<s0x8xf32>, sym<s0> or handle)")
     *dims, dtype = split_dims(text[7:-1])
     if dtype not in DTYPES:
         close = difflib.get_close_matches(dtype, DTYPES, n=1)

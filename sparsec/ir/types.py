@@ -1,4 +1,4 @@
-"""Types of IR values: dtypes, symbolic dimensions, tensors and runtime integers."""
+"""Types of IR values: dtypes, symbolic dimensions, tensors, runtime integers and handles."""
 
 from __future__ import annotations
 
@@ -144,4 +144,21 @@ class SymType:
         return f"sym<{self.expr}>"
 
 
-Type: TypeAlias = TensorType | SymType
+@dataclass(frozen=True, slots=True)
+class HandleType:
+    """`handle`: an exchange between ranks that has begun and that another op ends (`sparsec.dialects.dist`)."""
+
+    def __str__(self) -> str:
+        return "handle"
+
+
+HANDLE = HandleType()
+
+Type: TypeAlias = TensorType | SymType | HandleType
+
+
+def dims_of(type: Type) -> tuple[Dim, ...]:
+    """The sizes that a type mentions."""
+    if isinstance(type, HandleType):
+        return ()
+    return type.shape if isinstance(type, TensorType) else (type.expr,)

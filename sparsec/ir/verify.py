@@ -10,7 +10,7 @@ from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.derived import is_derivation
 from sparsec.ir.opdef import OpDef, declared_problems
 from sparsec.ir.printer import TERMINATORS, Printer
-from sparsec.ir.types import Sym, SymType, TensorType, Type, symbols
+from sparsec.ir.types import Sym, SymType, TensorType, Type, dims_of, symbols
 
 KINDS = ("input", "param", "buffer", "constant", "derived")
 RESULT_KINDS = ("output", "mutation")
@@ -62,7 +62,7 @@ class _Types:
         """The type, the symbols that a value of it binds (they stand alone), and all that it mentions."""
         entry = self.known.get(id(type))
         if entry is None:
-            dims = type.shape if isinstance(type, TensorType) else (type.expr,)
+            dims = dims_of(type)
             bound = frozenset(str(dim) for dim in dims if isinstance(dim, Sym) and dim.isidentifier())
             used = frozenset(name for dim in dims for name in symbols(dim))
             entry = self.known[id(type)] = (type, bound, used)
@@ -176,8 +176,8 @@ def _mismatches(op: Op, callee: str, what: str, given: Sequence[Type], wanted: S
 
 
 def _fits(have: Type, need: Type) -> bool:
-    if isinstance(have, SymType) or isinstance(need, SymType):
-        return isinstance(have, SymType) and isinstance(need, SymType)
+    if not isinstance(have, TensorType) or not isinstance(need, TensorType):
+        return type(have) is type(need)
     same = have.dtype == need.dtype and have.rank == need.rank
     return same and all(
         a == b for a, b in zip(have.shape, need.shape, strict=True) if isinstance(a, int) and isinstance(b, int)
