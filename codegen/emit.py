@@ -67,10 +67,10 @@ def emit(
     Raises:
         CompileError: the module is not lowered, or holds what the runtime cannot run, or an edited source fails.
     """
-    emitter = _Emitter(target, here, edit)
+    main = module.main
+    emitter = _Emitter(target, main, here, edit)
     fused = (func for func in module.funcs.values() if func.name != "main" and not is_derivation(func))
     kernels = {func.name: emitter.kernel(func) for func in fused}
-    main = module.main
     _require_lowered(main)
     kinds = {value: str(main.arg_attrs.get(value, {}).get("kind", "input")) for value in main.body.args}
     held = [value for value, kind in kinds.items() if kind != "input"]
@@ -94,8 +94,8 @@ def emit(
 class _Emitter:
     """Emits kernel functions, collecting their files and remarks."""
 
-    def __init__(self, target: str, here: bool, edit: Edit) -> None:
-        self.target, self.here, self.edit = target, here, edit
+    def __init__(self, target: str, main: Func, here: bool, edit: Edit) -> None:
+        self.target, self.main, self.here, self.edit = target, main, here, edit
         self.files: dict[str, bytes] = {}
         self.texts: dict[str, bytes] = {}
         self.remarks: list[Remark] = []
@@ -128,6 +128,7 @@ class _Emitter:
 
     def _triton(self, func: Func, op: Op) -> TritonKernel | None:
         """What the Triton generator makes of a kernel; None, with a remark, where PyTorch has to run it."""
+        from sparsec.codegen.triton.early import may_start
         from sparsec.codegen.triton.emit import compile_sketch, sketch_kernel
 
         try:
@@ -137,7 +138,7 @@ class _Emitter:
             return None
         edited = replace(sketch, source=self.edit(f"kernels/{func.name}.py", sketch.source))
         try:
-            made = compile_sketch(func, edited, self.target)
+            made = compile_sketch(func, edited, self.target, may_start(func, self.main))
         except CompileError as error:
             if edited != sketch:
                 raise

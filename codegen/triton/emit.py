@@ -75,16 +75,19 @@ def sketch_kernel(func: Func) -> Sketch:
             raise unsupported(op, "it is not one of the fused ops")
 
 
-def emit_kernel(func: Func, target: str) -> TritonKernel:
+def emit_kernel(func: Func, target: str, early: bool = True) -> TritonKernel:
     """Write and compile a kernel function for a GPU target (`cuda:sm_90`, `hip:gfx942`); needs no GPU.
+
+    Args:
+        early: whether its first launch may start before the launch in front of it has ended: `early.may_start`.
 
     Raises:
         CompileError: as of `sketch_kernel`, or Triton cannot compile it, or a variant does not fit.
     """
-    return compile_sketch(func, sketch_kernel(func), target)
+    return compile_sketch(func, sketch_kernel(func), target, early)
 
 
-def compile_sketch(func: Func, sketch: Sketch, target: str) -> TritonKernel:
+def compile_sketch(func: Func, sketch: Sketch, target: str, early: bool = True) -> TritonKernel:
     """Compile what `sketch_kernel` wrote, or an edited text of it. Raises: CompileError, as of `emit_kernel`."""
     chosen = target_of(target)
     binaries = dict[str, Binary]()
@@ -92,8 +95,8 @@ def compile_sketch(func: Func, sketch: Sketch, target: str) -> TritonKernel:
     for schedule, choice in zip(sketch.schedules, _choices(func, len(sketch.schedules)), strict=True):
         what = f"kernel '{func.name}', variant up to {schedule.up_to or 'any number of'} tokens"
         launches = list[Json]()
-        known = {"PDL": int(chosen.hopper), "PTX": int(chosen.backend == "cuda")}
-        for entry in (entry.on(**known) for entry in schedule.entries):
+        for i, given in enumerate(schedule.entries):
+            entry = given.on(PDL=int(chosen.hopper and (early or i > 0)), PTX=int(chosen.backend == "cuda"))
             binary = compile_entry(sketch.source, entry, chosen, what)
             suffix = "cubin" if chosen.backend == "cuda" else "hsaco"
             file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"

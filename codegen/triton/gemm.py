@@ -100,8 +100,8 @@ class GroupedGemm:
     def head(self, columns: str, ahead: Sequence[str] = ()) -> list[str]:
         """Find the tile, once it may be read: in the list of tiles where there is one, else by the offsets.
 
-        For GEMM2 that is before GEMM1 has ended: where its tiles are was written before GEMM1 began. `ahead` is what it
-        does besides until then.
+        For GEMM2 that is before GEMM1 has ended: where its tiles are was written before GEMM1 began; `early.py` sees to
+        that. `ahead` is what it does besides until then.
         """
         function, where = "find_tile", "offsets, tokens * K, E, E_PAD"
         if self.op.tiles is not None:

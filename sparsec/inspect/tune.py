@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.codegen.artifact import rewrite_kernels
+from sparsec.codegen.triton.early import may_start
 from sparsec.codegen.triton.emit import TritonKernel, emit_kernel
 from sparsec.diagnostics import CompileError, SparsecError
 from sparsec.dialects.moe import GatherGemm, GemmCombine
@@ -94,7 +95,7 @@ def tune(
         search = Search(func, artifact, on, allowed_loss(module), timer, clock, share)
         search.run()
         changes += search.settle()
-        made[func.name] = emit_kernel(func, artifact.target)
+        made[func.name] = emit_kernel(func, artifact.target, may_start(func, module.main))
     kernels = dict(artifact.plan.kernels)
     for name, kernel in made.items():
         kernels[name] = replace(kernels[name], variants=list(kernel.variants))

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from sparsec import pipeline
+from sparsec.codegen.emit import emit
 from sparsec.codegen.triton import families
+from sparsec.codegen.triton.early import may_start
 from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
 from sparsec.ir.core import Func
-from tests.codegen.triton import build
+from sparsec.ir.parser import parse_module
+from sparsec.ir.printer import print_module
+from tests.codegen.triton import build, small
 from tests.codegen.triton.routers import ROUTERS
 
 pytest.importorskip("triton")
@@ -84,3 +89,61 @@ def test_other_chips_launch_one_after_the_other(target: str) -> None:
     for launch, text in launches(emit_kernel(func, target)):
         assert launch["pdl"] is False
         assert "griddepcontrol" not in text
+
+
+ALONE = """
+module {phase = "fuse"}
+
+func @main(%h: tensor<(2*s0)x64xbf16> {kind = "input"}, %ids: tensor<s0x2xi64> {kind = "input"}, %w: tensor<s0x2xbf16> {kind = "input"}, %down: tensor<8x64x64xbf16> {kind = "param", source = "down"}) -> (tensor<s0x64xbf16> {kind = "output"}) {
+  %order, %offsets, %tiles = moe.group(%ids) {num_experts = 8, listed = true} : tensor<(2*s0)xi32>, tensor<9xi32>, tensor<4x(2*s0//16+10)x4xi32>
+  BETWEEN
+  %y = moe.gemm_combine(%r, %order, %offsets, %w, %down, none, none, %tiles) : tensor<s0x64xbf16>
+  return %y
+}
+"""  # noqa: E501
+UP = """%r = moe.gather_gemm(%w2, %order, %offsets, %down) {k = 2, layout = "single"} : tensor<(2*s0)x64xbf16> {
+    activation(%a: tensor<rx64xbf16>):
+      %g = aten.relu(%a) : tensor<rx64xbf16>
+      yield %g
+  }"""
+BETWEEN = {
+    "nothing": ("", False),
+    "a view": ("%r = aten.reshape(%h) {shape = [(2*s0), 64]} : tensor<(2*s0)x64xbf16>", False),
+    "a kernel": ("%w2 = aten.slice.Tensor(%h) {end = s0} : tensor<s0x64xbf16>\n  " + UP, True),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_launch_behind_the_sort_waits_for_it(between: str) -> None:
+    """The down-projection looks up its tile early only where another kernel of ours is launched after the sort."""
+    text, early = BETWEEN[between]
+    text = ALONE.replace("BETWEEN", text) if text else ALONE.replace("BETWEEN", "").replace("%r,", "%h,")
+    module = pipeline.run(parse_module(text), target="cuda:sm_90").module
+    func = module.funcs["gemm_combine_0"]
+    assert may_start(func, module.main) is early
+    func.body.ops[0].attrs["variants"] = ({**TILE, "kernel": "persistent"},)
+    emitted = emit(module, "cuda:sm_90")
+    (variant,) = emitted.plan.kernels["gemm_combine_0"].variants
+    first, second = variant.config["launches"]
+    assert (first["pdl"], second["pdl"]) == (early, True)
+    name = first["file"].removesuffix("cubin") + "ptx"
+    assert ("griddepcontrol.wait" in emitted.texts[name].decode()) is early
+
+
+def test_launches_of_a_layer_all_start_early() -> None:
+    kernels = small.emitted("cuda:sm_90").plan.kernels.values()
+    launches = [launch for kernel in kernels for variant in kernel.variants for launch in variant.config["launches"]]
+    assert {launch["pdl"] for launch in launches} == {True}
+
+
+def test_one_bad_place_is_enough() -> None:
+    """Layers share a kernel: it waits if any of them launches it right behind the sort."""
+    module = small.lowered("cuda:sm_90")
+    copy = parse_module(print_module(module))
+    launch = next(op for op in copy.main.body.ops if op.attrs.get("callee") == "gemm_combine_0")
+    func = copy.funcs["gemm_combine_0"]
+    assert may_start(func, copy.main)
+    rows, *rest = launch.operands
+    assert rows.op is not None and rows.op.attrs["callee"] == "gather_gemm_0"
+    launch.operands = (copy.main.body.args[0], *rest)  # rows that no kernel of ours has written
+    assert not may_start(func, copy.main)
