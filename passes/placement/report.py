@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsec.passes.placement.figures import SWEEPS, rank_loads, summary
 from sparsec.passes.placement.loads import Loads
 from sparsec.passes.placement.plan_file import Plan
 from sparsec.passes.placement.search import Ranks, even_out, spread
 
 Floats = NDArray[np.float64]
-
-SWEEPS = 40
-"""After so many, what is left to even out is below a thousandth."""
 
 
 def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_bytes: float) -> dict[str, Any]:
@@ -32,19 +30,19 @@ def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_byt
     mean = shares.mean(0)
     scenarios = []
     for name, share in zip(loads.names, shares, strict=True):
-        planned = _loads(plan, share).max(1)
+        planned = rank_loads(plan, share).max(1)
         best = even_out(plan.slots, spread(plan.slots, share[:, :, None].astype(np.float32)), ranks, SWEEPS).max((1, 2))
-        scenarios.append({"name": name, "planned": _summary(planned), "best": _summary(best)})
-    load = _loads(plan, mean)
+        scenarios.append({"name": name, "planned": summary(planned), "best": summary(best)})
+    load = rank_loads(plan, mean)
     fullest = load.max(1)
     node = np.array([rank.node for rank in plan.topology.ranks])
     width = np.bincount(node)[node]
     rows = load * ranks.speed / ranks.speed.sum()
     inside, outside = rows * (width - 1) / len(node), rows * (len(node) - width) / len(node)
     return {
-        "bound": _summary(bound),
-        "load": _summary(fullest),
-        "gap": _summary(fullest / bound - 1),
+        "bound": summary(bound),
+        "load": summary(fullest),
+        "gap": summary(fullest / bound - 1),
         "layers": [
             {"layer": layer, "load": one, "bound": low}
             for layer, one, low in zip(plan.layers, fullest.tolist(), bound.tolist(), strict=True)
@@ -60,16 +58,7 @@ def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_byt
                 "bytes_per_pick": float(outside.max(1).mean() * row_bytes),
             },
         },
+        "expert_bytes": expert_bytes,
+        "row_bytes": row_bytes,
         "memory": [size * len(plan.layers) * expert_bytes for size in plan.size],
     }
-
-
-def _loads(plan: Plan, share: Floats) -> Floats:
-    """[layers, ranks], over the ranks' speeds."""
-    speed = np.array([rank.speed for rank in plan.topology.ranks])
-    starts = np.searchsorted(plan.rank_of_slot, np.arange(len(speed)))
-    return np.add.reduceat(np.take_along_axis(share, plan.slots, 1) * plan.split, starts, axis=1) / speed
-
-
-def _summary(values: Floats) -> dict[str, float]:
-    return {"mean": float(values.mean()), "worst": float(values.max())}

@@ -188,7 +188,7 @@ def _draw(rng: np.random.Generator, weights: Singles) -> Ints:
 
 def spread(slots: Ints, loads: Singles) -> Singles:
     """Each expert's load, split equally over its replicas. -> [layers, slots, scenarios]."""
-    counts = (slots[:, :, None] == slots[:, None, :]).sum(1)
+    counts = np.stack([np.bincount(row)[row] for row in slots])
     return (np.take_along_axis(loads, slots[:, :, None], 1) / counts[:, :, None]).astype(np.float32)
 
 
