@@ -1,6 +1,6 @@
-"""`index.html` of a dump: one file that needs no server and no network.
+"""Pages of one file that need no server and no network; `index.html` of a dump.
 
-Texts of a dump come from strangers. They are packed (zlib, base64), so that nothing in them can end the element that
+Texts come from strangers. They are packed (zlib, base64), so that nothing in them can end the element that
 holds them; the scripts put them into the page as text nodes only; and the page's policy allows no script but its own.
 """
 
@@ -10,9 +10,11 @@ import base64
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -20,7 +22,9 @@ from sparsec.inspect.dump import write_atomic
 from sparsec.inspect.html.read_dump import read_dump
 
 FILE = "index.html"
-SCRIPTS = ("core", "list", "text", "phases", "kernels", "layout", "graph", "experts", "tables", "main")
+BASE = ("core", "list", "heat", "shell")
+"""Scripts of every page."""
+SCRIPTS = ("text", "phases", "kernels", "layout", "graph", "experts", "tables", "main")
 STYLES = ("base", "views")
 
 
@@ -29,31 +33,37 @@ def write_index(folder: Path) -> Path:
 
     Returns: the page's path. Raises: SparsecError if the folder is no run of a dump.
     """
-    data = json.dumps(read_dump(folder), separators=(",", ":"), allow_nan=False)
-    packed = base64.b64encode(zlib.compress(data.encode("utf-8", "replace"), 9)).decode()
-    script, style = _assets()
-    template = _environment().get_template("index.html.jinja")
-    page = template.render(
-        name=folder.resolve().name,
-        data=packed,
-        script=script,
-        style=style,
-        policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'",
-    )
-    write_atomic(path := folder / FILE, page)
+    write_atomic(path := folder / FILE, render(folder.resolve().name, read_dump(folder), SCRIPTS, STYLES))
     return path
 
 
+def render(name: str, data: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str]) -> str:
+    """A page: data that scripts of ours show. Raises: ValueError for data that is no JSON."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    script, style = _assets(tuple(scripts), tuple(styles))
+    return (
+        _environment()
+        .get_template("index.html.jinja")
+        .render(
+            name=name,
+            data=base64.b64encode(zlib.compress(text.encode("utf-8", "replace"), 9)).decode(),
+            script=script,
+            style=style,
+            policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'",
+        )
+    )
+
+
 @cache
-def _assets() -> tuple[str, str]:
+def _assets(scripts: tuple[str, ...], styles: tuple[str, ...]) -> tuple[str, str]:
     """Our script and our style."""
     here = files("sparsec.inspect.html")
 
     def read(name: str) -> str:
         return here.joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
-    script = "\n".join(["(() => {", '"use strict";', *(read(f"{name}.js") for name in SCRIPTS), "})();"])
-    return script, "\n".join(read(f"{name}.css") for name in STYLES)
+    script = "\n".join(["(() => {", '"use strict";', *(read(f"{name}.js") for name in (*BASE, *scripts)), "})();"])
+    return script, "\n".join(read(f"{name}.css") for name in styles)
 
 
 @cache

@@ -22,16 +22,13 @@ const experts = {
       this.update();
     };
     const steps = [["all", `All ${trace.steps.length} steps`], ["prompt", "Prompt"], ["decode", "Decode"]];
-    this.map = el("canvas", { class: "map", tabindex: "0", role: "img",
-      "aria-label": "Tokens per expert, a row for each layer" });
-    this.map.addEventListener("pointermove", (event) => this.hover(event));
-    this.map.addEventListener("click", (event) => this.choose(this.cell(event)[0]));
+    this.map = new HeatMap("Tokens per expert, a row for each layer", (row, expert) => this.hover(row, expert), (row) => this.choose(row));
     this.facts = el("div", { class: "facts" });
     this.one = el("section", { class: "layer" });
     host.replaceChildren(el("div", { class: "experts" },
       el("div", { class: "bar" }, choice("Steps", trace.steps.length > 1 ? steps : steps.slice(0, 1), this.steps, pick("steps")),
         choice("Order of the bars", [["expert", "By expert"], ["load", "By load"]], this.order, pick("order"))),
-      this.facts, el("h2", {}, "Layers ", el("small", {}, "rows are layers, columns experts; the stronger the busier")), this.map, this.one));
+      this.facts, el("h2", {}, "Layers ", el("small", {}, "rows are layers, columns experts; the stronger the busier")), this.map.host, this.one));
     this.update();
   },
 
@@ -61,42 +58,18 @@ const experts = {
   },
 
   paint() {
-    const columns = Math.max(...this.loads.map((load) => load.length)), rows = this.loads.length;
-    const wide = Math.max(300, (this.map.parentElement.clientWidth || 1000) - 48);
-    this.cellW = clamp(Math.floor(wide / columns), 2, 28);
-    this.cellH = clamp(Math.floor(520 / rows), 7, 20);
-    const scale = window.devicePixelRatio || 1, pen = this.map.getContext("2d");
-    [this.map.width, this.map.height] = [columns * this.cellW * scale, rows * this.cellH * scale];
-    Object.assign(this.map.style, { width: `${columns * this.cellW}px`, height: `${rows * this.cellH}px` });
-    pen.scale(scale, scale);
-    const colour = (name) => {
-      this.map.style.color = `var(${name})`; // light-dark() is resolved in a used colour only
-      return getComputedStyle(this.map).color;
-    };
-    const [heat, none, mark] = [colour("--heat"), colour("--none"), colour("--warn")];
-    const gap = this.cellW > 5 ? 1 : 0;
-    this.loads.forEach((load, i) => {
-      const average = mean(load) || 1;
-      load.forEach((n, e) => {
-        pen.globalAlpha = n ? clamp(0.12 + (0.88 * n) / (HOT * 1.5 * average), 0.12, 1) : 1;
-        pen.fillStyle = n ? heat : none;
-        pen.fillRect(e * this.cellW, i * this.cellH, this.cellW - gap, this.cellH - 1);
-      });
+    const columns = Math.max(...this.loads.map((load) => load.length));
+    this.map.size(this.loads.length, columns, Math.max(300, (this.map.host.parentElement.clientWidth || 1000) - 48), 520, [2, 28], [7, 20]);
+    const [heat, none] = [this.map.colour("--heat"), this.map.colour("--none")], averages = this.loads.map((load) => mean(load) || 1);
+    this.map.paint((i, e) => {
+      const n = this.loads[i][e];
+      return n === undefined ? null : n ? [heat, clamp(0.12 + (0.88 * n) / (HOT * 1.5 * averages[i]), 0.12, 1)] : [none, 1];
     });
-    pen.globalAlpha = 1;
-    pen.strokeStyle = mark;
-    pen.lineWidth = 1.5;
-    const width = this.loads[this.layer].length * this.cellW;
-    pen.strokeRect(0.75, this.layer * this.cellH + 0.25, width - 1.5, this.cellH - 1.5);
+    this.map.frame(this.layer, 0, 1, this.loads[this.layer].length);
   },
 
-  cell(event) {
-    const row = clamp(Math.floor(event.offsetY / this.cellH), 0, this.loads.length - 1);
-    return [row, Math.floor(event.offsetX / this.cellW)];
-  },
-
-  hover(event) {
-    const [row, expert] = this.cell(event), load = this.loads[row][expert];
+  hover(row, expert) {
+    const load = this.loads[row]?.[expert];
     if (load === undefined) return;
     const path = this.trace.layers[row].path, average = mean(this.loads[row]);
     byId("status").replaceChildren(el("b", {}, path), ` expert ${expert}: ${grouped(load)} tokens, ${digits(load / (average || 1))}× the mean`);
@@ -162,13 +135,3 @@ const experts = {
     return true;
   },
 };
-
-const mean = (values) => (values.length ? sum(values) / values.length : 0);
-
-function fact(value, label) {
-  return el("div", { class: "fact" }, el("b", {}, value), el("span", {}, label));
-}
-
-function meter(part) {
-  return el("td", { class: "meter" }, el("div", { style: { width: `${clamp(100 * part, 0.5, 100)}%` } }));
-}
