@@ -27,6 +27,12 @@ def dtype_option(function: CommandT) -> CommandT:
     )
 
 
+def dump_option(function: CommandT) -> CommandT:
+    return click.option(
+        "--dump", type=click.Path(path_type=Path), help="Folder for the IR after every pass, diffs, remarks."
+    )(function)
+
+
 def random_option(function: CommandT) -> CommandT:
     return click.option("--random-weights", is_flag=True, help="Make weights up instead of reading them.")(function)
 
@@ -61,7 +67,7 @@ def cli() -> None:
 )
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
-@click.option("--dump", type=click.Path(path_type=Path), help="Folder for the IR after every pass, diffs, remarks.")
+@dump_option
 @click.option("--cost", metavar="CHIP", help="Print costs beside the ops: for cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
 @click.option("--size", "sizes", multiple=True, metavar="s0=4", help="With --cost: a size that is known at run time.")
 @click.option("--json", "as_json", is_flag=True, help="Say what was done as JSON.")
@@ -94,6 +100,7 @@ def run_command(**options: Any) -> None:
 @dtype_option
 @random_option
 @click.option("--tokens", default="1,7,64", show_default=True, help="Token counts to run at.")
+@dump_option
 @click.option("--json", "as_json", is_flag=True)
 def check_command(**options: Any) -> None:
     """Compile MODEL for the CPU and compare it with eager PyTorch, block by block with forced routing.
@@ -111,6 +118,7 @@ def check_command(**options: Any) -> None:
 @target_option
 @random_option
 @click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Largest relative error that is right.")
+@dump_option
 @click.option("--json", "as_json", is_flag=True)
 def bisect_command(**options: Any) -> None:
     """Find the pass, the op in it, or the kernel that makes MODEL's numbers wrong. Needs no test of yours."""

@@ -17,13 +17,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from traceback import walk_tb
 
 import sparsec.dialects as _dialects
 import sparsec.passes as _passes
 from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
 from sparsec.ir.core import Module, Op
 from sparsec.ir.equal import clone_module, count_ops
-from sparsec.ir.printer import print_module
+from sparsec.ir.loc import UNKNOWN, Loc
+from sparsec.ir.printer import print_module, print_op
+from sparsec.ir.rewrite import source_place
 from sparsec.ir.verify import problems, verify_module
 from sparsec.passes.base import Pass, PassContext, parse_pipeline, print_pipeline
 
@@ -60,6 +63,7 @@ class PassRecord:
     counts: dict[str, int]
     remarks: tuple[Remark, ...]
     made: dict[Op, str] = field(repr=False, compare=False, default_factory=dict[Op, str])  #: as of `Result`
+    gone: dict[Op, str] = field(repr=False, compare=False, default_factory=dict[Op, str])  #: op -> rule that removed it
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ class _Manager:
         self.module, self.target, self.instruments, self.checked = module, target, instruments, verify
         self.records: list[PassRecord] = []
         self.made: dict[Op, str] = {}
+        self.ctx: PassContext | None = None  # of the pass that runs
 
     def start(self, passes: list[tuple[str, Pass]]) -> None:
         for instrument in self.instruments:
@@ -241,7 +246,7 @@ class _Manager:
         return any(record.changed for record in self.records[first:])
 
     def _one(self, phase: str, pass_: Pass) -> PassRecord:
-        ctx = PassContext(self.target, pass_.name)
+        self.ctx = ctx = PassContext(self.target, pass_.name)
         before, began = count_ops(self.module), time.perf_counter()
         try:
             pass_.run(self.module, ctx)
@@ -253,7 +258,8 @@ class _Manager:
             self.verify(f"pass '{pass_}'", ctx)
         after = count_ops(self.module)
         made, remarks = dict(ctx.rewriter.made), tuple(ctx.remarks)
-        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, remarks, made)
+        gone = dict(ctx.rewriter.gone)
+        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, remarks, made, gone)
         self.records.append(record)
         return record
 
@@ -285,10 +291,21 @@ class _Manager:
             with tempfile.NamedTemporaryFile("w", suffix=".sparsec", prefix="crash-", delete=False) as file:
                 file.write(text)
                 place = Path(file.name)
-        note = f"reproduce with: sparsec opt {place}"
+        notes = (f"reproduce with: sparsec opt {place}", f"the least that fails: sparsec opt {place} --reduce")
         if isinstance(error, CompileError):
-            return CompileError([*error.diagnostics[:-1], _with_notes(error.diagnostics[-1], (note,))])
-        return CompileError([Diagnostic(f"pass '{passes[failed]}' failed: {message}", notes=(note,))])
+            return CompileError([*error.diagnostics[:-1], _with_notes(error.diagnostics[-1], notes)])
+        loc, where = self._where(error)
+        return CompileError([Diagnostic(f"pass '{passes[failed]}' failed: {message}", loc, notes=(*where, *notes))])
+
+    def _where(self, error: Exception) -> tuple[Loc, tuple[str, ...]]:
+        """Where a pass raised what it should not: the user's line, the compiler's, and the rule with its op."""
+        frames = [(frame.f_globals.get("__name__", ""), line) for frame, line in walk_tb(error.__traceback__)]
+        ours = [source_place(name, line) for name, line in frames if name.startswith("sparsec.")]
+        notes = [f"raised at {ours[-1]}"] if ours else []
+        if self.ctx is None or self.ctx.rewriter.failed is None:
+            return UNKNOWN, tuple(notes)
+        rule, op = self.ctx.rewriter.failed
+        return op.loc, (*notes, f"in rule {rule}, which was looking at: {print_op(op).splitlines()[0]}")
 
 
 def _with_notes(diagnostic: Diagnostic, notes: tuple[str, ...]) -> Diagnostic:

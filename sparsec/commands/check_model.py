@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 import torch
@@ -11,13 +12,15 @@ from rich.table import Table
 from torch import nn
 
 from sparsec.commands.options import DTYPES
+from sparsec.config import Config
 from sparsec.console import out, working
 from sparsec.diagnostics import SparsecError
 from sparsec.frontend.models import load_model
 from sparsec.inspect.check import Comparison, check
+from sparsec.inspect.dump import Dump
 
 
-def run(model: str, dtype: str | None, random_weights: bool, tokens: str, as_json: bool) -> None:
+def run(model: str, dtype: str | None, random_weights: bool, tokens: str, dump: Path | None, as_json: bool) -> None:
     """Compare and print. Raises: SparsecError where a figure exceeds its bound; click.UsageError."""
     try:
         counts = [int(part) for part in tokens.split(",")]
@@ -33,7 +36,17 @@ def run(model: str, dtype: str | None, random_weights: bool, tokens: str, as_jso
         if not isinstance(loaded.model, nn.Module):
             raise SparsecError("an exported program cannot be run eagerly: give the model itself")
         status.step("capture and compile")
-        found = check(loaded.model, loaded.args, loaded.kwargs, tokens=counts, say=status.say)
+        folder = Config.read(dump=dump).dump
+        dumped = Dump(folder, f"{loaded.name}-check", kernels=True) if folder else None
+        found = check(
+            loaded.model,
+            loaded.args,
+            loaded.kwargs,
+            tokens=counts,
+            instruments=[dumped] if dumped else [],
+            emitted_to=dumped.emitted if dumped else lambda emitted: None,
+            say=status.say,
+        )
     wrong = [comparison for comparison in found if not comparison.ok]
     if as_json:
         print(json.dumps({"ok": not wrong, "comparisons": [{**asdict(c), "ok": c.ok} for c in found]}))

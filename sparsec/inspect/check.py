@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sparsec import pipeline
-from sparsec.codegen.emit import emit
+from sparsec.codegen.emit import Emitted, emit
 from sparsec.diagnostics import CompileError
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.dtypes import to_torch
@@ -30,6 +30,7 @@ from sparsec.ir.interp import DerivedWeights, evaluate_module
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.types import Dim, Sym, TensorType, Type, evaluate, symbols
 from sparsec.passes.rules import substitute
+from sparsec.pipeline import Instrument
 from sparsec.runtime.executor import Program
 
 _TOKENS = Sym("n")
@@ -68,19 +69,30 @@ def check(
     kwargs: Mapping[str, Any] | None = None,
     *,
     tokens: Sequence[int] = (1, 7, 64),
+    instruments: Sequence[Instrument] = (),
+    emitted_to: Callable[[Emitted], None] = lambda emitted: None,
     say: Callable[[str], None] = lambda what: None,
 ) -> list[Comparison]:
-    """Compile `model` for the CPU and compare. Raises: CompileError; also for a model without expert layers."""
+    """Compile `model` for the CPU and compare.
+
+    Args:
+        tokens: the token counts to run at.
+        instruments: watch the passes over the whole model, such as a dump.
+        emitted_to: is given the whole model's plan and kernels.
+
+    Raises: CompileError; also for a model without expert layers.
+    """
     captured = capture(model, args, kwargs)
     leaves, spec = tree_flatten((tuple(args), dict(kwargs or {})))
     no_cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    result = pipeline.run(captured.module)
+    result = pipeline.run(captured.module, instruments=instruments)
     raised = result.ir("raise")
     weights = DerivedWeights(raised, captured.weights)
     layers = [_Layer(raised.main, op, weights) for op in raised.main.body.ops if isinstance(op, Experts)]
     if not layers:
         raise CompileError("there are no expert layers to compare")
     emitted = emit(result.module, "cpu", captured.inputs_json, captured.structure_json, here=True)
+    emitted_to(emitted)
     program = Program(emitted.plan, DerivedWeights(result.module, captured.weights), files=emitted.files)
     found = list[Comparison]()
     for count in tokens:

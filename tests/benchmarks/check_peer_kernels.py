@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks.gpu.peers import kernels
-from tests.codegen.triton.interpret import _let_loops_run
+from sparsec.inspect.interpreted import let_loops_run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU")
 if INTERPRETED:
-    _let_loops_run()
+    let_loops_run()
 
 
 @pytest.mark.parametrize("few", [1, 1 << 20])

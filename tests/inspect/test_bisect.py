@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from sparsec import pipeline
 from sparsec.frontend.capture import Captured, capture
+from sparsec.inspect import kernel_errors
 from sparsec.inspect.bisect import Report, bisect, widened
+from sparsec.inspect.culprit import describe
 from sparsec.ir.core import Module, Op
+from sparsec.ir.printer import print_module
 from sparsec.ir.rewrite import Rewriter, rule
+from sparsec.ir.types import TensorType
 from sparsec.passes import base
 from sparsec.passes.base import Pass, PassContext
 from sparsec.runtime import backends
@@ -92,7 +96,7 @@ def test_a_replaced_op(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> N
     plant(monkeypatch, "fuse", add_is_sub, "aten.add.Tensor")
     culprit = search(captured).culprit
     assert culprit is not None and (culprit.kind, culprit.name, culprit.phase) == ("pass", "planted", "fuse")
-    assert any("aten.sub.Tensor" in text and "add_is_sub" in by for text, by in culprit.made)
+    assert any("aten.sub.Tensor" in piece.text and "add_is_sub" in piece.by for piece in culprit.made)
     assert culprit.error > 0.1
 
 
@@ -181,9 +185,68 @@ def test_low_precision_is_searched_in_f32() -> None:
     assert all(step.error < 1e-5 for step in report.steps)
 
 
-def test_gpu_kernels_are_not_run_without_one(captured: Captured) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are run on the GPU")
+def test_gpu_kernels_are_interpreted_without_one(captured: Captured) -> None:
+    pytest.importorskip("triton")
     report = search(captured, target="cuda:sm_90")
     assert report.culprit is None and "no GPU" in report.skipped
     assert any(step.name == "fuse-experts" for step in report.steps)
+    assert set(report.kernels) == {"route_group_0", "gather_gemm_0", "gemm_combine_0"}
+    assert all(error < 1e-5 for error in report.kernels.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are run on the GPU")
+def test_a_wrong_gpu_kernel(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are generated from another activation than the one that their op says."""
+    pytest.importorskip("triton")
+
+    def relu_for_silu(module: Module) -> str:
+        return print_module(module).replace("aten.silu", "aten.relu")
+
+    monkeypatch.setattr(kernel_errors, "print_module", relu_for_silu)
+    culprit = search(captured, target="cuda:sm_90").culprit
+    assert culprit is not None and (culprit.kind, culprit.name) == ("kernel", "gather_gemm_0")
+    assert "%h is wrong in" in describe(culprit) and culprit.loc.file.endswith("test_bisect.py")
+
+
+class Tied(nn.Module):
+    """One of four experts by scores that are equal in pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 2, bias=False)
+        self.up = nn.Parameter(torch.randn(4, 24, 16) / 4)
+        self.down = nn.Parameter(torch.randn(4, 16, 24) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).repeat(1, 2).softmax(-1).topk(1)
+        rows = torch.zeros_like(x)
+        for e in range(4):
+            y = torch.nn.functional.linear(torch.relu(torch.nn.functional.linear(x, self.up[e])), self.down[e])
+            rows = rows + y * ((ids == e) * weights).sum(-1, keepdim=True)
+        return rows
+
+
+@pytest.mark.parametrize(("turned", "wrong"), [((2, 3, 0, 1), False), ((1, 0, 3, 2), True)])
+def test_a_tie_that_falls_the_other_way_is_no_error(
+    turned: tuple[int, ...], wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores among which experts of equal score change places choose as well as before; others do not."""
+    torch.manual_seed(3)
+    captured = capture(Tied(), (torch.randn(5, 16),))
+
+    def permute(op: Op, rw: Rewriter) -> bool:
+        (scores,), type = op.operands, op.operands[0].tensor
+        if scores.op is None or scores.op.name == "aten.cat":
+            return False
+        one = TensorType((type.shape[0], 1), type.dtype)
+        columns = [
+            rw.make(op, "aten.slice.Tensor", [scores], [one], {"dim": 1, "start": at, "end": at + 1}).result
+            for at in turned
+        ]
+        op.operands = (rw.make(op, "aten.cat", [tuple(columns)], [type], {"dim": 1}).result,)
+        return True
+
+    plant(monkeypatch, "raise", permute, "aten.topk")
+    culprit = bisect(captured.module, captured.weights, [[torch.randn(count, 16)] for count in (5, 9)]).culprit
+    assert (culprit is not None) == wrong
