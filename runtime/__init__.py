@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsec.runtime.artifact import Artifact, load, open_artifact
-    from sparsec.runtime.errors import ArtifactError, InputError
+    from sparsec.runtime.errors import ArtifactError, InputError, RankError
     from sparsec.runtime.executor import Program
 
 _HOME = {
@@ -24,10 +24,11 @@ _HOME = {
     "open_artifact": "artifact",
     "ArtifactError": "errors",
     "InputError": "errors",
+    "RankError": "errors",
     "Program": "executor",
 }
 
-__all__ = ["Artifact", "ArtifactError", "InputError", "Program", "load", "open_artifact"]
+__all__ = ["Artifact", "ArtifactError", "InputError", "Program", "RankError", "load", "open_artifact"]
 
 
 def __getattr__(name: str) -> Any:

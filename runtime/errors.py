@@ -12,4 +12,4 @@ class InputError(Exception):
 
 
 class RankError(Exception):
-    """Another process of a program that several run together is dead, hangs or disagrees."""
+    """Another process of the world is dead or does not answer. The world cannot be used any more."""
