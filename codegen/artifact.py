@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from sparsec import __version__
 from sparsec.codegen.emit import Emitted
 from sparsec.codegen.shards import write_shard
-from sparsec.runtime.artifact import FORMAT, VERSION, Artifact, Progress, digest_line, is_safe
+from sparsec.runtime.artifact import FORMAT, VERSION, Artifact, Progress, digest_line, is_safe, rank_folder
 from sparsec.runtime.banks import bank_slots
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
@@ -61,6 +61,8 @@ def write_artifact(
     stored: str = "model",
     generation: Mapping[str, Any] | None = None,
     tokenizer: Path | None = None,
+    of_rank: Callable[[int], Mapping[str, Tensor]] | None = None,
+    placement: bytes = b"",
     shard: int = SHARD,
     progress: Progress | None = None,
 ) -> Path:
@@ -76,6 +78,8 @@ def write_artifact(
         stored: how the experts' weights are stored: `model`, `int8`, `int4`, `fp8` or `mxfp4`.
         generation: how text is generated with it, as of `sparsec.runtime.generate`.
         tokenizer: a `tokenizer.json` to take along.
+        of_rank: the weights of a rank, for a plan that is spread over several; asked for one rank after the other.
+        placement: the `plan.json` of a plan that is spread, to take along.
         shard: most bytes of tensors in one file, unless a single tensor has more.
         progress: called with the bytes written so far and in all.
 
@@ -91,14 +95,24 @@ def write_artifact(
         small["generation.json"] = json.dumps(dict(generation), allow_nan=False).encode()
     if tokenizer is not None:
         small["tokenizer.json"] = _read(tokenizer)
+    if placement:
+        small["placement.json"] = placement
     for name in small:
         if not is_safe(name):
             raise ArtifactError(f"'{name}' cannot be the name of a file in an artifact")
     with _whole(path) as folder:
-        writer = _Writer(folder, sum(map(len, small.values())) + sum(map(_size, _stored(plan))), progress)
+        ranks, local = _ranks(plan), plan.local()
+        sizes = [_size(arg) * (ranks if arg.source in local else 1) for arg in _stored(plan)]
+        writer = _Writer(folder, sum(map(len, small.values())) + sum(sizes), progress)
         for name, content in small.items():
             writer.write(name, content)
-        aliases = writer.write_weights(plan, weights, shard)
+        banks = bank_slots(plan)
+        common = [arg for arg in _stored(plan) if arg.source not in local]
+        aliases = writer.write_weights("weights", common, banks, weights, shard)
+        own = [arg for arg in _stored(plan) if arg.source in local]
+        for rank in range(ranks) if own else ():
+            assert of_rank is not None, "a plan that is spread has weights of ranks"
+            writer.write_weights(rank_folder(rank), own, banks, of_rank(rank), shard)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -108,6 +122,7 @@ def write_artifact(
             "weights": stored,
             "files": writer.entries,
             "aliases": aliases,
+            **({} if plan.spread is None else {"ranks": ranks}),
         }
         _write_manifest(folder, manifest)
     return path
@@ -136,7 +151,7 @@ def rewrite_kernels(artifact: Artifact, plan: Plan, files: Mapping[str, bytes], 
             writer.write(name, content)
         for name, entry in old.items():
             if name not in writer.entries and not name.startswith("kernels/"):
-                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(artifact.path / name, folder / name)
                 writer.entries[name] = entry
         _write_manifest(folder, {**artifact.manifest, "files": writer.entries})
@@ -178,22 +193,26 @@ class _Writer:
         place.write_bytes(content)
         self._enter(name, len(content), hashlib.sha256(content).hexdigest())
 
-    def write_weights(self, plan: Plan, weights: Mapping[str, Tensor], limit: int) -> dict[str, str]:
-        """Write every tensor that the plan reads. Returns: names that share another's tensor -> that name."""
+    def write_weights(
+        self, folder: str, args: Sequence[Arg], banks: Collection[int], weights: Mapping[str, Tensor], limit: int
+    ) -> dict[str, str]:
+        """Write the tensors of arguments. Returns: names that share another's tensor -> that name.
+
+        Those in the slots `banks` have files of their own: once they are packed, nothing keeps the files mapped. Only
+        what all ranks read shares: what a rank has of its own is written as it is.
+        """
         aliases = dict[str, str]()
         seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], str]] = {}
         shard, size = dict[str, Tensor](), 0
-        banks = bank_slots(plan)
         kind = False
-        # Banks have files of their own: once they are packed, nothing keeps those mapped.
-        for arg in sorted(_stored(plan), key=lambda arg: arg.slot in banks):
+        for arg in sorted(args, key=lambda arg: arg.slot in banks):
             kind, other = arg.slot in banks, (arg.slot in banks) != kind
             if shard and (other or size + _size(arg) > limit):
-                self._write_shard(shard)
+                self._write_shard(folder, shard)
                 shard, size = {}, 0
             tensor = _tensor(weights, arg)
             key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            known = seen.get(key)
+            known = seen.get(key) if folder == "weights" else None
             # Only while the first one lives does an equal address mean the same memory.
             if known is not None and known[0]() is not None and tensor.numel():
                 aliases[arg.source] = known[1]
@@ -203,14 +222,14 @@ class _Writer:
             size += _size(arg)
             del tensor
         if shard:
-            self._write_shard(shard)
+            self._write_shard(folder, shard)
         return aliases
 
-    def _write_shard(self, tensors: dict[str, Tensor]) -> None:
-        number = sum(name.startswith("weights/") for name in self.entries)
-        name = f"weights/{number:05}.safetensors"
+    def _write_shard(self, folder: str, tensors: dict[str, Tensor]) -> None:
+        number = sum(name.startswith(f"{folder}/") for name in self.entries)
+        name = f"{folder}/{number:05}.safetensors"
         place = self.folder / name
-        place.parent.mkdir(exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         size, digest = write_shard(place, tensors)
         self._enter(name, size, digest)
 
@@ -219,6 +238,10 @@ class _Writer:
         self.done += size
         if self.progress is not None:
             self.progress(min(self.done, self.total), self.total)
+
+
+def _ranks(plan: Plan) -> int:
+    return 1 if plan.spread is None else plan.spread.ranks
 
 
 def _stored(plan: Plan) -> list[Arg]:

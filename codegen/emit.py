@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsec.codegen.plan import Slots, constants, in_place_updates, tensor
+from sparsec.codegen.spread import spread_of
 from sparsec.diagnostics import CompileError, Remark
 from sparsec.dialects.moe import ExpertBank, GatherGemm
 from sparsec.ir.core import Block, Func, Module, Op, Value
@@ -87,6 +88,7 @@ def emit(
         kernels=kernels,
         inputs=inputs or _flat_inputs(sum(arg.kind == "input" for arg in args)),
         structure=structure or _flat("tuple", sum(output.kind == "output" for output in results)),
+        spread=spread_of(module),
     )
     return Emitted(plan, emitter.files, tuple(emitter.remarks), emitter.texts)
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from sparsec.dialects.aten import AtenOp, is_tensor, overload
 from sparsec.ir.core import Argument, Attr, Block, Op, Value
-from sparsec.ir.types import DType, Sym, SymType, TensorType
+from sparsec.ir.opdef import OpDef
+from sparsec.ir.types import DType, Sym, SymType, TensorType, dims_of
 from sparsec.ir.verify import is_unbacked
-from sparsec.runtime.plan import Call, Free, Json, Launch, Step, Tensor
+from sparsec.runtime.plan import Call, Exchange, Free, Json, Launch, Step, Tensor
 
 _VIEWS = (
     "alias chunk detach diagonal expand narrow permute reshape select slice split split_with_sizes squeeze t "
@@ -45,6 +46,8 @@ class Slots:
                 continue
             if op.name == "kernel.launch":
                 self._launch(op)
+            elif op.dialect == "dist":
+                self._exchange(op)
             else:
                 assert isinstance(op, AtenOp), op.name
                 self._call(op, in_place is not None and op in in_place)
@@ -56,6 +59,15 @@ class Slots:
     def _launch(self, op: Any) -> None:
         ins = [None if value is None else self.of[value] for value in op.inputs]
         self.steps.append(Launch(op.callee, ins, [self.define(value) for value in op.results]))
+
+    def _exchange(self, op: Op) -> None:
+        name: Any = op.name.partition(".")[2]
+        ins = [self.of[value] for value in op.operands]
+        types = [tensor(value.type) if isinstance(value.type, TensorType) else None for value in op.operands]
+        assert isinstance(op, OpDef)
+        attrs = constants({**op.fields().defaults, **op.attrs})
+        outs = [self.define(value) for value in op.results]
+        self.steps.append(Exchange(name, attrs, ins, outs, types, self._binds(op)))
 
     def _call(self, op: AtenOp, in_place: bool) -> None:
         target = op.target
@@ -92,7 +104,7 @@ class Slots:
             if isinstance(value.type, SymType):
                 dims = [(-1, value.type.expr)]
             else:
-                dims = [(axis, dim) for axis, dim in enumerate(value.tensor.shape) if isinstance(dim, Sym)]
+                dims = [(axis, dim) for axis, dim in enumerate(dims_of(value.type)) if isinstance(dim, Sym)]
             binds += [(self.of[value], axis, str(dim)) for axis, dim in dims if is_unbacked(dim)]
         return binds
 

@@ -5,8 +5,10 @@
     plan.json           what to run (`sparsec.runtime.plan`)
     module.sparsec      the IR that the plan was made of, for people
     weights/*.safetensors
+    weights/ranks/00003/*.safetensors       of a model compiled for several devices: what rank 3 alone has
     kernels/*           sources and binaries
     generation.json, tokenizer.json     where the model generates text
+    placement.json      the plan that a model was compiled for several devices by (`sparsec plan`)
 
 Files are opened by the names in the manifest only; names that could leave the folder, and links, are refused. Hashes
 say that nothing was damaged, not who wrote it: the binaries of GPU kernels run as they are, so load what you trust.
@@ -25,23 +27,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsec.runtime import native
+from sparsec.runtime.check_spread import MAX_RANKS
 from sparsec.runtime.context import Choice
 from sparsec.runtime.dtypes import SAFETENSORS
 from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.exchanges import own_rank, require_world
 from sparsec.runtime.executor import Program
 from sparsec.runtime.huge_pages import InHugePages
 from sparsec.runtime.plan import Plan
 from sparsec.runtime.plan_json import from_json
 
+if TYPE_CHECKING:
+    from sparsec.runtime.distributed import World
+
 FORMAT = "sparsec-artifact"
-VERSION = 2
+VERSION = 3
 """Version of the format, raised with every change that older or newer readers cannot read."""
 
 MAX_JSON = 1 << 28
@@ -49,6 +56,7 @@ MAX_JSON = 1 << 28
 
 CHUNK = 1 << 20
 MAX_READERS = 8  # files that are hashed at once: beyond, disks are what is waited for
+_RANKS = "weights/ranks/"
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
 
 Progress = Callable[[int, int], None]
@@ -64,17 +72,24 @@ class Artifact:
         target: what it was compiled for (`cpu`, `cuda:sm_90` ...).
         manifest: as read.
         plan: what it runs.
+        rank: whose files were read, of a model for several devices; None: everybody's.
     """
 
     path: Path
     target: str
     manifest: dict[str, Any]
     plan: Plan
+    rank: int | None = None
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Source name -> tensor, read on demand out of the mapped files."""
-        return Weights(self.path, self._names("weights/"), self.manifest["aliases"])
+        """Source name -> tensor, read on demand out of the mapped files; those of ranks only if it is of one."""
+        return self.weights_of(self.rank)
+
+    def weights_of(self, rank: int | None) -> Weights:
+        """As `weights`, for a rank; None: what all have."""
+        names = [name for name in self._names("weights/") if is_read_by(name, -1 if rank is None else rank)]
+        return Weights(self.path, names, self.manifest["aliases"])
 
     def read(self, name: str) -> bytes:
         """The content of a file, compared with its hash. Raises: ArtifactError if it is damaged or not listed."""
@@ -99,12 +114,13 @@ class Artifact:
         allow: Collection[str] = (),
         trust_code: bool = False,
         huge_pages: bool = False,
+        world: World | None = None,
     ) -> Program:
         """Make the artifact ready to run.
 
         Args:
             device: where; the default is the kind of device that it was compiled for.
-            allow, trust_code: as of `Program`.
+            allow, trust_code, world: as of `Program`.
             huge_pages: as of `load`.
 
         Raises:
@@ -120,8 +136,10 @@ class Artifact:
         if kind == "cuda" and not torch.cuda.is_available():
             raise ArtifactError(f"{self.path} was compiled for {self.target}, and torch sees no GPU on this machine")
         files = {name: self.read(name) for name in self._names("kernels/")}
-        weights = InHugePages(self.weights) if huge_pages and kind == "cpu" else self.weights
-        return Program(self.plan, weights, device, files=files, allow=allow, trust_code=trust_code)
+        world = require_world(self.plan, world)
+        weights = self.weights if world is None else self.weights_of(world.rank)
+        given = InHugePages(weights) if huge_pages and kind == "cpu" else weights
+        return Program(self.plan, given, device, files=files, allow=allow, trust_code=trust_code, world=world)
 
     def _digest(self, name: str) -> str:
         if name not in self.manifest["files"]:
@@ -145,12 +163,14 @@ def load(
     allow: Collection[str] = (),
     trust_code: bool = False,
     huge_pages: bool = False,
+    world: World | None = None,
     progress: Progress | None = None,
 ) -> Program:
     """Load an artifact, ready to run.
 
     Weights are mapped from the files, and kernels read them there. Banks of experts that PyTorch runs on a CPU are
-    packed into memory of their own, one at a time.
+    packed into memory of their own, one at a time. Of a model that was compiled for several devices a rank reads its
+    own files only.
 
     Args:
         device: where to run; the default follows from the artifact's target.
@@ -159,18 +179,38 @@ def load(
         trust_code: run the artifact's native CPU kernels even if they were compiled elsewhere.
         huge_pages: read large weights into huge pages on a CPU instead of leaving them in the mapped files: loading
             takes as long as reading them, and decoding is then up to 15 % faster.
+        world: as of `Program`.
 
     Raises:
-        ArtifactError: not an artifact, damaged, of a newer format, for another target, or not allowed to run.
+        ArtifactError: not an artifact, damaged, of a newer format, for another target or number of processes, or not
+            allowed to run.
     """
-    return open_artifact(path, verify=verify, progress=progress).program(device, allow, trust_code, huge_pages)
+    artifact = open_artifact(path, verify=verify, rank=rank_of(Path(path), world), progress=progress)
+    return artifact.program(device, allow, trust_code, huge_pages, world)
 
 
-def open_artifact(path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Artifact:
-    """Read and check an artifact without making it ready to run. Raises: ArtifactError."""
+def rank_of(path: Path, world: World | None = None) -> int | None:
+    """The rank that this process has among those that an artifact is for; None if it is for one device.
+
+    Raises: ArtifactError, also where there are not as many processes.
+    """
+    ranks = _manifest(path).get("ranks")
+    return None if ranks is None else own_rank(ranks, world)
+
+
+def open_artifact(
+    path: str | Path, *, verify: bool = True, rank: int | None = None, progress: Progress | None = None
+) -> Artifact:
+    """Read and check an artifact without making it ready to run.
+
+    Args:
+        rank: look at the files that this rank needs only; None: at all of them.
+
+    Raises: ArtifactError.
+    """
     path = Path(path)
     manifest = _manifest(path)
-    files = manifest["files"]
+    files = {name: entry for name, entry in manifest["files"].items() if is_read_by(name, rank)}
     for name, entry in files.items():
         _check_file(path, name, entry["size"])
     if verify:
@@ -178,9 +218,22 @@ def open_artifact(path: str | Path, *, verify: bool = True, progress: Progress |
     if "plan.json" not in files:
         raise ArtifactError(f"{path} has no plan.json")
     plan = from_json(_parse(_read(path, "plan.json", files["plan.json"]["size"]), path, "plan.json"))
-    artifact = Artifact(path, manifest["target"], manifest, plan)
-    _check_weights(artifact)
+    if manifest.get("ranks") != (None if plan.spread is None else plan.spread.ranks):
+        raise ArtifactError(f"{path}: the manifest and the plan are for different numbers of devices")
+    artifact = Artifact(path, manifest["target"], manifest, plan, rank)
+    for each in [rank] if rank is not None else range(manifest.get("ranks", 1)):
+        _check_weights(artifact, each)
     return artifact
+
+
+def rank_folder(rank: int) -> str:
+    """Where the weights are that one rank alone has."""
+    return f"{_RANKS}{rank:05}"
+
+
+def is_read_by(name: str, rank: int | None) -> bool:
+    """Whether a rank needs a file (None: all ranks together)."""
+    return rank is None or not name.startswith(_RANKS) or name.startswith(f"{rank_folder(rank)}/")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -222,9 +275,9 @@ class Weights(Mapping[str, Tensor]):
         return len(self._home) + len(self._aliases)
 
 
-def _check_weights(artifact: Artifact) -> None:
-    """Compare what the plan reads with what the files' headers say. Raises: ArtifactError."""
-    weights = Weights(artifact.path, artifact._names("weights/"), artifact.manifest["aliases"])
+def _check_weights(artifact: Artifact, rank: int) -> None:
+    """Compare what the plan of a rank reads with what the files' headers say. Raises: ArtifactError."""
+    weights = artifact.weights_of(rank)
     for arg in artifact.plan.args:
         if not arg.stored:
             continue
@@ -267,6 +320,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         )
     if not isinstance(manifest.get("target"), str):
         raise ArtifactError(f"{path}: the manifest names no target")
+    ranks = manifest.get("ranks", 1)
+    if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
+        raise ArtifactError(f"{path}: the manifest is for {ranks!r} devices")
     files, aliases = manifest.get("files"), manifest.get("aliases")
     if not isinstance(files, dict) or not all(_entry_is_sound(name, entry) for name, entry in files.items()):
         raise ArtifactError(f"{path}: the manifest's list of files is not sound")

@@ -31,7 +31,7 @@ class _Rule(NamedTuple):
 
 
 _RULES: dict[str, _Rule] = {
-    "remap": _Rule((("i64",), ("i64",), ("f64",)), 1, {"experts": int, "ranks": int, "policy": POLICIES}),
+    "remap": _Rule((("i64",), ("i64",), ("f64",)), 1, {"experts": int, "ranks": int, "width": int, "policy": POLICIES}),
     "dispatch_start": _Rule(
         (_FLOATS, ("i64",), _FLOATS),
         1,

@@ -30,15 +30,8 @@ def require_world(plan: Plan, world: World | None) -> World | None:
     """
     if plan.spread is None:
         return None
-    ranks, width = plan.spread.ranks, plan.spread.width
-    size = world.size if world is not None else _size()
-    if size != ranks:
-        found = "this is one process without torch.distributed" if size == 1 else f"there are {size}"
-        raise ArtifactError(
-            f"the model was compiled for {ranks} devices and takes as many processes, {found}: "
-            f"start it with `torchrun --nproc-per-node {ranks} ...`, or on several machines with "
-            f"`torchrun --nnodes N --nproc-per-node {ranks}/N ...`"
-        )
+    own_rank(plan.spread.ranks, world)
+    width = plan.spread.width
     if world is None:
         from sparsec.runtime.distributed import World
 
@@ -48,10 +41,26 @@ def require_world(plan: Plan, world: World | None) -> World | None:
     return world
 
 
-def _size() -> int:
+def own_rank(ranks: int, world: World | None) -> int:
+    """This process's rank in a world, by default that of all processes.
+
+    Raises: ArtifactError where it has not `ranks` ranks.
+    """
     from torch import distributed
 
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    size, rank = 1, 0
+    if world is not None:
+        size, rank = world.size, world.rank
+    elif distributed.is_available() and distributed.is_initialized():
+        size, rank = distributed.get_world_size(), distributed.get_rank()
+    if size != ranks:
+        found = "this is one process without torch.distributed" if size == 1 else f"there are {size}"
+        raise ArtifactError(
+            f"the model was compiled for {ranks} devices and takes as many processes, {found}: "
+            f"start it with `torchrun --nproc-per-node {ranks} ...`, or on several machines with "
+            f"`torchrun --nnodes N --nproc-per-node {ranks}/N ...`"
+        )
+    return rank
 
 
 def exchange(step: Exchange, world: World) -> Closure:

@@ -43,7 +43,8 @@ class Program:
         trust_code: run the plan's native kernels even if they were not compiled by this user on this machine; without
             it those that were not are run by PyTorch.
         world: the ranks that run a plan which was compiled for several devices; by default all processes that
-            torch.distributed knows. Every rank then has to call whenever one does, or to call `idle`.
+            torch.distributed knows. Ranks run together: each calls the program for inputs of its own, as often as it
+            has some, and then `finish`.
 
     Raises:
         ArtifactError: the plan cannot be run, or does not fit the weights or the world.
@@ -93,6 +94,8 @@ class Program:
         """
         with torch.inference_mode():
             env = self._bind(inputs)
+            if self.world is not None:
+                self._meet(self.world, True)
             values = self._runner.start(env)
             for arg, value in zip(self._inputs, inputs, strict=True):
                 values[arg.slot] = value
@@ -113,15 +116,19 @@ class Program:
         outputs = self(*structure.take_apart(self.plan.inputs, args, kwargs or {}))
         return structure.build(self.plan.structure, outputs)
 
-    def idle(self) -> None:
-        """Take part in one run of the other ranks, which have inputs where this one has none.
+    def finish(self) -> None:
+        """Take part in what other ranks still run, until all of them have called this too.
 
-        Raises: RankError; InputError for a program that runs alone.
+        A program that runs alone has nothing to wait for. Raises: RankError.
         """
-        if self.world is None:
-            raise InputError("the program was compiled for one device: there are no other ranks to take part with")
-        with torch.inference_mode():
-            self._idle()
+        if self.world is not None:
+            with torch.inference_mode():
+                while self._meet(self.world, False):
+                    self._idle()
+
+    def _meet(self, world: World, active: bool) -> bool:
+        """Whether any rank has something to run; all ranks ask before each run."""
+        return bool(world.gather(torch.tensor([active], dtype=torch.int64, device=self.device)).any())
 
     @cached_property
     def _idle(self) -> Idle:

@@ -16,14 +16,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsec.runtime.artifact import open_artifact
+from sparsec.runtime.artifact import open_artifact, rank_of
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.executor import Program
+
+if TYPE_CHECKING:
+    from sparsec.runtime.distributed import World
 
 INPUTS = {"static-cache": ["input_ids", "start"], "recompute": ["input_ids"]}
 """The inputs of each kind of program."""
@@ -78,17 +81,18 @@ class Generator:
         *,
         trust_code: bool = False,
         huge_pages: bool = False,
+        world: World | None = None,
     ) -> Generator:
         """From an artifact; the options are as of `sparsec.runtime.artifact.load`.
 
         Raises: ArtifactError, also where its model generates no text.
         """
-        artifact = open_artifact(path)
+        artifact = open_artifact(path, rank=rank_of(Path(path), world))
         settings = artifact.json("generation.json")
         if settings is None:
             raise ArtifactError(f"{path} has no generation.json: it was not compiled for generating text")
         has_tokenizer = "tokenizer.json" in artifact.manifest["files"]
-        program = artifact.program(device, trust_code=trust_code, huge_pages=huge_pages)
+        program = artifact.program(device, trust_code=trust_code, huge_pages=huge_pages, world=world)
         return cls(program, settings, artifact.read("tokenizer.json") if has_tokenizer else None)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -111,7 +115,9 @@ class Generator:
         """The most likely continuation, token by token, each as soon as it is known.
 
         Ends with the first token of `eos` (which is yielded), after `max_new_tokens`, or when `max_len` is reached if
-        no number is given. Starting a generation ends the one before: the program has one cache.
+        no number is given. Starting a generation ends the one before: the program has one cache. Where several ranks
+        run the program, each generates from a prompt of its own, and the last token is followed by taking part in what
+        the others still generate.
 
         Raises:
             InputError: the prompt, or prompt and new tokens, are longer than the program allows.
@@ -127,6 +133,14 @@ class Generator:
         return self._stream(ids, wanted)
 
     def _stream(self, ids: list[int], wanted: int) -> Iterator[Token]:
+        try:
+            yield from self._tokens(ids, wanted)
+        except GeneratorExit:  # nobody wants more; other ranks may
+            self.program.finish()
+            raise
+        self.program.finish()
+
+    def _tokens(self, ids: list[int], wanted: int) -> Iterator[Token]:
         self.stats = stats = Stats(prompt_tokens=len(ids))
         self.program.reset()
         decoder = self._decoder()

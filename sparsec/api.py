@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_unflatten
 from sparsec import pipeline
 from sparsec.codegen.emit import Edit, Emitted, as_generated, emit
 from sparsec.config import Config
+from sparsec.devices import ALONE, Devices
 from sparsec.diagnostics import Diagnostic, Remark, SparsecError
 from sparsec.frontend.capture import Captured, capture
 from sparsec.inspect.colour import colour
@@ -30,6 +32,7 @@ from sparsec.ir.interp import DerivedWeights
 from sparsec.ir.printer import print_module
 from sparsec.runtime import structure
 from sparsec.runtime.artifact import load as load_program
+from sparsec.runtime.exchanges import own_rank
 from sparsec.runtime.executor import Program
 from sparsec.targets import Target
 
@@ -71,6 +74,7 @@ class CompiledModel:
         result: what the pipeline did: passes with their times, remarks, the module after each phase.
         target: what it is compiled for.
         warnings: what was captured differently from what was asked.
+        devices: how many devices run it together, and how experts are placed on them.
     """
 
     def __init__(
@@ -79,8 +83,9 @@ class CompiledModel:
         result: pipeline.Result,
         target: Target,
         edit: Edit = as_generated,
+        devices: Devices = ALONE,
     ) -> None:
-        self.captured, self.result, self.target, self._edit = captured, result, target, edit
+        self.captured, self.result, self.target, self._edit, self.devices = captured, result, target, edit, devices
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -118,14 +123,29 @@ class CompiledModel:
 
     @cached_property
     def program(self) -> Program:
-        """The plan with its weights, loaded into this process when first asked for."""
+        """The plan with its weights, loaded into this process when first asked for; of several devices, this rank's.
+
+        Raises: SparsecError; ArtifactError where there are not as many processes as devices.
+        """
         self.target.require()
-        return Program(self.emitted.plan, self.weights, self.target.device, files=self.emitted.files)
+        weights = self.weights_of(own_rank(self.devices.ranks) if self.devices.ranks > 1 else 0)
+        return Program(self.emitted.plan, weights, self.target.device, files=self.emitted.files)
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """What the plan reads, by source: the model's own tensors, and those derived from them, made when asked for."""
-        return DerivedWeights(self.result.module, self.captured.weights)
+        """What the plan reads, by source: the model's own tensors, and those derived from them, made when asked for.
+
+        Of a model for several devices, what the first of them reads.
+        """
+        return self.weights_of(0)
+
+    def weights_of(self, rank: int) -> Mapping[str, torch.Tensor]:
+        """As `weights`, for one of several devices."""
+        return DerivedWeights(self.result.module, ChainMap(self._tables, dict(self.captured.weights)), rank)
+
+    @cached_property
+    def _tables(self) -> dict[str, torch.Tensor]:
+        return self.devices.tables(self.result.module)
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
@@ -204,6 +224,8 @@ class CompiledModel:
             stored=str(self.result.module.attrs.get("weights", "model")),
             generation=self.generation,
             tokenizer=tokenizer,
+            of_rank=self.weights_of,
+            placement=self.devices.raw,
             progress=progress,
         )
 
@@ -229,6 +251,10 @@ def compile(
     weights: str | None = None,
     activations: str | None = None,
     invariant: bool | None = None,
+    devices: int | str | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    dispatch: str | None = None,
+    policy: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -242,7 +268,7 @@ def compile(
         target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`,
             `hip:gfx950`; see `sparsec targets`.
         weights: how experts' weights are stored: `model` (default, as they are); on a CPU `int8` (a scale for each
-            column) or `int4` (a scale for each 128 values); on a GPU `fp8` (a scale for each block of 128 x 128) or
+            2048 values of a column) or `int4` (for each 128); on a GPU `fp8` (a scale for each block of 128 x 128) or
             `mxfp4` (a power of two for each 32 values); see `CompiledModel.weight_errors`.
         activations: what `int8` and `int4` weights are multiplied by: `model` (default, rows as they are) or `int8`
             (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).
@@ -256,6 +282,7 @@ def compile(
     """
     captured = capture(model, args, kwargs, dynamic=dynamic)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
+    given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
     return compile_captured(captured, target, **given, dump=dump, instruments=instruments)
 
 
@@ -266,20 +293,27 @@ def compile_captured(
     weights: str | None = None,
     activations: str | None = None,
     invariant: bool | None = None,
+    devices: int | str | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    dispatch: str | None = None,
+    policy: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
+    given |= {"devices": devices, "plan": Path(plan) if plan else None, "dispatch": dispatch, "policy": policy}
     config = Config.read(target=target, **given, dump=Path(dump) if dump else None)
-    parsed = Target.parse(config.target)
+    parsed, placed = Target.parse(config.target), Devices.of(config)
     module = stored_as(config, with_structure(captured).module)
+    placed.mark(module, config)
     override = Override(config.override_dir) if config.override_dir else None
     dumped = Dump(config.dump, name, kernels=True) if config.dump else None
     watching = [*instruments, *(instrument for instrument in (override, dumped) if instrument)]
     result = pipeline.run(module, target=config.target, instruments=watching, verify=config.verify)
-    compiled = CompiledModel(captured, result, parsed, override.source if override else as_generated)
+    placed.tables(result.module)  # says what does not fit before kernels are made
+    compiled = CompiledModel(captured, result, parsed, override.source if override else as_generated, placed)
     if dumped:
         dumped.emitted(compiled.emitted)
     return compiled
@@ -293,6 +327,10 @@ def compile_language_model(
     weights: str | None = None,
     activations: str | None = None,
     invariant: bool | None = None,
+    devices: int | str | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    dispatch: str | None = None,
+    policy: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -305,12 +343,13 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
-        weights, activations, invariant: as of `compile`.
+        weights, activations, invariant, devices, plan, dispatch, policy: as of `compile`.
 
     Raises: CompileError.
     """
     captured = capture_language_model(model, max_length)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
+    given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
     return compile_captured(captured, target, **given, dump=dump, name=name, instruments=instruments)
 
 

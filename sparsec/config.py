@@ -21,6 +21,8 @@ from sparsec.diagnostics import SparsecError
 
 WEIGHTS = ("model", "int8", "int4", "fp8", "mxfp4")
 ACTIVATIONS = ("model", "int8")
+DISPATCHES = ("auto", "none", "rank", "node")
+POLICIES = ("static", "local", "batch")
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,16 @@ class Config:
     weights: str = "model"  #: how experts' weights are stored: model (as is), int8 or int4 (CPU), fp8 or mxfp4 (GPU)
     activations: str = "model"  #: what int8 and int4 weights are multiplied by: model (as they are) or int8
     invariant: bool = False  #: a row gets the same bits in whatever batch it comes, whatever that costs (GPU)
+    devices: str = "1"  #: how many devices run the model together, or nodes x devices of each: 8, 2x4
+    plan: Path | None = None  #: a plan of `sparsec plan`: which of the devices holds which experts
+    dispatch: str = "auto"  #: a token is sent once for each pick (none), each rank or each node; or auto
+    policy: str = "static"  #: which replica of an expert gets a token: static (the plan's shares), local or batch
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Config:
         """The configuration for what is `given` (None: not given). Raises: SparsecError for a value that is none."""
         environ = os.environ if environ is None else environ
-        values = {name: value for name, value in given.items() if value is not None}
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         for knob in knobs():
             if knob.name not in values and (text := environ.get(knob.env)):
                 values[knob.name] = knob.read(text)
@@ -47,6 +53,10 @@ class Config:
             raise SparsecError(f"weights are stored as {', '.join(WEIGHTS)}, not as {values['weights']!r}")
         if values.get("activations", "model") not in ACTIVATIONS:
             raise SparsecError(f"activations are {' or '.join(ACTIVATIONS)}, not {values['activations']!r}")
+        for name, choices in (("dispatch", DISPATCHES), ("policy", POLICIES)):
+            if (value := values.get(name, choices[0])) not in choices:
+                raise SparsecError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+        values["devices"] = str(values.get("devices", "1"))
         return cls(**values)
 
     @property

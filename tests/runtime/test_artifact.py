@@ -243,10 +243,10 @@ def test_what_is_no_artifact(tmp_path: Path, copied: Path) -> None:
 
 def test_newer_and_foreign_artifacts(copied: Path) -> None:
     rewrite_manifest(copied, lambda manifest: manifest.update(version=99))
-    refuse(copied, "has format version 99 (sparsec 0.1.0), this sparsec reads up to 2: update sparsec")
+    refuse(copied, "has format version 99 (sparsec 0.1.0), this sparsec reads up to 3: update sparsec")
     rewrite_manifest(copied, lambda manifest: manifest.update(version=1))
-    refuse(copied, "has format version 1, this sparsec reads version 2: compile the model again")
-    rewrite_manifest(copied, lambda manifest: manifest.update(version=2, target="cuda:sm_90"))
+    refuse(copied, "has format version 1, this sparsec reads version 3: compile the model again")
+    rewrite_manifest(copied, lambda manifest: manifest.update(version=3, target="cuda:sm_90"))
     if not torch.cuda.is_available():
         refuse(copied, "was compiled for cuda:sm_90, and torch sees no GPU")
     refuse(copied, "was compiled for cuda:sm_90 and cannot run on cpu", device="cpu")

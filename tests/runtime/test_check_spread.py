@@ -28,6 +28,10 @@ def start(**attrs: Any) -> dict[str, Any]:
     return made | attrs
 
 
+def remap(**attrs: Any) -> dict[str, Any]:
+    return {"experts": EXPERTS, "ranks": RANKS, "width": 2, "policy": "static"} | attrs
+
+
 def spread_plan() -> Plan:
     """x, ids, weights -> rows are sent, doubled where they arrive, and combined."""
     inputs = [("x", X), ("ids", IDS), ("weights", WEIGHTS)]
@@ -36,9 +40,8 @@ def spread_plan() -> Plan:
         Arg("slots", 3, "buffer", TABLE, "placement/0/slots"),
         Arg("shares", 4, "buffer", SHARES, "placement/0/shares"),
     ]
-    remap = {"experts": EXPERTS, "ranks": RANKS, "policy": "static"}
     steps = [
-        Exchange("remap", remap, [1, 3, 4], [5], [IDS, TABLE, SHARES]),
+        Exchange("remap", remap(), [1, 3, 4], [5], [IDS, TABLE, SHARES]),
         Exchange("dispatch_start", start(), [0, 5, 2], [6], [X, IDS, WEIGHTS]),
         Exchange("dispatch_wait", {}, [6], [7, 8, 9], [None], [(7, 0, "u0")]),
         Call("aten.mul.Scalar", [{"slot": 7}, 2], {}, [10]),
@@ -98,8 +101,8 @@ def test_one_process_is_told_what_to_do() -> None:
 
 CASES: list[tuple[str, Callable[[], Plan]]] = [
     ("is no exchange", lambda: with_step(0, op="all_reduce")),
-    ("policy = 'best'", lambda: with_step(0, attrs={"experts": EXPERTS, "ranks": RANKS, "policy": "best"})),
-    ("experts = True", lambda: with_step(0, attrs={"experts": True, "ranks": RANKS, "policy": "static"})),
+    ("policy = 'best'", lambda: with_step(0, attrs=remap(policy="best"))),
+    ("experts = True", lambda: with_step(0, attrs=remap(experts=True))),
     ("tables that are not those of one layer", lambda: with_step(0, ins=[1, 4, 3], types=[IDS, TABLE, SHARES])),
     ("it takes", lambda: with_step(1, attrs={"ranks": RANKS})),
     ("has ranks = 8, the plan has 4", lambda: with_step(1, attrs=start(ranks=8))),
