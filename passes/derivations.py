@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from sparsec.dialects.aten import AtenOp
 from sparsec.dialects.builtin import Return
+from sparsec.dialects.dist import Local
 from sparsec.dialects.moe import Pack, PackBias, Scales
 from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
-from sparsec.ir.derived import PREFIX, ROLE, Derivation, derivations, is_derivation
+from sparsec.ir.derived import PLACEMENT, PREFIX, ROLE, Derivation, derivations, is_derivation
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.types import Sym, TensorType
 from sparsec.passes.row_slice import in_order
@@ -74,7 +75,8 @@ class Deriver:
         leaves = list(dict.fromkeys(v for op in ops for v in op.operands if v.op is None))
         self._replaced.update(leaves)
         function, of = self._function(value, ops, leaves, keep)
-        source = self._free(PREFIX + pattern(tuple(name for name in of if name not in self._made)) + ending)
+        named = tuple(name for name in of if name not in self._made and not name.startswith(PLACEMENT))
+        source = self._free(PREFIX + pattern(named) + ending)
         arg = main.body.add_arg(value.type, re.sub(r"\W+", ".", source))
         main.arg_attrs[arg] = {"kind": "derived", "source": source, "function": function, "of": of}
         self._made[source] = Derivation(self.module.funcs[function], of)
@@ -156,7 +158,7 @@ class Deriver:
 
 def _may_move(op: Op) -> bool:
     """Whether an op computes the same wherever and whenever it runs."""
-    if isinstance(op, Pack | PackBias | Scales):
+    if isinstance(op, Pack | PackBias | Scales | Local):
         return True
     return isinstance(op, AtenOp) and op.pure and bool(op.operands) and not any(map(_is_open, op.attrs.values()))
 

@@ -33,7 +33,7 @@ from sparsec.passes.base import Pass, PassContext, parse_pipeline, print_pipelin
 VERSION = 1
 """Version of the IR's text, which a module says of itself."""
 
-PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower")
+PHASES = ("capture", "raise", "place", "fuse", "schedule", "lower")
 
 PIPELINES: dict[str, str] = {
     "capture": "",
@@ -42,8 +42,8 @@ PIPELINES: dict[str, str] = {
         "canonicalize-routers,dce,raise-route,canonicalize-routers,canonicalize,cse,dce,"
         "derive-weights"
     ),
+    "place": "place-experts",
     "fuse": "fuse-layer,fuse-route-group,fuse-experts,cse,dce",
-    "place": "",
     "schedule": "pack-banks,schedule",
     "lower": "lower-kernels,flatten-linears,dce",
 }

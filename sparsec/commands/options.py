@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PHASES = ("capture", "raise", "fuse", "place", "schedule", "lower", "emit")
+PHASES = ("capture", "raise", "place", "fuse", "schedule", "lower", "emit")
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 """`--dtype` as torch spells it."""
 TEXTS = (".sparsec", ".mlir")

@@ -36,10 +36,20 @@ class _Peer:
 
     def gather(self, value: Any) -> list[Any]:
         self.given[self.rank] = value
-        self.barrier.wait(PATIENCE)
+        self._meet()
         found = list(self.given)
-        self.barrier.wait(PATIENCE)  # nobody gives the next value before all have this one
+        self._meet()  # nobody gives the next value before all have this one
         return found
+
+    def _meet(self) -> None:
+        try:
+            self.barrier.wait(PATIENCE)
+        except BrokenBarrierError:
+            raise _StoppedError from None
+
+
+class _StoppedError(Exception):
+    """Another rank failed, or did not come."""
 
 
 def run_together(count: int, run: Callable[[Peers], ResultT]) -> list[ResultT]:
@@ -61,7 +71,7 @@ def run_together(count: int, run: Callable[[Peers], ResultT]) -> list[ResultT]:
     failed = [error for run_ in runs if (error := run_.exception()) is not None]
     if not failed:
         return [run_.result() for run_ in runs]
-    cause = next((error for error in failed if not isinstance(error, BrokenBarrierError)), None)
+    cause = next((error for error in failed if not isinstance(error, _StoppedError)), None)
     if cause is None:
         raise CompileError(f"a rank did not reach an exchange within {PATIENCE:.0f} s")
     raise cause
