@@ -231,8 +231,10 @@ class _Start(torch.autograd.Function):
         return tensors[0].new_empty(0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # which hides the names of the parameters
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return (None, *ctx.handle.back_finish())
 
 
@@ -246,7 +248,9 @@ class _Wait(torch.autograd.Function):
         return handle.finish()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+    @once_differentiable  # which hides the names of the parameters
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[None, Tensor]:
         ctx.handle.back_begin(*grad_outputs)
         return None, torch.zeros_like(ctx.saved_tensors[0])

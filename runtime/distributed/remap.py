@@ -10,12 +10,16 @@ their slots, to each as many as its quota says. So every stretch of tokens is sp
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sparsec.runtime.distributed.split import best_split
-from sparsec.runtime.distributed.world import World
 from sparsec.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from sparsec.runtime.distributed.world import World
 
 POLICIES = ("static", "local", "batch")
 GOLDEN = 0.6180339887498949
@@ -40,22 +44,50 @@ def remap(world: World, ids: Tensor, slots: Tensor, shares: Tensor, *, experts: 
         InputError: there is no such policy, the slots do not fill the ranks, or an expert was picked that has no slot.
         RankError: a rank is dead or does not answer ("batch").
     """
+    counts = world.gather(count(ids, experts)) if policy == "batch" else None
+    return physical(
+        ids, slots, shares, experts=experts, ranks=world.size, width=world.width, rank=world.rank, policy=policy,
+        counts=counts,
+    )  # fmt: skip
+
+
+def physical(
+    ids: Tensor,
+    slots: Tensor,
+    shares: Tensor,
+    *,
+    experts: int,
+    ranks: int,
+    width: int,
+    rank: int,
+    policy: str = "static",
+    counts: Tensor | None = None,
+) -> Tensor:
+    """What `remap` yields on a rank, without the other ranks.
+
+    Args:
+        ranks, width: of the world: how many, and how many in a node.
+        counts: [ranks, experts], of all ranks' ids; for "batch" only.
+
+    Raises: InputError.
+    """
     if policy not in POLICIES:
         raise InputError(f"remap with policy '{policy}': there are {', '.join(POLICIES)}")
-    if slots.dim() != 1 or slots.shape != shares.shape or len(slots) % world.size:
+    if slots.dim() != 1 or slots.shape != shares.shape or len(slots) % ranks:
         raise InputError(
-            f"remap takes slots and shares [P], as many on each of {world.size} ranks; got {list(slots.shape)} and "
+            f"remap takes slots and shares [P], as many on each of {ranks} ranks; got {list(slots.shape)} and "
             f"{list(shares.shape)}"
         )
     slots = slots.long()
-    counts = count(ids, experts)
-    if policy == "batch":
-        counts = world.gather(counts)
-    placed = torch.zeros(experts, dtype=torch.bool, device=slots.device).index_fill_(0, slots, True)
+    if counts is None:
+        if policy == "batch":
+            raise InputError("remap with policy 'batch' needs the counts of all ranks")
+        counts = count(ids, experts)
+    placed = torch.bincount(slots, minlength=experts) > 0
     lost = (counts.view(-1, experts).sum(0) > 0) & ~placed
     if bool(lost.any()):
         raise InputError(f"expert {int(lost.nonzero()[0])} was picked but has no slot: the placement lacks it")
-    return deal(ids, slots, quotas(counts, slots, shares, world.rank, world.size, world.width, policy), experts)
+    return deal(ids, slots, quotas(counts, slots, shares, rank, ranks, width, policy), experts)
 
 
 def quotas(

@@ -118,7 +118,7 @@ class World:
 
     def all_links(self) -> Tensor:
         """[size, size], the links of all ranks. Every rank must call this."""
-        return self.gather(self.links[self.rank])
+        return self.gather(self.links[self.rank].to(self._device())).cpu()
 
     def exchange(self, span: Span, rows: Tensor, send: Sequence[int], receive: Sequence[int], what: str) -> Pending:
         """Start to send rows [sum(send), ...], in the order of the span's ranks. Raises: RankError."""
@@ -152,6 +152,10 @@ class World:
             raise self._failure("gather", error) from error
         return self.finish(Pending(out, work, "gather"))
 
+    def all_true(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank. Every rank must call this. Raises: RankError."""
+        return bool(self.gather(torch.tensor([flag], dtype=torch.uint8, device=self._device())).all())
+
     def finish(self, pending: Pending) -> Tensor:
         """Wait for rows that are under way.
 
@@ -170,6 +174,11 @@ class World:
         except RuntimeError as error:
             raise self._failure(pending.what, error) from error
         return pending.out
+
+    def _device(self) -> torch.device:
+        """Where the backend takes small tensors."""
+        nccl = self.size > 1 and "nccl" in dist.get_backend(self.groups["whole"])
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def close(self) -> None:
         """Leave the groups that this world made."""
