@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsec.diagnostics import SparsecError
+from sparsec.simulate.remap import Table, remap
 
 Ints = NDArray[np.int64]
 
@@ -80,3 +81,18 @@ def traffic(home: Ints, where: Ints, rank_of_slot: Ints, node: Ints, dedup: str,
 
 def _count(start: Ints, to: Ints, ranks: int) -> Ints:
     return np.bincount(start * ranks + to, minlength=ranks * ranks).reshape(ranks, ranks)
+
+
+def predict(table: Table, ids: list[Ints], *, dedup: str, algo: str, policy: str = "static") -> Traffic:
+    """Rows of a dispatch of tokens whose experts are known, on every link.
+
+    Args:
+        ids: per rank [T, k], experts; outside of 0..experts-1: skip.
+
+    Raises:
+        SparsecError: no such variant or policy.
+    """
+    where = np.concatenate(remap(table, ids, policy))
+    home = np.repeat(np.arange(len(ids)), [len(one) for one in ids])
+    node = np.arange(table.ranks) // table.width
+    return traffic(home, where, table.rank_of_slot, node, dedup, algo)

@@ -28,13 +28,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eager": {"frontend", "codegen", "runtime"},
     "hf": {"frontend", "eager"},
     "inspect": COMPILER | {"runtime"},
+    "simulate": {"ir", "passes", "runtime.distributed"},  # the best split of a batch: its rule is the runtime's
     "launch": {"ir", "runtime"},
     "api": COMPILER | {"runtime"},
     "differentiable": COMPILER | {"launch"},
     "training": COMPILER | {"differentiable"},
     "backend": COMPILER | {"runtime", "api", "launch", "training"},
     "console": COMPILER,
-    "commands": COMPILER | {"runtime", "api", "console"},
+    "commands": COMPILER | {"runtime", "api", "console", "simulate"},
     "cli": {"commands", "console", "runtime"},
     "runtime": set(),
 }
