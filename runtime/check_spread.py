@@ -17,7 +17,7 @@ MAX_RANKS = 8192
 POLICIES = ("static", "local", "batch")
 DEDUPS = ("none", "rank", "node")
 ALGOS = ("flat", "two_level")
-PAYLOADS = ("model", "fp8")
+PAYLOADS = ("model", "bf16", "fp8")
 _FLOATS = ("f64", "f32", "bf16", "f16")
 
 
@@ -31,7 +31,9 @@ class _Rule(NamedTuple):
 
 
 _RULES: dict[str, _Rule] = {
-    "remap": _Rule((("i64",), ("i64",), ("f64",)), 1, {"experts": int, "ranks": int, "width": int, "policy": POLICIES}),
+    "remap": _Rule(
+        (("i64", "i32"), ("i64",), ("f64",)), 1, {"experts": int, "ranks": int, "width": int, "policy": POLICIES}
+    ),
     "dispatch_start": _Rule(
         (_FLOATS, ("i64",), _FLOATS),
         1,

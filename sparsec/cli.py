@@ -12,6 +12,7 @@ import click
 
 from sparsec import __version__
 from sparsec.commands.options import DTYPES, PHASES
+from sparsec.config import DISPATCHES, POLICIES
 from sparsec.diagnostics import SparsecError
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -65,6 +66,10 @@ def cli() -> None:
 @click.option(
     "--activations", type=click.Choice(["int8"]), help="Multiply int8 or int4 weights by activations rounded to int8."
 )
+@click.option("--devices", metavar="N|NODESxN", help="Spread the experts over so many devices, a process each.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Who holds which experts (`sparsec plan`); else evenly.")
+@click.option("--dispatch", type=click.Choice(DISPATCHES), help="Send a token once for each pick, rank or node.")
+@click.option("--policy", type=click.Choice(POLICIES), help="Which replica of an expert gets a token.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
 @dump_option
@@ -80,8 +85,8 @@ def compile_command(**options: Any) -> None:
 
 @cli.command("run")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Text to go on from; needs a tokenizer.json in the artifact.")
-@click.option("--prompt-ids", help="Token ids to go on from: 1,2,3.")
+@click.option("--prompt", multiple=True, help="Text to go on from; needs a tokenizer.json in the artifact.")
+@click.option("--prompt-ids", multiple=True, help="Token ids to go on from: 1,2,3.")
 @click.option(
     "-n", "--max-new-tokens", type=click.IntRange(min=1), help="Default: 64, or as many as there is room for."
 )
@@ -89,7 +94,11 @@ def compile_command(**options: Any) -> None:
 @click.option("--huge-pages", is_flag=True, help="Read weights into huge pages: loads slower, decodes faster.")
 @click.option("--json", "as_json", is_flag=True, help="Print tokens and speed as JSON.")
 def run_command(**options: Any) -> None:
-    """Generate text with the language model in ARTIFACT."""
+    """Generate text with the language model in ARTIFACT.
+
+    One that was compiled for several devices is started by `torchrun --nproc-per-node N -m sparsec run ARTIFACT`. Give
+    --prompt or --prompt-ids once for all ranks or once for each; every rank generates from its own, and rank 0 prints.
+    """
     from sparsec.commands import run_artifact
 
     run_artifact.run(**options)
@@ -317,7 +326,7 @@ def targets_command(as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit."""
-    from sparsec.runtime.errors import ArtifactError, InputError
+    from sparsec.runtime.errors import ArtifactError, InputError, RankError
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would mix with ours
     try:
@@ -331,7 +340,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(1)
-    except (SparsecError, ArtifactError, InputError) as error:
+    except (SparsecError, ArtifactError, InputError, RankError) as error:
         from sparsec.console import fail
 
         fail(str(error))

@@ -20,6 +20,7 @@ from sparsec.codegen.emit import Edit, as_generated
 from sparsec.commands.options import DTYPES, TEXTS
 from sparsec.config import WEIGHTS, Config
 from sparsec.console import Watch, bytes_bar, errors_table, out, passes_table, print_remarks, print_warnings, working
+from sparsec.devices import Devices
 from sparsec.diagnostics import CompileError, Remark, SparsecError
 from sparsec.frontend.capture import capture
 from sparsec.frontend.models import LoadedModel, describe_absence, load_model
@@ -45,6 +46,10 @@ def run(
     start: str | None,
     weights: Sequence[str],
     activations: str | None,
+    devices: str | None,
+    plan: Path | None,
+    dispatch: str | None,
+    policy: str | None,
     max_length: int | None,
     no_cache: bool,
     dump: Path | None,
@@ -54,7 +59,9 @@ def run(
 ) -> None:
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
     stored, held = _read_weights(weights)
-    config = Config.read(target=target, weights=stored, activations=activations, dump=dump)
+    given: dict[str, Any] = {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
+    config = Config.read(target=target, weights=stored, activations=activations, dump=dump, **given)
+    placed = Devices.of(config)
     target = config.target
     Target.parse(target)
     if to == "emit":
@@ -82,6 +89,7 @@ def run(
         status.step("capture")
         if to != "emit":
             module = api.stored_as(config, _captured(loaded, max_length, no_cache))
+            placed.mark(module, config)
             instruments, _, _ = _watching(config, Watch(status), loaded.name, kernels=False)
             result = pipeline.run(module, target=target, to=to, instruments=instruments, verify=config.verify)
             _write_text(output, text_of(result.module, cost, sizes))
@@ -125,6 +133,7 @@ def _compiled(
     loaded: LoadedModel, config: Config, max_length: int | None, no_cache: bool, watch: Watch
 ) -> api.CompiledModel:
     given: dict[str, Any] = {"target": config.target, "weights": config.weights, "activations": config.activations}
+    given |= {"devices": config.devices, "plan": config.plan, "dispatch": config.dispatch, "policy": config.policy}
     given |= {"dump": config.dump, "name": loaded.name, "instruments": [watch]}
     if _is_language_model(loaded, no_cache):
         return api.compile_language_model(loaded.model, max_length=max_length, **given)
@@ -156,7 +165,7 @@ def _from_text(
     wanted = tuple(given or said for given, said in zip(stored, says, strict=True))
     if wanted != says:
         if phase in ("schedule", "lower"):
-            raise SparsecError(f"{source} is at phase '{phase}', where weights are packed already: go on from 'place'")
+            raise SparsecError(f"{source} is at phase '{phase}', where weights are packed already: go on from 'fuse'")
         api.stored_as(Config(weights=wanted[0], activations=wanted[1]), module)
     if to == "emit" and weights is None:
         raise SparsecError(

@@ -67,6 +67,25 @@ class Scheduled:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """How an artifact is spread over devices.
+
+    Args:
+        devices: how many run it, a process each.
+        width: devices of a node.
+        slots: experts of a layer that a device holds.
+        common_bytes: weights that all devices have.
+        own_bytes: weights that a device alone has, by device.
+    """
+
+    devices: int
+    width: int
+    slots: int
+    common_bytes: int
+    own_bytes: list[int]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What `sparsec info` prints.
 
@@ -85,6 +104,7 @@ class ModelInfo:
         unreached: parameters that the traced inputs do not lead to, a vision tower say: in `active`, not in `traffic`.
         notes: what the figures leave out or assume.
         scheduled: GEMMs of an artifact for a GPU.
+        placed: of an artifact for several devices.
     """
 
     name: str
@@ -101,6 +121,7 @@ class ModelInfo:
     unreached: int = 0
     notes: list[str] = field(default_factory=list[str])
     scheduled: list[Scheduled] = field(default_factory=list[Scheduled])
+    placed: Placed | None = None
 
 
 def summarise(name: str, flow: Dataflow, batches: Sequence[int] = BATCHES) -> ModelInfo:

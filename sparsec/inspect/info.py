@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.diagnostics import SparsecError
-from sparsec.inspect.accounting import BATCHES, ModelInfo, Routed, Scheduled, summarise
+from sparsec.inspect.accounting import BATCHES, ModelInfo, Placed, Routed, Scheduled, summarise
 from sparsec.ir.core import Module
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def info(
         path = Path(model)
         if (path / "manifest.json").is_file():
             found = _of_module(load_module(path), path.name, batches)
-            return replace(found, notes=[*found.notes, *_runners(path)], scheduled=_scheduled(path))
+            notes = [*found.notes, *_runners(path)]
+            return replace(found, notes=notes, scheduled=_scheduled(path), placed=_placed(path))
         model = load_meta(path)
     if isinstance(model, Captured):
         model = model.module
@@ -139,6 +140,20 @@ def _scheduled(artifact: Path) -> list[Scheduled]:
     return rows
 
 
+def _placed(artifact: Path) -> Placed | None:
+    """How an artifact is spread over devices. Raises: ArtifactError."""
+    from sparsec.runtime.artifact import is_read_by, open_artifact
+
+    opened = open_artifact(artifact, verify=False)
+    spread = opened.plan.spread
+    if spread is None:
+        return None
+    sizes = {n: int(entry["size"]) for n, entry in opened.manifest["files"].items() if n.startswith("weights/")}
+    common = sum(size for name, size in sizes.items() if is_read_by(name, -1))
+    each = (sum(size for name, size in sizes.items() if is_read_by(name, rank)) for rank in range(spread.ranks))
+    return Placed(spread.ranks, spread.width, spread.slots, common, [size - common for size in each])
+
+
 def load_meta(folder: Path) -> nn.Module:
     """The model that a folder's `config.json` describes, on the meta device, in the dtype it names.
 
@@ -200,6 +215,11 @@ def render(model: ModelInfo) -> RenderableType:
     facts.add_row("weights", f"{_bytes(model.weight_bytes)} ({dtypes})")
     kv = "not derived" if model.kv_bytes_per_token is None else f"{_bytes(model.kv_bytes_per_token)} per token"
     facts.add_row("KV cache", kv)
+    if (placed := model.placed) is not None:
+        nodes = f"{placed.devices // placed.width} nodes of {placed.width}"
+        facts.add_row("devices", f"{placed.devices} ({nodes}), {placed.slots} experts of a layer on each")
+        own = sorted({_bytes(size) for size in (min(placed.own_bytes), max(placed.own_bytes))})
+        facts.add_row("", f"{_bytes(placed.common_bytes)} of weights on all, {' to '.join(own)} on each alone")
 
     traffic = Table(title="weights read per step", title_justify="left", title_style="bold", box=None)
     for column in ("batch", "bytes", "bytes/token", *(f"of {r.experts} experts" for r in model.routed)):

@@ -108,7 +108,7 @@ CASES: list[tuple[str, Callable[[], Plan]]] = [
     ("has ranks = 8, the plan has 4", lambda: with_step(1, attrs=start(ranks=8))),
     ("has slots = 3, the plan has 2", lambda: with_step(1, attrs=start(slots=3))),
     ("goes with algo 'two_level'", lambda: with_step(1, attrs=start(dedup="node"))),
-    ("must be model or fp8", lambda: with_step(1, attrs=start(payload="pickle"))),
+    ("must be model or bf16 or fp8", lambda: with_step(1, attrs=start(payload="pickle"))),
     ("is no tensor of f64 or f32", lambda: with_step(1, types=[IDS, IDS, WEIGHTS])),
     ("takes 3 values to 1", lambda: with_step(1, ins=[0, 5])),
     ("reads slot 40, which holds no value", lambda: with_step(1, ins=[40, 5, 2])),
