@@ -157,7 +157,7 @@ class CompiledModel:
         return self.captured.warnings
 
     def ir(self, phase: str = "lower") -> IRText:
-        """The text of the module after `phase` (capture, raise, fuse, place, schedule, lower).
+        """The text of the module after `phase` (capture, raise, place, fuse, schedule, lower).
 
         Raises: SparsecError for a phase that there is not.
         """

@@ -149,7 +149,7 @@ def _bank(
 ) -> Tensor:
     """As `moe.experts` says: x [T, H], ids and weights [T, k]."""
     if op.packing != "plain":
-        raise CompileError(f"'{op.name}' has packed banks: export a phase before `place`", op.loc)
+        raise CompileError(f"'{op.name}' has packed banks: export a phase before `schedule`", op.loc)
     up, down, up_bias, down_bias = banks
     (tokens, k), experts = ids.shape, up.shape[0]
     flat = ids.reshape(-1)

@@ -13,7 +13,7 @@ from sparsec.passes.chips import CHIPS
 from sparsec.passes.cost import FAMILIES
 
 TEXT = """
-module {phase = "place"}
+module {phase = "fuse"}
 
 func @main(%x: tensor<s0x2048xbf16> {kind = "input"}, %i: tensor<s0x8xi64> {kind = "input"}, %w: tensor<s0x8xf32> {kind = "input"}, %up: tensor<128x1536x2048xbf16> {kind = "param", source = "up"}, %down: tensor<128x2048x768xbf16> {kind = "param", source = "down"}) -> (tensor<s0x2048xbf16> {kind = "output"}) {
   %o, %f = moe.group(%i) {num_experts = 128} : tensor<(8*s0)xi32>, tensor<129xi32>
@@ -57,7 +57,7 @@ def test_one_order_of_adding_where_it_is_asked_for() -> None:
     """By itself the down-projection takes another family for a few tokens, which saves a launch."""
     families = list[set[str]]()
     for attrs in ("", ", invariant = true"):
-        module = parse_module(TEXT.replace('phase = "place"', f'phase = "place"{attrs}'))
+        module = parse_module(TEXT.replace('phase = "fuse"', f'phase = "fuse"{attrs}'))
         given: Any = pipeline.run(module, target="cuda:sm_90", to="schedule").module.main.body.ops[2].attrs["variants"]
         families.append({variant["kernel"] for variant in given})
     assert "rows" in families[0] and "rows" not in families[1]

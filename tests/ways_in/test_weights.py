@@ -156,15 +156,15 @@ def test_command_line_from_a_text(
     model = modules.stack(hidden=128, width=128)
     compiled = sparsec.compile(model, (X,), weights="int8")
     artifact = compiled.save(tmp_path / "made")
-    for phase in ("place", "lower"):
+    for phase in ("fuse", "lower"):
         (tmp_path / f"{phase}.sparsec").write_text(compiled.ir(phase).replace(', weights = "int8"', ""))
-    text, output = tmp_path / "place.sparsec", tmp_path / "again.sparsec"
+    text, output = tmp_path / "fuse.sparsec", tmp_path / "again.sparsec"
     assert command(monkeypatch, "compile", text, "-o", output, "--weights", "int8", "--weights", artifact) == 0
     assert torch.equal(sparsec.load(output)(X), compiled(X))
     capfd.readouterr()
     late = tmp_path / "lower.sparsec"
     assert command(monkeypatch, "compile", late, "-o", output, "--weights", "int4", "--weights", artifact) == 1
-    assert "weights are packed already: go on from 'place'" in capfd.readouterr().err
+    assert "weights are packed already: go on from 'fuse'" in capfd.readouterr().err
     assert command(monkeypatch, "compile", text, "-o", output, "--weights", "int4", "--weights", "int8") == 1
     assert "int4 and int8: choose one" in capfd.readouterr().err
 
