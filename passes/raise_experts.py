@@ -18,6 +18,7 @@ from sparsec.passes.banks.read import Reader
 from sparsec.passes.banks.terms import Chosen, Sorted, Unreadable
 from sparsec.passes.banks.write import Writer
 from sparsec.passes.base import Pass, PassContext, register
+from sparsec.passes.rows import LINEAR
 
 assert _views and _pointwise and _capacity  # imported for their readers of ops
 
@@ -49,7 +50,7 @@ class RaiseExperts(Pass):
             for new in found.writer.ops:
                 rw.insert(new, op)
             rw.replace(op, [found.value])
-            rw.absorb(found.ops)
+            rw.absorb(sorted(found.ops, key=lambda old: old is not found.first))  # whose line stands for all
             ctx.passed(op, f"bank of {found.experts} experts raised to {found.kind} from {len(found.ops)} ops")
             return True
 
@@ -68,6 +69,12 @@ class _Found:
     value: Value
     experts: int
     ops: tuple[Op, ...]  #: what it stands for
+
+    @property
+    def first(self) -> Op:
+        """The first product with a matrix, if it is in the module that the others are in."""
+        first = self.ops[0]
+        return next((op for op in self.ops if op.name in LINEAR and op.loc.scope == first.loc.scope), first)
 
     @property
     def kind(self) -> str:

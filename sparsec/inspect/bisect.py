@@ -91,11 +91,11 @@ def bisect(
     steps = tuple(watch.steps)
     say("kernels")
     if target != "cpu" and not torch.cuda.is_available():
-        kernels, culprit, why = interpreted_errors(lowered, known, given[0], tolerance)
+        kernels, culprit, why = interpreted_errors(lowered, known, given, tolerance)
         return Report(steps, kernels, culprit, why)
     if any(arg.type != other.type for arg, other in zip(module.main.body.args, wide.main.body.args, strict=True)):
         lowered, known, given = pipeline.run(clone_module(module), target=target).module, dict(weights), list(inputs)
-    kernels, culprit = kernel_errors(lowered, known, given[0], target, tolerance)
+    kernels, culprit = kernel_errors(lowered, known, given, target, tolerance)
     return Report(steps, kernels, culprit)
 
 

@@ -44,6 +44,7 @@ class Culprit:
         loc: the user's line that it comes down to.
         was: how the op read before, "" where it reads the same.
         value: which number is furthest off, and what is right.
+        operands: what it reads that is off, though it read what was right before.
         gone: ops that it read before, and that the pass removed.
         made: ops that the pass put in front of it.
         rules: what the pass did, and how often.
@@ -58,6 +59,7 @@ class Culprit:
     loc: Loc
     was: str = ""
     value: str = ""
+    operands: tuple[str, ...] = ()
     gone: tuple[Piece, ...] = ()
     made: tuple[Piece, ...] = ()
     rules: Mapping[str, int] | None = None
@@ -112,10 +114,11 @@ def find_culprit(
     was = "" if old is None or ends or print_op(old) == print_op(op) else print_op(old)
     pairs = [(wrong.get(v), right.get(old_value[v])) for v in op.results if v in old_value]
     number = next((text for ours, known in pairs if (text := _number(ours, known))), "")
+    operands = () if old is None else tuple(_operands(old, op, right, wrong, tolerance))
     places = [*(piece.loc for piece in (*gone, *made)), op.loc]
     loc = next((place for place in places if place), UNKNOWN)
     return Culprit(
-        "pass", record.name, record.phase, error, print_op(op), loc, was, number, tuple(gone), tuple(made),
+        "pass", record.name, record.phase, error, print_op(op), loc, was, number, operands, tuple(gone), tuple(made),
         dict(record.counts), op.loc,
     )  # fmt: skip
 
@@ -133,6 +136,15 @@ def _number(ours: Any, right: Any) -> str:
     apart = (ours.double() - right.double()).abs().nan_to_num(float("inf"))
     at = [int(i) for i in torch.unravel_index(apart.argmax(), ours.shape)]
     return f"at {at}: {ours[tuple(at)].item():.6g}, where {right[tuple(at)].item():.6g} is right"
+
+
+def _operands(
+    old: Op, new: Op, right: Mapping[Value, Any], wrong: Mapping[Value, Any], tolerance: float
+) -> Iterator[str]:
+    """Of an op that was kept: the operands whose values are others than before."""
+    for before, after in zip(old.operands, new.operands, strict=False):
+        if _off(after, before, wrong, right) > tolerance:
+            yield f"%{after.name}, where it read %{before.name}, is wrong {_number(wrong[after], right[before])}"
 
 
 def _put_before(op: Op, kept: Mapping[Op, Op]) -> Iterator[Op]:
@@ -155,7 +167,7 @@ def _derived(op: Op, old: Op | None, after: Module, before: Module) -> list[Piec
         if attrs.get("kind") == "derived" and attrs.get("source") not in known:
             func = after.funcs.get(str(attrs.get("function")))
             if func is not None:
-                found.append(Piece(_text(func), op.loc, f"the weight %{value.name}"))
+                found.append(Piece(_text(func), op.loc, f"the pass: the weight %{value.name}"))
     return found
 
 
@@ -185,17 +197,18 @@ def describe(culprit: Culprit) -> str:
     lines = [f"{place}error: {culprit.kind} '{culprit.name}' makes wrong numbers: {size}"]
     lines += [f"    {culprit.loc.source.strip()}"] if culprit.loc.source.strip() else []
     if culprit.kind == "kernel":
-        lines += [f"  the kernel computes{_at(culprit.at)}", *_indented(culprit.op)]
+        lines += [f"  the kernel computes this op{_at(culprit.at)}", *_indented(culprit.op)]
         lines += [f"  {culprit.value}"] if culprit.value else []
         return "\n".join(lines)
-    lines.append(f"  the first wrong value is of{_at(culprit.at)}")
+    lines.append(f"  the first wrong value{_at(culprit.at)}")
     shown = _changes(culprit.was, culprit.op) if culprit.was else culprit.op
     lines += _indented(shown)
     lines += [f"    {culprit.value}"] if culprit.value else []
+    lines += [f"  its operand {operand}" for operand in culprit.operands]
     for piece in culprit.gone:
-        lines += [f"  it read before what the pass removed{_by(piece)}{_at(piece.loc)}", *_indented(piece.text)]
+        lines += [f"  before, it read{_at(piece.loc)}; removed{_by(piece)}", *_indented(piece.text)]
     for piece in culprit.made:
-        lines += [f"  it reads now what the pass made{_by(piece)}{_at(piece.loc)}", *_indented(piece.text)]
+        lines += [f"  now it reads{_at(piece.loc)}; made{_by(piece)}", *_indented(piece.text)]
     if culprit.rules:
         lines.append(f"  the pass did: {', '.join(f'{rule} {count}x' for rule, count in culprit.rules.items())}")
     return "\n".join(lines)
@@ -204,11 +217,11 @@ def describe(culprit: Culprit) -> str:
 def _at(loc: Loc) -> str:
     more = sorted({place.line for place in loc.origins if place.file == loc.file} - {loc.line})
     fused = f" (with {', '.join(map(str, more))})" if more else ""
-    return f", {loc}{fused}" if loc else ""
+    return f", at {loc}{fused}" if loc else ""
 
 
 def _by(piece: Piece) -> str:
-    return f" ({piece.by})" if piece.by else ""
+    return f" by {piece.by}" if piece.by else " by the pass"
 
 
 def _indented(text: str) -> list[str]:

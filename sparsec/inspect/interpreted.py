@@ -1,10 +1,11 @@
 """Generated Triton kernels without a GPU: run by Triton's interpreter, through the runtime's own launcher.
 
-    TRITON_INTERPRET=1 python -m sparsec.inspect.interpreted FOLDER KERNEL ...
+    TRITON_INTERPRET=1 python -m sparsec.inspect.interpreted FOLDER CALL ...
 
-reads `module.sparsec` and each kernel's operands (`KERNEL.in.safetensors`, named by their number) in FOLDER, and writes
-its results beside them (`KERNEL.out.safetensors`). The variable must be set before Triton is imported, so this is a
-process of its own. The interpreter does not know bf16 and is slow: small shapes, in f32 or f16.
+reads `module.sparsec` and each call's operands (`CALL.in.safetensors`, named by their number) in FOLDER, and writes its
+results beside them (`CALL.out.safetensors`); a call is a number and the kernel's name, `0.gather_gemm_0`. The variable
+must be set before Triton is imported, so this is a process of its own. The interpreter does not know bf16 and is slow:
+small shapes, in f32 or f16.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ MULTIPROCESSORS = 3
 _POINTERS = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
 
 
-def main(folder: Path, names: Sequence[str]) -> None:
+def main(folder: Path, calls: Sequence[str]) -> None:
     """Run kernels on operands that lie in `folder`. Raises: SparsecError, as of `interpreted`."""
     from safetensors.torch import load_file, save_file
 
     module = parse_module((folder / "module.sparsec").read_text(encoding="utf-8"), "module.sparsec")
     with tempfile.TemporaryDirectory(prefix="sparsec-") as sources:
-        for name in names:
-            func = module.funcs[name]
-            given = load_file(folder / f"{name}.in.safetensors")
+        for call in calls:
+            func = module.funcs[call.partition(".")[2]]
+            given = load_file(folder / f"{call}.in.safetensors")
             places = [str(i) for i in range(len(func.body.ops[0].arguments))]
             made = interpreted(func, Path(sources))([given.get(place) for place in places])
             found = {str(i): value.contiguous() for i, value in enumerate(made)}
-            save_file(found, folder / f"{name}.out.safetensors")
+            save_file(found, folder / f"{call}.out.safetensors")
 
 
 def interpreted(

@@ -51,9 +51,15 @@ class _Call:
 
 
 def kernel_errors(
-    module: Module, weights: Mapping[str, Tensor], inputs: Sequence[Any], target: str, tolerance: float
+    module: Module, weights: Mapping[str, Tensor], inputs: Sequence[Sequence[Any]], target: str, tolerance: float
 ) -> tuple[dict[str, float], Culprit | None]:
-    """The error of every kernel on this machine, and the first that is wrong. Raises: CompileError."""
+    """The error of every kernel on this machine, and the first that is wrong.
+
+    Args:
+        inputs: values of the module's inputs, several times: each number of tokens may have kernels of its own.
+
+    Raises: CompileError.
+    """
     emitted = emit(module, target, here=True)
     device = torch.device("cpu" if target == "cpu" else "cuda")
     context = Context(device, emitted.files, lambda slot: None, live=True, trust_code=True)
@@ -63,22 +69,24 @@ def kernel_errors(
         bound = bind(kernel, list(range(len(kernel.params))), context)
         return [value.cpu() for value in bound([None if v is None else v.to(device) for v in call.operands])]
 
-    return _compared(_calls(module, weights, inputs), run, tolerance)
+    return _compared([call for values in inputs for call in _calls(module, weights, values)], run, tolerance)
 
 
 def interpreted_errors(
-    module: Module, weights: Mapping[str, Tensor], inputs: Sequence[Any], tolerance: float
+    module: Module, weights: Mapping[str, Tensor], inputs: Sequence[Sequence[Any]], tolerance: float
 ) -> tuple[dict[str, float], Culprit | None, str]:
-    """The same by Triton's interpreter, for each kernel's first launch; and what is to be said about it."""
+    """The same by Triton's interpreter, for each kernel's first launch of a run; and what is to be said about it."""
     from safetensors.torch import load_file, save_file
 
-    calls = {call.func.name: call for call in reversed(_calls(module, weights, inputs))}
-    calls = dict(reversed(calls.items()))
+    calls = dict[str, _Call]()
+    for i, values in enumerate(inputs):
+        for call in _calls(module, weights, values):
+            calls.setdefault(f"{i}.{call.func.name}", call)
     with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
         Path(folder, "module.sparsec").write_text(print_module(module), encoding="utf-8")
-        for name, call in calls.items():
+        for place, call in calls.items():
             given = {str(i): v.contiguous().clone() for i, v in enumerate(call.operands) if v is not None}
-            save_file(given, Path(folder, f"{name}.in.safetensors"))
+            save_file(given, Path(folder, f"{place}.in.safetensors"))
         command = [sys.executable, "-W", "ignore", "-m", "sparsec.inspect.interpreted", folder, *calls]
         env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
@@ -92,11 +100,9 @@ def interpreted_errors(
         if done.returncode:
             last = (done.stderr.strip() or "no message").splitlines()[-1]
             return {}, None, f"kernels were not run: there is no GPU here, and Triton's interpreter failed: {last}"
-        made = {name: load_file(Path(folder, f"{name}.out.safetensors")) for name in calls}
+        made = {id(call): load_file(Path(folder, f"{place}.out.safetensors")) for place, call in calls.items()}
     found = _compared(
-        list(calls.values()),
-        lambda call: [made[call.func.name][str(i)] for i in range(len(call.results))],
-        tolerance,
+        list(calls.values()), lambda call: [made[id(call)][str(i)] for i in range(len(call.results))], tolerance
     )
     return *found, "kernels were run by Triton's interpreter in f32: there is no GPU here"
 
@@ -126,7 +132,7 @@ def _calls(module: Module, weights: Mapping[str, Tensor], inputs: Sequence[Any])
 def _compared(
     calls: Sequence[_Call], run: Callable[[_Call], Sequence[Tensor]], tolerance: float
 ) -> tuple[dict[str, float], Culprit | None]:
-    """The largest error of each kernel, and the first that is wrong."""
+    """The largest error of each kernel, and the first that is wrong, where it is worst."""
     errors, culprit = dict[str, float](), None
     for call in calls:
         name, op = call.func.name, call.func.body.ops[0]
@@ -137,7 +143,7 @@ def _compared(
             right = _with_choices_of(ours, call, NARROW_TOLERANCE if narrow else CLOSE)
         error = _error(ours, right)
         errors[name] = max(errors.get(name, 0.0), error)
-        if error > allowed and culprit is None:
+        if error > allowed and (culprit is None or (culprit.name == name and error > culprit.error)):
             value = _worst(op, ours, right)
             culprit = Culprit("kernel", name, "emit", error, print_op(op), call.launch.loc, value=value, at=op.loc)
     return errors, culprit
@@ -164,7 +170,9 @@ def _worst(op: Op, ours: Sequence[Tensor], right: Sequence[Tensor]) -> str:
     off = apart > (1e-3 * b.abs().max() if right[i].is_floating_point() else 0)
     at = [int(n) for n in torch.unravel_index(apart.argmax(), apart.shape)]
     where = f"at {at} it is {a[tuple(at)].item():.6g}, right is {b[tuple(at)].item():.6g}"
-    return f"%{name} is wrong in {int(off.sum())} of {off.numel()} places; {where}"
+    fine = [f"%{v.name}" for v, x, y in zip(op.results, ours, right, strict=True) if v.name and _apart(x, y) < 1e-3]
+    others = f"; {', '.join(fine)} as it should be" if fine else ""
+    return f"%{name} is wrong in {int(off.sum())} of {off.numel()} places; {where}{others}"
 
 
 def _with_choices_of(ours: Sequence[Tensor], call: _Call, close: float) -> Sequence[Tensor]:
