@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from sparsec.runtime.exchanges import Idle, exchange, require_world
 from sparsec.runtime.operators import resolve, slots_of, updates
 from sparsec.runtime.plan import Arg, Call, Exchange, Free, Launch, Plan
 from sparsec.runtime.steps import Closure, Runner, Slots
-from sparsec.runtime.tables import check_tables
+from sparsec.runtime.tables import Tables, as_tables, check_tables
 
 if TYPE_CHECKING:
     from sparsec.runtime.distributed import World
@@ -125,6 +126,29 @@ class Program:
             with torch.inference_mode():
                 while self._meet(self.world, False):
                     self._idle()
+
+    def replan(self, placement: str | os.PathLike[str] | Tables, *, budget_bytes: int | None = None) -> Iterator[str]:
+        """Go over to another placement of the experts, in steps between which the program may run as ever.
+
+        Every rank must call this at the same point between two runs, and take each step at the same point too: a step
+        is taken when the result is asked for the next item. `for _ in program.replan("plan.json"): pass` takes all.
+
+        Args:
+            placement: a plan.json for as many ranks and slots, or per layer its slots [P] and shares [P].
+            budget_bytes: the most that a rank sends or receives in a step; None: no limit.
+
+        Yields: the layer of each step that was done.
+
+        Raises:
+            InputError: the program runs alone, the placement is none for it, or ranks were given different ones.
+            RankError: another rank is dead or does not answer.
+        """
+        if self.world is None or self.plan.spread is None:
+            raise InputError("the program was compiled for one device: its experts have no other place to go to")
+        from sparsec.runtime.replan import replan
+
+        tables = as_tables(placement, self.plan.spread)
+        return replan(self.plan, self._runner.base, self._context, self.world, tables, budget_bytes)
 
     def _meet(self, world: World, active: bool) -> bool:
         """Whether any rank has something to run; all ranks ask before each run."""

@@ -26,9 +26,20 @@ Tables: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
 """Per layer, by name: slots [P] i64 and shares [P] f64."""
 
 
-def read_placement(path: str | os.PathLike[str], spread: Spread) -> dict[str, tuple[Tensor, Tensor]]:
+def as_tables(placement: str | os.PathLike[str] | Tables, spread: Spread) -> Tables:
+    """Checked tables for a program. Raises: InputError where they are none, or not for this program."""
+    if isinstance(placement, str | os.PathLike):
+        return read_placement(Path(placement), spread)
+    for layer in spread.layers:
+        if layer.name not in placement:
+            raise InputError(f"the placement lacks layer {layer.name}")
+        if (why := problem(layer, spread, *placement[layer.name])) is not None:
+            raise InputError(f"the placement of layer {layer.name} is none: {why}")
+    return placement
+
+
+def read_placement(place: Path, spread: Spread) -> dict[str, tuple[Tensor, Tensor]]:
     """The tables of a plan.json for a program. Raises: InputError where it is none, or not for this program."""
-    place = Path(path)
     try:
         raw = place.read_bytes() if place.stat().st_size <= LARGEST else b""
     except OSError as error:

@@ -112,7 +112,7 @@ def _planned(plan: Plan, experts: dict[str, int]) -> dict[str, Tensor]:
             f"the plan is for the layers {_short(planned)}, the model has experts in {_short(names)}\n"
             "  hint: plan with loads of this model (`sparsec trace` records them)"
         )
-    tables = dict[str, Tensor]()
+    tables: dict[str, Tensor] = {}
     for name, slots, split in zip(planned, plan.slots, plan.split, strict=True):
         if (found := experts[f"{PLACEMENT}{name}/slots"]) != plan.experts:
             raise SparsecError(f"the plan is for {plan.experts} experts, layer {name} of the model has {found}")
