@@ -73,7 +73,9 @@ def cli() -> None:
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")
 @dump_option
-@click.option("--cost", metavar="CHIP", help="Print costs beside the ops: for cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
+@click.option(
+    "--cost", metavar="CHIP", help="Print costs beside the ops: on cuda:sm_90, cpu (measured), 37GB/s,6.7TFLOP/s."
+)
 @click.option("--size", "sizes", multiple=True, metavar="s0=4", help="With --cost: a size that is known at run time.")
 @click.option("--json", "as_json", is_flag=True, help="Say what was done as JSON.")
 def compile_command(**options: Any) -> None:
@@ -177,7 +179,9 @@ def tune_command(**options: Any) -> None:
 @click.option("--target", help="What the passes plan for; default: what the text says, else cpu.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default=Path("-"))
 @click.option("--generic", is_flag=True, help="Print MLIR's generic form.")
-@click.option("--cost", metavar="CHIP", help="Print costs beside the ops: for cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
+@click.option(
+    "--cost", metavar="CHIP", help="Print costs beside the ops: on cuda:sm_90, cpu (measured), 37GB/s,6.7TFLOP/s."
+)
 @click.option("--size", "sizes", multiple=True, metavar="s0=4", help="With --cost: a size that is known at run time.")
 @click.option("--list", "list_passes", is_flag=True, help="List the passes and their options.")
 @click.option("--reduce", is_flag=True, help="Of a text that fails, write the least that still fails the same way.")
@@ -212,7 +216,7 @@ def diff_command(**options: Any) -> None:
 @click.option("--file", default="", help="Only what comes from this file of yours: modeling.py, or modeling.py:104.")
 @click.option("--pass", "rule", default="", help="Only what this pass or rule did or declined.")
 @click.option("--missed", is_flag=True, help="Only what was declined.")
-@click.option("--cost", metavar="CHIP", help="Whose times gains are: cuda:sm_90, or 37GB/s,6.7TFLOP/s.")
+@click.option("--cost", metavar="CHIP", help="Whose times gains are: cuda:sm_90, cpu (measured), 37GB/s,6.7TFLOP/s.")
 @click.option("--size", "sizes", multiple=True, metavar="s0=4", help="For gains: a size that is known at run time.")
 @click.option("--json", "as_json", is_flag=True)
 def explain_command(**options: Any) -> None:

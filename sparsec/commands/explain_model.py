@@ -6,22 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 
 from rich.text import Text
 
 from sparsec import pipeline
 from sparsec.codegen.emit import emit
-from sparsec.commands.read_module import module_of
+from sparsec.commands.read_module import is_dump, module_of
 from sparsec.config import Config
-from sparsec.console import out, working
+from sparsec.console import Status, out, working
 from sparsec.diagnostics import Remark, SparsecError
 from sparsec.inspect.cost_text import quantity, size_of, time
-from sparsec.inspect.costs import roof
-from sparsec.inspect.explain import Finding, explain, select
+from sparsec.inspect.costs import SERVER, roof
+from sparsec.inspect.explain import Finding, History, explain, of_dump, of_result, select
 from sparsec.targets import Target
-
-CPU = "35GB/s,3TFLOP/s"
-"""What gains are estimated on where the target is the CPU and no chip is named: a few cores of a server."""
 
 
 def run(
@@ -38,14 +36,9 @@ def run(
     """Say what was fused in a model, what was not, and why. Raises: SparsecError."""
     with working(as_json) as status:
         status.say(f"read {model}")
-        module = module_of(model, "capture")
-        target = Config.read(target=target or str(module.attrs.get("target", "")) or None).target
-        Target.parse(target)
-        status.say("compile")
-        result = pipeline.run(module, target=target)
-        remarks = (*result.remarks, *_emitted(result, target))
-        on = roof(cost or (CPU if target == "cpu" else target))
-        found = explain(result, remarks, on, dict(map(size_of, sizes)))
+        history, target = _history(model, target, status)
+        on = roof(cost) if cost else SERVER if target == "cpu" else roof(target)
+        found = explain(history, on, dict(map(size_of, sizes)))
     chosen = select(found, layer=layer, file=file, rule=rule)
     chosen = [one for one in chosen if one.kind == "missed" or not missed]
     if as_json:
@@ -54,11 +47,26 @@ def run(
     if found and not chosen:
         raise SparsecError(f"none of the {len(found)} findings is what you ask for\n  hint: leave a filter out")
     for name, group in groupby(chosen, key=lambda one: one.layer):
-        out.print(Text(name or "(no layer)", "bold"))
+        out.print(Text(name or "(the model itself)", "bold"))
         for one in group:
             out.print(render(one), soft_wrap=True)
     counts = {kind: sum(one.kind == kind for one in chosen) for kind in ("fused", "missed")}
     out.print(f"{counts['fused']} fused, {counts['missed']} missed; gains on {on.name}")
+
+
+def _history(model: str, target: str | None, status: Status) -> tuple[History, str]:
+    """What became of a model, and its target: as a dump has it if that is the target asked for, else by compiling."""
+    if is_dump(Path(model)):
+        history = of_dump(Path(model))
+        compiled = str(history.final.attrs.get("target", ""))
+        if compiled and target in (None, compiled):
+            return history, compiled
+    module = module_of(model, "capture")
+    target = Config.read(target=target or str(module.attrs.get("target", "")) or None).target
+    Target.parse(target)
+    status.say("compile")
+    result = pipeline.run(module, target=target)
+    return of_result(result, _emitted(result, target)), target
 
 
 def render(one: Finding) -> Text:

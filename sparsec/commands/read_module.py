@@ -25,7 +25,7 @@ def module_of(name: str, phase: str | None = None, *, weights: str | None = None
 
     Raises: SparsecError, also where a dump holds no such phase.
     """
-    if _is_dump(Path(name)):
+    if is_dump(Path(name)):
         return read_module(name, phase)
     if name.endswith(TEXTS) or Path(name, "manifest.json").is_file():
         return read_module(name)
@@ -43,7 +43,7 @@ def read_module(name: str, phase: str | None = None) -> Module:
     Raises: SparsecError for what is none of these, and for a phase that a dump lacks or a text is not at.
     """
     path = Path(name)
-    if _is_dump(path):
+    if is_dump(path):
         file = _dumped(path, phase)
         return parse_module(file.read_text(), str(file))
     if path.is_dir() and (path / "manifest.json").is_file():
@@ -57,7 +57,8 @@ def read_module(name: str, phase: str | None = None) -> Module:
     return module
 
 
-def _is_dump(path: Path) -> bool:
+def is_dump(path: Path) -> bool:
+    """Whether a folder is a run of a dump."""
     return (path / "remarks.jsonl").is_file()
 
 

@@ -40,12 +40,15 @@ class Roof:
         return self.rates.get(dtype, self.rates[None])
 
 
+SERVER = Roof("a few cores of a server (35 GB/s, 3 TFLOP/s)", 35e9, {None: 3e12})
+"""What a CPU is taken for where none is measured, so that what is said of a module stays the same everywhere."""
+
 _GIVEN = re.compile(r"([\d.]+) ?([GT])B/s, ?([\d.]+) ?([GT])FLOP/s")
 _SCALE = {"G": 1e9, "T": 1e12}
 
 
 def roof(name: str) -> Roof:
-    """A chip's roof by the name of its target, `cuda:sm_90`, or one's own: `37GB/s,6.7TFLOP/s`.
+    """A chip's roof by the name of its target, `cuda:sm_90`; `cpu`, measured here; or one's own: `37GB/s,6.7TFLOP/s`.
 
     Raises: SparsecError for a name that there is not.
     """
@@ -54,13 +57,20 @@ def roof(name: str) -> Roof:
         rates: dict[DType | None, float] = {None: chip.flops[DType.f32]}
         rates.update((dtype, rate) for dtype, rate in chip.flops.items())
         return Roof(chip.name, chip.bandwidth, rates)
+    if name == "cpu":
+        from sparsec.inspect.cpu_roof import measured
+
+        bandwidth, by_dtype = measured()
+        said = f"{bandwidth / 1e9:.3g} GB/s, {by_dtype[DType.f32] / 1e12:.2g} TFLOP/s in f32, "
+        said += f"{by_dtype[DType.bf16] / 1e12:.2g} in bf16"
+        return Roof(f"this CPU (measured: {said})", bandwidth, by_dtype)
     if given := _GIVEN.fullmatch(name.strip()):
         bandwidth, flops = float(given[1]) * _SCALE[given[2]], float(given[3]) * _SCALE[given[4]]
         if min(bandwidth, flops) > 0:
             return Roof(name, bandwidth, {None: flops})
     known = ", ".join(CHIPS)
     raise SparsecError(
-        f"there is no chip '{name}'\n  hint: name one of {known}, or give its limits as 37GB/s,6.7TFLOP/s"
+        f"there is no chip '{name}'\n  hint: name cpu (measured here), {known}, or give its limits as 37GB/s,6.7TFLOP/s"
     )
 
 

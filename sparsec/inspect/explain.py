@@ -11,15 +11,19 @@ same line where that is not known), all but one launch, and the time that the te
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from sparsec.diagnostics import Remark
+from sparsec.diagnostics import Remark, SparsecError
 from sparsec.inspect.costs import OpCost, Roof, op_costs, sizes
+from sparsec.inspect.dump import text_of
 from sparsec.ir.core import Module, Op
 from sparsec.ir.loc import Loc
+from sparsec.ir.parser import parse_module
 from sparsec.ir.types import TensorType, evaluate, product
 from sparsec.passes.roofline import LAUNCH
 from sparsec.pipeline import Result
@@ -63,28 +67,81 @@ class Finding:
     gain: Gain | None = None
 
 
-def explain(result: Result, remarks: Sequence[Remark], on: Roof, given: Mapping[str, int]) -> list[Finding]:
+@dataclass(frozen=True)
+class History:
+    """What became of a module.
+
+    Args:
+        first: as captured, or as the passes began with it.
+        final: after the last pass.
+        made: op -> the rule that made it, and from what; of all passes, in their order.
+        remarks: of passes and of code generation.
+    """
+
+    first: Module
+    final: Module
+    made: Mapping[Op, str]
+    remarks: Sequence[Remark]
+
+
+def of_result(result: Result, remarks: Sequence[Remark] = ()) -> History:
+    """The history of a run, with further remarks."""
+    return History(result.ir(next(iter(result.phases))), result.module, result.made, (*result.remarks, *remarks))
+
+
+def of_dump(folder: Path) -> History:
+    """The history that the run of a dump wrote down: nothing runs again. Raises: SparsecError for a damaged dump."""
+    try:
+        passes = json.loads((folder / "manifest.json").read_text())["passes"]
+        files = [Path(str(entry["file"])).name for entry in passes if "file" in entry]
+        rules = {Path(name).name: lines for name, lines in _optional_json(folder / "made.json").items()}
+        made, modules = dict[Op, str](), dict[str, Module]()
+        for name in files:
+            text = (folder / name).read_text()
+            lines, own = text.splitlines(), rules.get(name, {})
+            ours = {int(line): str(by) for line, by in own.items() if " = moe." in lines[int(line) - 1]}
+            if not ours and name not in (files[0], files[-1]):
+                continue
+            modules[name] = parse_module(text, name)
+            ops = {line: op for op, line in text_of(modules[name]).places.items()}
+            made |= {ops[line]: by for line, by in ours.items()}
+        lines = (folder / "remarks.jsonl").read_text().splitlines()
+        remarks = [_remark(json.loads(line)) for line in lines]
+        return History(modules[files[0]], modules[files[-1]], made, remarks)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise SparsecError(f"{folder} is no whole run of a dump: {type(error).__name__}: {error}") from error
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    found: Any = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _remark(given: dict[str, Any]) -> Remark:
+    said = {field.name: given[field.name] for field in fields(Remark) if field.name != "loc"}
+    return Remark(loc=Loc(**given["loc"]), **said)
+
+
+def explain(history: History, on: Roof, given: Mapping[str, int]) -> list[Finding]:
     """Everything that was done and declined, by layers in the order of the model, what was missed last.
 
     Args:
-        result: of the pipeline.
-        remarks: its remarks, and those of code generation if that ran.
         on: the chip that gains are given for.
         given: sizes, as of `costs.sizes`.
 
     Raises: SparsecError for a size that the module does not have.
     """
-    final = result.module
+    final = history.final
     env = sizes(final, given)
     costs = op_costs(final, env, on)
     main = [op for op in final.main.body.ops if op in costs]
-    found = list(_fused(result.made))
-    for remark in remarks:
+    found = list(_fused(history.made))
+    for remark in history.remarks:
         if remark.kind == "missed":
             gain = _gain(_neighbours(main, remark.loc), costs, env, on)
             rule = f"{remark.rule} in {remark.pass_name}" if remark.rule else remark.pass_name
             found.append(Finding("missed", remark.loc.scope, remark.loc, remark.message, rule, remark.suggestion, gain))
-    order = {scope: i for i, scope in enumerate(_scopes(result.ir(next(iter(result.phases)))))}
+    order = {scope: i for i, scope in enumerate(_scopes(history.first))}
     return sorted(found, key=lambda one: (order.get(one.layer, len(order)), one.kind))
 
 

@@ -11,6 +11,7 @@ from sparsec.inspect.costs import Roof, op_costs, roof, sizes
 from sparsec.ir.core import Module
 from sparsec.ir.equal import equal
 from sparsec.ir.parser import parse_module
+from sparsec.ir.types import DType
 
 LAYER = """module {phase = "raise", version = 1}
 
@@ -92,3 +93,10 @@ def test_sizes(module: Module) -> None:
 def test_no_such_chip(name: str) -> None:
     with pytest.raises(SparsecError, match="no chip"):
         roof(name)
+
+
+def test_this_cpu_is_measured() -> None:
+    on = roof("cpu")
+    assert on == roof("cpu"), "once in a process"
+    assert "measured" in on.name and 1e8 < on.bandwidth < 1e13
+    assert on.rate(DType.f32) > 1e8 and on.rate(DType.bf16) > 1e7

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from sparsec import pipeline
 from sparsec.cli import cli
+from sparsec.diagnostics import SparsecError
 from sparsec.frontend.capture import capture
 from sparsec.inspect.costs import roof
-from sparsec.inspect.explain import Finding, explain, select
+from sparsec.inspect.dump import Dump
+from sparsec.inspect.explain import Finding, explain, of_dump, of_result, select
 from sparsec.ir.core import Module
 from sparsec.ir.loc import Loc
 from sparsec.ir.parser import parse_module
@@ -50,7 +52,7 @@ class Layer(nn.Module):
 
 def found(module: Module, target: str = "cpu") -> list[Finding]:
     result = pipeline.run(module, target=target)
-    return explain(result, result.remarks, ON, {})
+    return explain(of_result(result), ON, {})
 
 
 def test_what_was_fused() -> None:
@@ -88,7 +90,7 @@ def test_gain() -> None:
 
     result = pipeline.run(parse_module(text))
     remark = Remark("missed", "some-pass", "", Loc("model.py", 7, "layer"), "it is a test", "pass it")
-    (one,) = explain(result, [remark], ON, {})
+    (one,) = explain(of_result(result, [remark]), ON, {})
     assert one.gain is not None and one.gain.launches == 2
     assert one.gain.bytes == 2 * 2 * 1024 * 256 * 4
     assert one.gain.us == pytest.approx(2 * 3.0 + one.gain.bytes / ON.bandwidth * 1e6)
@@ -114,3 +116,21 @@ def test_command(tmp_path: Path) -> None:
     assert {one["what"].split()[0] for one in json.loads(said.output)} >= {"moe.gather_gemm", "moe.gemm_combine"}
     said = CliRunner().invoke(cli, ["explain", str(text), "--target", "cuda:sm_90"], catch_exceptions=False)
     assert "moe.gather_gemm" in said.output and "passes/fuse.py" in said.output
+
+
+def test_a_dump_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the run wrote down says the same as the run itself, and another target does compile."""
+    module = capture(Layer(across=True), (torch.randn(5, 32),)).module
+    dump = Dump(tmp_path)
+    result = pipeline.run(module, target="cuda:sm_90", instruments=[dump])
+    assert explain(of_dump(dump.folder), ON, {}) == explain(of_result(result), ON, {})
+
+    compiled = list[str]()
+    run = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: compiled.append("") or run(*args, **kwargs))
+    said = CliRunner().invoke(cli, ["explain", str(dump.folder)])
+    assert said.exit_code == 0 and "works across tokens" in said.output and not compiled
+    assert CliRunner().invoke(cli, ["explain", str(dump.folder), "--target", "cpu"]).exit_code == 0 and compiled
+    (dump.folder / "manifest.json").write_text("{}")
+    with pytest.raises(SparsecError, match="no whole run of a dump"):
+        of_dump(dump.folder)

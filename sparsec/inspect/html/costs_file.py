@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsec.inspect.costs import op_costs, roof, sizes
+from sparsec.inspect.costs import SERVER, op_costs, roof, sizes
 from sparsec.inspect.dump import write_atomic
 from sparsec.ir.core import Module, Op
 from sparsec.passes.chips import CHIPS
@@ -15,9 +15,9 @@ FILE = "costs.json"
 
 
 def write_costs(folder: Path, module: Module) -> Path:
-    """Write the costs of a module into a dump's folder: times where its target is a chip that is known."""
+    """Write the costs of a module into a dump's folder, with the times of its target once it has one."""
     target = str(module.attrs.get("target", ""))
-    on = roof(target) if target in CHIPS else None
+    on = SERVER if target == "cpu" else roof(target) if target in CHIPS else None
     env = sizes(module, {})
     costs = op_costs(module, env, on)
     rows = [
