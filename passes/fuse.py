@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparsec.dialects.dist import Remap
 from sparsec.dialects.moe import (
     Capacity,
     Experts,
@@ -49,8 +50,8 @@ class FuseRouteGroup(Pass):
             if not banks and readers:
                 return False
             if not banks:
-                # Where a capacity comes between, the sort is of other ids than the router's.
-                if not any(isinstance(user, Capacity) for user in op.ids.users):
+                # Where a capacity or an exchange comes between, the sort is of other ids than the router's.
+                if not any(isinstance(user, Capacity | Remap) for user in op.ids.users):
                     ctx.missed(op, why="no expert bank reads the ids of this router directly")
                 return False
             body = clone_block(op.body, {})

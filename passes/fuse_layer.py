@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparsec.dialects.dist import DispatchWait
 from sparsec.dialects.moe import Experts, Layer, Route
 from sparsec.ir.core import Module, Op, Value
 from sparsec.ir.equal import clone_block
@@ -33,6 +34,8 @@ class FuseLayer(Pass):
             assert isinstance(op, Experts)
             route = op.ids.op
             if not isinstance(route, Route) or op.ids is not route.ids or op.weights is not route.weights:
+                if isinstance(route, DispatchWait):  # the router runs where tokens are, the experts elsewhere
+                    return False
                 source = f"from {route.name}" if route is not None else "as arguments"
                 ctx.missed(op, why=f"the experts' ids and weights come {source}, not both from one router")
                 return False

@@ -62,7 +62,6 @@ class PlaceExperts(Pass):
         chosen = _Chosen(self, {**{name: getattr(self, name) for name in _CHECKED}, **given})
         if chosen.devices == 1:
             return
-        module.attrs |= {"devices": chosen.devices, "width": chosen.width}
         placer = _Placer(module, chosen, ctx)
         for op in list(module.main.body.ops):
             if isinstance(op, GroupedLinear):
@@ -73,6 +72,7 @@ class PlaceExperts(Pass):
                 else:
                     ctx.missed(op, why=f"every rank holds all of these experts: {why}")
         if placer.count:
+            module.attrs |= {"devices": chosen.devices, "width": chosen.width}
             placer.deriver.sweep()
             ctx.changed("layers placed", placer.count)
 

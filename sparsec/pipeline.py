@@ -42,7 +42,7 @@ PIPELINES: dict[str, str] = {
         "canonicalize-routers,dce,raise-route,canonicalize-routers,canonicalize,cse,dce,"
         "derive-weights"
     ),
-    "place": "place-experts",
+    "place": "place-experts,overlap",
     "fuse": "fuse-layer,fuse-route-group,fuse-experts,cse,dce",
     "schedule": "pack-banks,schedule",
     "lower": "lower-kernels,flatten-linears,dce",

@@ -140,15 +140,18 @@ def random_inputs(module: Any, seed: int = 0) -> tuple[list[Any], dict[str, Any]
     import torch
 
     from sparsec.dialects.dtypes import to_torch
+    from sparsec.ir.derived import placement_tables
     from sparsec.ir.types import SymType, evaluate, symbols
 
     main, rng = module.main, torch.Generator().manual_seed(seed)
     dims = [dim for arg in main.body.args if not isinstance(arg.type, SymType) for dim in arg.type.shape]
     names = dict.fromkeys(name for dim in dims for name in symbols(dim))
     sizes = dict(zip(names, (*SIZES, *range(11, 99, 2)), strict=False))
-    inputs, weights = list[Any](), dict[str, Any]()
+    inputs, weights, tables = list[Any](), dict[str, Any](), placement_tables(module)
     for arg in main.body.args:
         attrs = main.arg_attrs.get(arg, {})
+        if attrs.get("source") in tables:
+            continue  # those of an even placement
         if isinstance(arg.type, SymType):
             value: Any = evaluate(arg.type.expr, sizes)
         else:

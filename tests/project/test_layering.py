@@ -19,7 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "targets": set(),
     "ir": set(),
-    "dialects": {"ir", "runtime.tiles", "runtime.blocks", "runtime.gradients"},  # layouts, references
+    "dialects": {  # the runtime's layouts and rules, which references are
+        "ir",
+        *(f"runtime.{name}" for name in ("tiles", "blocks", "gradients", "distributed.remap", "distributed.payload")),
+    },
     "frontend": {"ir", "dialects"},
     "passes": {"ir", "dialects"},
     "codegen": {"ir", "dialects", "runtime"},  # only the runtime's data modules: see below
