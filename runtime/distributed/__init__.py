@@ -23,6 +23,8 @@ from sparsec.runtime.distributed.exchange import (
     dispatch_start,
     dispatch_wait,
 )
+from sparsec.runtime.distributed.layer import experts_layer
+from sparsec.runtime.distributed.migrate import migrate
 from sparsec.runtime.distributed.remap import remap
 from sparsec.runtime.distributed.world import World
 from sparsec.runtime.errors import RankError
@@ -36,5 +38,7 @@ __all__ = [
     "combine_wait",
     "dispatch_start",
     "dispatch_wait",
+    "experts_layer",
+    "migrate",
     "remap",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,7 +24,8 @@ class Ranks:
     """
 
     def __init__(self, size: int = 4, width: int = 2, timeout: float = TIMEOUT, holds_store: bool = False) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")  # which imports PyTorch once for all of them
+        context.set_forkserver_preload(["torch", "sparsec.runtime.distributed"])
         self._store = None if holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = _free_port() if self._store is None else self._store.port
         self.pipes: list[Connection] = []
@@ -78,14 +80,10 @@ def _serve(
     from sparsec.runtime.distributed import World
 
     torch.set_num_threads(1)
-    store = dist.TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=holds_store and rank == 0,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=TIMEOUT),
-    )
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+    patience = timedelta(seconds=TIMEOUT)
+    holder = holds_store and rank == 0
+    store = dist.TCPStore("127.0.0.1", port, is_master=holder, wait_for_workers=False, timeout=patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     world = World.of(width=width, timeout=timeout)
     while True:
         try:
@@ -99,3 +97,4 @@ def _serve(
         pipe.send(answer)
     world.close()
     dist.destroy_process_group()
+    os._exit(0)  # taking down an interpreter with PyTorch in it takes longer than most tests

@@ -1,0 +1,83 @@
+"""Training with sharded banks on 4 processes, against one process that has all experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsec.runtime.distributed import World, experts_layer
+from tests.runtime.distributed.ranks import Ranks
+from tests.runtime.distributed.test_exchange import EXPERTS, RANKS, SHARES, SLOTS, VARIANTS, H, S, mine, tokens
+
+LENGTHS, K, INNER = (10, 0, 17, 13), 3, 8
+
+
+def banks() -> tuple[Tensor, Tensor, Tensor]:
+    """up, down of all experts, and the matrix of a shared expert."""
+    made = torch.Generator().manual_seed(2)
+    up = torch.randn(EXPERTS, 2 * INNER, H, generator=made) / H**0.5
+    return up, torch.randn(EXPERTS, H, INNER, generator=made) / INNER**0.5, torch.randn(H, H, generator=made) / H
+
+
+def layer_case(world: World, policy: str, dedup: str, algo: str, steps: int) -> dict[str, Tensor]:
+    """Some steps of SGD on the banks; the last step's results and gradients."""
+    up, down, shared = banks()
+    held = SLOTS[world.rank * S : world.rank * S + S]
+    up, down = up[held].requires_grad_(), down[held].requires_grad_()
+    shared.requires_grad_()
+    x, ids, weights = mine(world, LENGTHS, *tokens(LENGTHS, K, "random"))
+    x.requires_grad_()
+    weights.requires_grad_()
+    out = x
+    for step in range(steps):
+        out = experts_layer(
+            world, x, ids, weights, up, down, SLOTS, SHARES, experts=EXPERTS, policy=policy, dedup=dedup, algo=algo,
+            meanwhile=lambda rows: rows @ shared,
+        )  # fmt: skip
+        for tensor in (x, weights, up, down, shared):
+            tensor.grad = None
+        (torch.cos(out).sum() / 10).backward()
+        if step < steps - 1:
+            with torch.no_grad():
+                up -= 0.05 * up.grad
+                down -= 0.05 * down.grad
+    grads = {"x": x.grad, "weights": weights.grad, "up": up.grad, "down": down.grad, "shared": shared.grad}
+    return {"out": out.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
+
+
+@pytest.mark.parametrize(("dedup", "algo"), VARIANTS)
+def test_training_equals_one_process(ranks: Ranks, dedup: str, algo: str) -> None:
+    up, down, shared = (bank.requires_grad_() for bank in banks())
+    x, ids, weights = tokens(LENGTHS, K, "random")
+    x.requires_grad_()
+    weights.requires_grad_()
+    out = x
+    for step in range(2):
+        for tensor in (x, weights, up, down, shared):
+            tensor.grad = None
+        hidden = torch.einsum("th,eih->tei", x, up)
+        y = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(hidden[..., :INNER]) * hidden[..., INNER:], down)
+        out = x @ shared
+        for pick in range(K):
+            valid = (ids[:, pick] >= 0) & (ids[:, pick] < EXPERTS)
+            row = torch.arange(len(x))
+            picked = y[row, ids[:, pick].clamp(0, EXPERTS - 1)] * weights[:, pick, None]
+            out = out + torch.where(valid[:, None], picked, 0)
+        (torch.cos(out).sum() / 10).backward()
+        if step == 0:
+            with torch.no_grad():
+                up -= 0.05 * up.grad
+                down -= 0.05 * down.grad
+    for policy in ("static", "batch"):
+        answers = ranks.run(layer_case, policy, dedup, algo, 2)
+        for name, want in (("out", out.detach()), ("x", x.grad), ("weights", weights.grad)):
+            assert torch.allclose(torch.cat([answer[name] for answer in answers]), want, rtol=0, atol=1e-5), name
+        assert torch.allclose(sum(answer["shared"] for answer in answers), shared.grad, rtol=0, atol=1e-5)
+        for name, want in (("up", up.grad), ("down", down.grad)):
+            found = torch.cat([answer[name] for answer in answers])
+            assert torch.allclose(found, want[SLOTS], rtol=0, atol=1e-5), name
+            for expert in range(EXPERTS):  # replicas stay alike, bit for bit
+                copies = found[expert == SLOTS]
+                assert all(torch.equal(copy, copies[0]) for copy in copies)
+    assert len(SLOTS) == RANKS * S
