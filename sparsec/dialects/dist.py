@@ -90,14 +90,14 @@ class Remap(OpDef, name="dist.remap"):
     def reference(self, env: Env, *args: Any) -> Any:
         import torch
 
-        from sparsec.runtime.distributed.remap import count, deal, quotas
+        from sparsec.runtime.distributed.remap import count, physical
 
         ids, slots, shares = args
-        counts = count(ids, self.experts)
-        if self.policy == "batch":
-            counts = torch.stack(env.peers.gather(counts))
-        amounts = quotas(counts, slots, shares, env.peers.rank, self.ranks, self.width, self.policy)
-        return deal(ids, slots, amounts, self.experts)
+        counts = torch.stack(env.peers.gather(count(ids, self.experts))) if self.policy == "batch" else None
+        return physical(
+            ids, slots, shares, experts=self.experts, ranks=self.ranks, width=self.width, rank=env.peers.rank,
+            policy=self.policy, counts=counts,
+        )  # fmt: skip
 
 
 class Local(OpDef, name="dist.local"):

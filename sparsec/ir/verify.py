@@ -133,6 +133,9 @@ class _Checker:
                 found = list(op.verify())
             except _FAILURES as error:  # what `verify` reads is itself malformed
                 found = [f"cannot be checked: {error}"]
+        ranks, devices = op.attrs.get("ranks"), self.module.attrs.get("devices")
+        if op.dialect == "dist" and ranks is not None and devices is not None and ranks != devices:
+            found.append(f"is for {ranks} ranks, the module for {devices} devices (its attribute `devices`)")
         if found:
             return [f"'{op.name}' {message}" for message in found]
         callee = op.attrs.get("callee")
