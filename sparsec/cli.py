@@ -16,6 +16,8 @@ from sparsec.config import DISPATCHES, POLICIES
 from sparsec.diagnostics import SparsecError
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+MOST = 2**31 - 1
+"""Of a number that counts something."""
 
 
 def target_option(function: CommandT) -> CommandT:
@@ -253,15 +255,18 @@ def export_command(**options: Any) -> None:
 
 
 @cli.command("view")
-@click.argument("folder", metavar="DUMPFOLDER", type=click.Path(path_type=Path))
-def view_command(folder: Path) -> None:
-    """(Re)write index.html of a run of a dump, one page without server or network, and print its path.
+@click.argument("path", metavar="DUMPFOLDER|PLAN", type=click.Path(path_type=Path))
+@click.option("--load", "loads", multiple=True, metavar="FILE", help="Of a plan: the traffic to show it under.")
+@click.option("--old", type=click.Path(path_type=Path), help="Of a plan: the one before; else experts in order.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Of a plan: the page; default: PLAN.html.")
+def view_command(**options: Any) -> None:
+    """(Re)write the page of a run of a dump, or of a plan, one file without server or network, and print its path.
 
-    The page shows what lies in the folder: `sparsec trace MODEL -o DUMPFOLDER` adds the experts' load.
+    The page of a run shows what lies in its folder: `sparsec trace MODEL -o DUMPFOLDER` adds the experts' load.
     """
     from sparsec.commands import view_dump
 
-    view_dump.run(folder)
+    view_dump.run(**options)
 
 
 @cli.command("trace")
@@ -296,27 +301,74 @@ def trace_command(**options: Any) -> None:
 @click.option(
     "--topology", required=True, metavar="SPEC", help="8x8:nvlink=450GB/s,ib=50GB/s,memory=80GB (nodes x ranks)."
 )
-@click.option("--slots", type=click.IntRange(min=1), required=True, help="Experts of a layer that a rank holds.")
+@click.option("--slots", type=click.IntRange(1, MOST), required=True, help="Experts of a layer that a rank holds.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The plan, as JSON.")
-@click.option("--batch", type=click.IntRange(min=0), default=0, help="Hold on the noise of batches of this many picks.")
+@click.option("--html", type=click.Path(path_type=Path), help="A page too: loads, traffic and replicas of the plan.")
+@click.option(
+    "--batch", type=click.IntRange(0, MOST), default=0, help="Hold on the noise of batches of this many picks."
+)
 @click.option("--robust/--exact", default=None, help="Hold on other traffic, or fit the mean; default: by scenarios.")
 @click.option(
     "--routing", type=click.Path(path_type=Path), help="Experts of tokens [tokens, layers, k]: few nodes each."
 )
 @click.option("--old", type=click.Path(path_type=Path), help="The plan in use.")
-@click.option("--moves", type=click.IntRange(min=0), help="With --old: experts that may be loaded anew, in all layers.")
+@click.option(
+    "--moves", type=click.IntRange(0, MOST), help="With --old: experts that may be loaded anew, in all layers."
+)
 @click.option("--expert-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one expert's weights.")
 @click.option("--row-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one token that is sent.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=45.0, show_default=True, help="Time to search in.")
-@click.option("--rounds", type=click.IntRange(min=0), default=1200, show_default=True, help="Rounds of the search.")
+@click.option("--rounds", type=click.IntRange(0, MOST), default=1200, show_default=True, help="Rounds of the search.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that search.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def plan_command(**options: Any) -> None:
     """Plan which ranks hold which experts, from measured loads, so that it holds on other traffic too."""
     from sparsec.commands import plan_experts
 
     plan_experts.run(**options)
+
+
+@cli.command("simulate")
+@click.argument("model", required=False)
+@click.option("--plan", type=click.Path(path_type=Path), help="A placement, of `sparsec plan`.")
+@click.option("--devices", metavar="8..2048", help="Instead: so many devices (8..2048 doubles; or 32,72).")
+@click.option("--topology", metavar="SPEC", help="With --devices: its first node is repeated.  [default: 1x8]")
+@click.option("--target", default="cuda:sm_90", show_default=True, help="The GPU, see `sparsec targets`.")
+@click.option("--tokens", type=click.IntRange(1, MOST), default=128, show_default=True, help="Of each rank, in a step.")
+@click.option("--context", type=click.FloatRange(0, MOST), default=0.0, help="Tokens that each token attends to.")
+@click.option("--hidden", type=click.IntRange(1, MOST), help="Width of a token; these numbers instead of MODEL.")
+@click.option("--intermediate", type=click.IntRange(1, MOST), help="Width of an expert.")
+@click.option("--experts", type=click.IntRange(1, MOST), help="In a layer.")
+@click.option("--top-k", "k", type=click.IntRange(1, MOST), help="Experts of a token.")
+@click.option("--layers", type=click.IntRange(1, MOST), help="That have experts.")
+@click.option("--dtype", type=click.Choice(["fp8", "bf16", "f16", "f32"]), help="Of the weights.  [default: bf16]")
+@click.option("--shared", type=click.FloatRange(0, MOST), help="Experts that every token goes to.")
+@click.option("--groups", type=click.IntRange(1, MOST), help="Of experts, of which a token uses --top-groups.")
+@click.option("--top-groups", type=click.IntRange(1, MOST), help="See --groups.")
+@click.option("--rest", type=click.IntRange(0, 2**53), help="Parameters of a layer beside its experts.")
+@click.option("--slots", type=click.IntRange(1, MOST), help="With --devices: experts of a layer that a rank holds.")
+@click.option("--placement", type=click.Choice(["packed", "in-order"]), default="packed", help="With --devices.")
+@click.option("--split", type=click.Choice(["planned", "best"]), default="planned", help="Of a batch over replicas.")
+@click.option("--dedup", type=click.Choice(["none", "rank", "node"]), default="none", help="Rows of a token.")
+@click.option("--algo", type=click.Choice(["flat", "two_level"]), help="[default: flat; with --dedup node, two_level]")
+@click.option("--payload", type=click.Choice(["model", "fp8"]), default="model", help="Of dispatched rows.")
+@click.option("--schedule", type=click.Choice(["sum", "shared", "two-batch"]), default="sum", help="What overlaps.")
+@click.option("--load", "loads", multiple=True, metavar="FILE", help="Recorded counts; else they are drawn.")
+@click.option("--routing", type=click.Path(path_type=Path), help="With --plan: experts of recorded tokens.")
+@click.option("--policy", type=click.Choice(POLICIES), default="static", help="With --routing: which replica.")
+@click.option("--batches", type=click.IntRange(1, 1000), default=4, show_default=True, help="Drawn for each layer.")
+@click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def simulate_command(**options: Any) -> None:
+    """Say how long a step's expert layers take on 8 to 2048 devices: compute, links, overlap.
+
+    The model is MODEL (a folder, an artifact) or given by numbers. What is fitted, what is a data sheet's figure and
+    what is extrapolated is said below the table.
+    """
+    from sparsec.commands import simulate_plan
+
+    simulate_plan.run(**options)
 
 
 @cli.command("targets")

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsec.diagnostics import SparsecError
 from sparsec.passes.placement.bound import lower_bound
 from sparsec.passes.placement.loads import Loads
 from sparsec.passes.placement.plan_file import Plan
+from sparsec.passes.placement.replan import check_old
 from sparsec.passes.placement.search import Ranks, even_out, spread
 
 Ints = NDArray[np.int64]
@@ -70,7 +72,10 @@ class Figures:
 
 
 def figures(plan: Plan, loads: Loads, old: Plan | None = None) -> Figures:
-    """Measure a plan on some traffic, and what it replaces."""
+    """Measure a plan on some traffic, and what it replaces. Raises: SparsecError unless all are of one model."""
+    check_traffic(plan, loads)
+    if old is not None:
+        check_old(old, loads, plan.size)
     speed = speeds(plan)
     share = loads.counts / loads.counts.sum(2, keepdims=True) * float(speed.sum())
     share = np.concatenate([share.mean(0)[None], share])
@@ -81,6 +86,19 @@ def figures(plan: Plan, loads: Loads, old: Plan | None = None) -> Figures:
     best = np.where((planned.max(2) < best.max(2))[:, :, None], planned, best)
     before = unplaced(share, len(speed)) / speed if old is None else rank_loads(old, share)
     return Figures((MEAN, *loads.names), before, planned, best, lower_bound(share, np.array(plan.size), speed))
+
+
+def check_traffic(plan: Plan, loads: Loads) -> None:
+    """Raises: SparsecError unless a plan is of the model that was measured."""
+    has, wanted = (len(plan.layers), plan.experts), loads.counts.shape[1:]
+    if has != wanted:
+        raise SparsecError(
+            f"the plan is of {has[0]} layers of {has[1]} experts, the loads of {wanted[0]} layers of {wanted[1]}\n"
+            "  hint: name the loads of the model that was planned for"
+        )
+    if plan.layers != loads.layers:
+        one, two = next(pair for pair in zip(plan.layers, loads.layers, strict=True) if pair[0] != pair[1])
+        raise SparsecError(f"the plan has layer {one} where the loads have layer {two}")
 
 
 def speeds(plan: Plan) -> Floats:
@@ -102,7 +120,7 @@ def unplaced(share: Floats, ranks: int) -> Floats:
     return share @ (of_expert[:, None] == np.arange(ranks)).astype(np.float64)
 
 
-def traffic(plan: Plan, loads: Loads, policy: str, group: Ints | None = None) -> Floats:
+def traffic(plan: Plan, loads: Loads, policy: str, group: Ints | None = None, *, mean_only: bool = False) -> Floats:
     """Expected rows between ranks of 1 pick, averaged over layers, when tokens start on all ranks alike.
 
     A row is a pick that is sent, without deduplication. `static` sends to the replicas by their shares, `local` to the
@@ -110,6 +128,7 @@ def traffic(plan: Plan, loads: Loads, policy: str, group: Ints | None = None) ->
 
     Args:
         group: [ranks], which group each rank counts for, when groups are asked about; at most as many as ranks.
+        mean_only: leave the scenarios out, but for their mean.
 
     Returns:
         [scenarios, from, to], each of which adds up to 1; the first scenario is the mean.
@@ -118,7 +137,7 @@ def traffic(plan: Plan, loads: Loads, policy: str, group: Ints | None = None) ->
     group = np.arange(ranks) if group is None else group
     groups = int(group.max()) + 1
     share = loads.counts / loads.counts.sum(2, keepdims=True)
-    share = np.concatenate([share.mean(0)[None], share])
+    share = np.concatenate([share.mean(0)[None], share[: 0 if mean_only else None]])
     total = np.zeros((len(share), groups, groups))
     node = np.array([rank.node for rank in plan.topology.ranks])
     for layer, (slots, split) in enumerate(zip(plan.slots, plan.split, strict=True)):
@@ -138,20 +157,21 @@ def _local(share: Floats, sent: Floats, held: Ints, node: Ints, group: Ints) -> 
     groups = int(group.max()) + 1
     has = np.pad(held, (0, experts * ranks - len(held))).reshape(experts, ranks) > 0
     anywhere = _grouped(sent, group, groups)
-    total = np.zeros((len(share), groups, groups))
+    total = np.zeros((groups, groups, len(share)))
     for one in range(int(node.max()) + 1):
         inside = np.flatnonzero(node == one)
         mine, weight = has[:, inside], sent[:, inside]
         near = mine.any(1)
         whole = weight.sum(1, keepdims=True)
         weight = np.where(whole > 0, weight / np.maximum(whole, 1e-300), mine / np.maximum(mine.sum(1), 1)[:, None])
-        far = (share * ~near) @ anywhere
-        for at, rank in enumerate(inside):
-            total[:, group[rank]] += far / ranks
-            total[:, group[rank], group[rank]] += (share @ mine[:, at]) / ranks
-            rows = (share * (near & ~mine[:, at])) @ weight
-            total[:, group[rank]] += _grouped(rows, group[inside], groups) / ranks
-    return total
+        own = share @ mine
+        shared = (share * near) @ weight
+        taken = (share[:, None, :] * mine.T) @ weight  # what stays on its rank is not sent to the others
+        rows = shared[:, None, :] - taken + own[:, :, None] * np.eye(len(inside))
+        to = group[inside]
+        np.add.at(total, (to[:, None], to[None, :]), rows.transpose(1, 2, 0) / ranks)
+        np.add.at(total, to, ((share * ~near) @ anywhere).T / ranks)
+    return total.transpose(2, 0, 1)
 
 
 def _grouped(rows: Floats, group: Ints, groups: int) -> Floats:
