@@ -27,6 +27,7 @@ class Routed:
         shared_parameters: in one layer's block, at work for every token beside the router; None if not derived.
         shared_experts: the same in experts; None if not derived.
         place: path of the first such block.
+        hidden: width of a token, by the router's weight; None if not derived.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Routed:
     shared_parameters: int | None
     shared_experts: float | None
     place: str
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,16 @@ class _Weights:
         ratio = None if shared is None else round(shared / one, 3)
         parameters = sum(self.blocks[path].parameters for path in paths)
         layers = _moe_layers(self.flow, paths)
-        return Routed(layers, experts, k, parameters, one, shared, ratio, paths[0])
+        return Routed(layers, experts, k, parameters, one, shared, ratio, paths[0], self._hidden(paths[0], experts))
+
+    def _hidden(self, block: str, experts: int) -> int | None:
+        """What the router's weight, [experts, hidden] or the other way round, says."""
+        router = self.flow.router_of(block)
+        shapes = (
+            v.shape for path, v in self.flow.record.parameters.items() if self.flow.record.canonical(path) in router
+        )
+        pairs = (shape for shape in shapes if len(shape) == 2 and experts in shape)
+        return next((shape[shape[0] == experts] for shape in pairs), None)
 
     def _shared(self, block: str) -> int | None:
         """Parameters of the block that are neither in a bank nor in the router; None if it is more than the experts."""

@@ -164,6 +164,8 @@ def test_published_model(name: str) -> None:
     for routed in found.routed:
         assert (routed.experts, routed.k, routed.layers) == (row.experts, row.k, row.layers[1])
     assert found.routed[0].shared_experts == row.shared
+    config = getattr(transformers, row.config)(**row.options)
+    assert {routed.hidden for routed in found.routed} == {config.hidden_size}
 
     total, active = row.published
     if total is not None:

@@ -36,7 +36,7 @@ def main(folder: Path, rank: int) -> None:
             found[f"{policy} {dedup} {algo} links"] = world.all_links().numpy()
             found[f"{policy} {dedup} {algo} picks"] = world.gather(held).flatten().numpy()
     if rank == 0:
-        np.savez(folder / "found.npz", **found)
+        np.savez(folder / "found.npz", allow_pickle=False, **found)
     world.close()
     dist.destroy_process_group()
 

@@ -45,7 +45,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ints]:
     """What 4 processes counted."""
     folder = tmp_path_factory.mktemp("ranks")
     given = {f"ids{rank}": ids for rank, ids in enumerate(tokens())}
-    np.savez(folder / "given.npz", slots=table().slots, shares=table().shares, experts=EXPERTS, **given)
+    np.savez(
+        folder / "given.npz", allow_pickle=False, slots=table().slots, shares=table().shares, experts=EXPERTS, **given
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
