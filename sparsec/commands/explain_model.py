@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -50,8 +51,9 @@ def run(
         out.print(Text(name or "(the model itself)", "bold"))
         for one in group:
             out.print(render(one), soft_wrap=True)
-    counts = {kind: sum(one.kind == kind for one in chosen) for kind in ("fused", "missed")}
-    out.print(f"{counts['fused']} fused, {counts['missed']} missed; gains on {on.name}")
+    counts = Counter(one.kind for one in chosen)
+    placed = f"{counts['placed']} placed, " if counts["placed"] else ""
+    out.print(f"{counts['fused']} fused, {placed}{counts['missed']} missed; gains on {on.name}")
 
 
 def _history(model: str, target: str | None, status: Status) -> tuple[History, str]:
@@ -72,7 +74,7 @@ def _history(model: str, target: str | None, status: Status) -> tuple[History, s
 def render(one: Finding) -> Text:
     """A finding in a few lines."""
     text = Text("  ")
-    text.append(f"{one.kind:<7}", "green" if one.kind == "fused" else "yellow").append(one.what)
+    text.append(f"{one.kind:<7}", "yellow" if one.kind == "missed" else "green").append(one.what)
     text.append(f"\n         at {one.place}  {one.place.source.strip()}", "dim")
     text.append(f"\n         by {one.rule}", "dim")
     if one.try_:

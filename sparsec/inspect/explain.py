@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from sparsec.diagnostics import Remark, SparsecError
 from sparsec.inspect.costs import OpCost, Roof, op_costs, sizes
@@ -49,7 +49,7 @@ class Finding:
     """One thing that was done or declined.
 
     Args:
-        kind: `fused`, or `missed`.
+        kind: `fused`, `placed` (on several devices), or `missed`.
         layer: dotted path of the user's module, "" where it is not known.
         place: the user's line, and those of all ops that were fused.
         what: the op that was made and from what; of a missed one, why.
@@ -58,7 +58,7 @@ class Finding:
         gain: of a missed one: what it may be worth.
     """
 
-    kind: Literal["fused", "missed"]
+    kind: Literal["fused", "placed", "missed"]
     layer: str
     place: Loc
     what: str
@@ -137,12 +137,15 @@ def explain(history: History, on: Roof, given: Mapping[str, int]) -> list[Findin
     main = [op for op in final.main.body.ops if op in costs]
     found = list(_fused(history.made))
     for remark in history.remarks:
-        if remark.kind == "missed":
+        if remark.kind == "passed" and remark.pass_name in _PLACING:
+            found.append(Finding("placed", remark.loc.scope, remark.loc, remark.message, remark.pass_name))
+        elif remark.kind == "missed":
             gain = _gain(_neighbours(main, remark.loc), costs, env, on)
             rule = f"{remark.rule} in {remark.pass_name}" if remark.rule else remark.pass_name
             found.append(Finding("missed", remark.loc.scope, remark.loc, remark.message, rule, remark.suggestion, gain))
     order = {scope: i for i, scope in enumerate(_scopes(history.first))}
-    return sorted(found, key=lambda one: (order.get(one.layer, len(order)), one.kind))
+    kinds = get_args(get_type_hints(Finding)["kind"])
+    return sorted(found, key=lambda one: (order.get(one.layer, len(order)), kinds.index(one.kind)))
 
 
 def select(findings: Iterable[Finding], *, layer: str = "", file: str = "", rule: str = "") -> list[Finding]:
@@ -172,6 +175,9 @@ def _fused(made: Mapping[Op, str]) -> Iterator[Finding]:
             one = Finding("fused", op.loc.scope, op.loc, f"{op.name} from {source}{lines}", rule)
             kept[one.layer, str(one.place), op.name, rule] = one
     yield from kept.values()
+
+
+_PLACING = ("place-experts", "overlap")  # passes whose remarks say where experts run
 
 
 def _scopes(module: Module) -> Iterator[str]:
