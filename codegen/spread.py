@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Module, Op
-from sparsec.ir.derived import PLACEMENT, Derivation, derivations
+from sparsec.ir.derived import PLACEMENT, derivations, leaves_of
 from sparsec.runtime.plan import Spread, SpreadLayer
 
 
@@ -26,7 +24,7 @@ def spread_of(module: Module) -> Spread | None:
         table, shares = (sources.get(value, "") for value in op.operands[1:3])
         if not table.startswith(PLACEMENT) or not shares.startswith(PLACEMENT):
             raise CompileError("the tables of 'dist.remap' are no arguments of @main", op.loc)
-        banks = [source for source in made if table in _leaves(source, made)]
+        banks = [source for source in made if table in leaves_of(source, made)]
         _check(module, op, banks, slots)
         name = table.removeprefix(PLACEMENT).rpartition("/")[0]
         layers[name] = SpreadLayer(name, _whole(op, "experts"), table, shares, banks)
@@ -37,13 +35,6 @@ def _whole(op: Op, name: str) -> int:
     value = op.attrs[name]
     assert isinstance(value, int)
     return value
-
-
-def _leaves(source: str, made: Mapping[str, Derivation]) -> set[str]:
-    """What a weight is computed of in the end."""
-    if source not in made:
-        return {source}
-    return {leaf for part in made[source].of for leaf in _leaves(part, made)}
 
 
 def _check(module: Module, op: Op, banks: list[str], slots: int) -> None:

@@ -1,4 +1,7 @@
-"""A module of the IR, of any phase, as the record that `sparsec.inspect.dataflow` reads."""
+"""A module of the IR, of any phase, as the record that `sparsec.inspect.dataflow` reads.
+
+One that is placed on several devices is recorded as the whole model: banks have all experts, and tokens do not travel.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from sparsec.frontend.blocks import Call, Family, Record
 from sparsec.frontend.blocks import Value as Seen
 from sparsec.inspect.dataflow import innermost
 from sparsec.ir.core import Func, Module, Op, Value
+from sparsec.ir.derived import derivations, leaves_of, placement_tables
 from sparsec.ir.types import Sym, TensorType, evaluate, symbols
 
 _LENGTH = 7  # stands for every size that is not fixed, but for the batch
@@ -30,9 +34,10 @@ class _Reader:
         self.module, self.record = module, Record()
         self.sizes = dict[str, int]()
         self.members = dict[str, Family]()
+        self.sent = dict[Value, tuple[Seen, ...]]()
         main = module.main
         self._fix_sizes(main)
-        args, packed = dict[Value, Seen](), _packed(module)
+        args, packed, spread = dict[Value, Seen](), _packed(module), _spread(module)
         for arg in main.body.args:
             attrs = main.arg_attrs.get(arg, {})
             kind, source = attrs.get("kind", "input"), str(attrs.get("source", ""))
@@ -41,6 +46,8 @@ class _Reader:
                 args[arg] = replace(packed[arg], param=source if packed[arg].shape else "")
             else:
                 args[arg] = self._seen(arg, param=source if weight else "", input=kind == "input")
+            if arg in spread:
+                args[arg] = _whole(args[arg], spread[arg], arg)
             if args[arg].param:
                 self.record.parameters[source] = args[arg]
         results = self._read(main, args, "")
@@ -79,10 +86,22 @@ class _Reader:
                 callee = self.module.funcs[op.callee]
                 inner = self._read(callee, dict(zip(callee.body.args, inputs, strict=True)), place)
                 values |= zip(op.results, inner, strict=True)
+            elif op.dialect == "dist":
+                values |= zip(op.results, self._travelled(op, values), strict=True)
             else:
                 values |= {result: self._seen(result) for result in op.results}
                 self.record.calls += self._calls(op, values, place)
         return [values[value] for value in func.body.terminator.operands]
+
+    def _travelled(self, op: Op, values: dict[Value, Seen]) -> tuple[Seen, ...]:
+        """What an op on several devices gives where tokens do not travel: what it was given."""
+        given = [values[value] for value in op.operands]
+        if op.name in ("dist.remap", "dist.local"):
+            return (given[0],)
+        if op.name in ("dist.dispatch_wait", "dist.combine_wait"):
+            return self.sent[op.operands[0]]
+        self.sent[op.results[0]] = tuple(given[:3] if op.name == "dist.dispatch_start" else given[:1])
+        return (self._seen(op.results[0]),)
 
     def _calls(self, op: Op, values: dict[Value, Seen], scope: str) -> Iterator[Call]:
         """An op as calls: one, but for a layer its route and its experts."""
@@ -109,6 +128,27 @@ class _Reader:
             if member not in self.members:
                 family = self.members[member] = Family(container, (member,))
                 self.record.calls.append(Call("block", member, (), {}, (), family=family))
+
+
+def _spread(module: Module) -> dict[Value, int]:
+    """The arguments of `main` that are a rank's part of a bank, and how many experts there are in all."""
+    tables, made = placement_tables(module), derivations(module)
+    found = dict[Value, int]()
+    for arg, attrs in module.main.arg_attrs.items():
+        leaves = leaves_of(str(attrs.get("source")), made) if attrs.get("kind") == "derived" else ()
+        if (table := next((tables[leaf] for leaf in leaves if leaf in tables), None)) is not None:
+            found[arg] = table.experts
+    return found
+
+
+def _whole(part: Seen, experts: int, arg: Value) -> Seen:
+    """A bank of all experts, of which `part` is what one rank holds."""
+    if not part.shape:
+        return part
+    slots = arg.tensor.shape[0]
+    assert isinstance(slots, int)
+    stored = None if part.stored is None else part.stored // slots * experts
+    return replace(part, shape=(experts, *part.shape[1:]), stored=stored)
 
 
 def _packed(module: Module) -> dict[Value, Seen]:

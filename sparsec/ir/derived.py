@@ -12,6 +12,7 @@ It is computed once, never in a run of the model, and stored under its own sourc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -50,6 +51,13 @@ def derivations(module: Module) -> dict[str, Derivation]:
         for attrs in module.main.arg_attrs.values()
         if attrs.get("kind") == "derived"
     }
+
+
+def leaves_of(source: str, made: Mapping[str, Derivation]) -> set[str]:
+    """The sources of what a weight is computed of in the end; its own for one that is not computed."""
+    if source not in made:
+        return {source}
+    return {leaf for part in made[source].of for leaf in leaves_of(part, made)}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 import sparsec
+from sparsec.inspect.info import info
 from sparsec.passes.placement import Plan, parse_topology, write_plan
 from sparsec.runtime import packing
 from sparsec.runtime.artifact import load, open_artifact
@@ -287,6 +288,15 @@ def test_a_rank_that_dies_ends_the_others(artifact: Path) -> None:
     for ok, (text, seconds) in said:
         assert ok and "rank 2 does not answer" in text
         assert seconds < 12
+
+
+def test_info_accounts_for_the_whole_model(artifact: Path, model: Any) -> None:
+    found = info(artifact)
+    assert found.placed is not None and found.moe_layers == LAYERS
+    assert (found.placed.devices, found.placed.width, found.placed.slots) == (RANKS, 2, SLOTS)
+    assert len(set(found.placed.own_bytes)) == 1 and found.placed.own_bytes[0] > LAYERS * SLOTS * 3 * 32 * 48 * 4
+    assert [(routed.experts, routed.k) for routed in found.routed] == [(EXPERTS, 2)]
+    assert found.total == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.slow
