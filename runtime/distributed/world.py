@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsec.runtime.distributed.transport import Collectives, Transport
+from sparsec.runtime.distributed.transport import Collectives, Transport, missing
 from sparsec.runtime.distributed.watch import Watch
 from sparsec.runtime.errors import InputError, RankError
 
 Span = Literal["whole", "rail", "node"]
 """Whom an exchange is with: all ranks; those of the same index in all nodes; those of the same node."""
 
+SPANS: tuple[Span, ...] = ("whole", "rail", "node")
 SLICE = 0.5
 """Seconds of waiting after which a rank looks whether others have given up."""
 
@@ -60,45 +61,57 @@ class World:
         self.reset_links()
 
     @classmethod
-    def of(cls, group: Any = None, width: int | None = None, timeout: float = 60.0) -> World:
-        """The world of this process: of all ranks, or of a process group's. Every rank of it must call this.
+    def of(
+        cls,
+        group: Any = None,
+        width: int | None = None,
+        timeout: float = 60.0,
+        transport: Transport | str = "collectives",
+    ) -> World:
+        """The world of this process. Every rank of it must call this.
 
         A process in which `torch.distributed` was not initialised is a world of its own.
 
         Args:
-            width: ranks per node; without it what torchrun says (LOCAL_WORLD_SIZE), else all ranks are one node.
+            group: a process group, or a DeviceMesh of (ranks) or (nodes, ranks of a node); all ranks if left out. The
+                world numbers its ranks in ascending order.
+            width: ranks per node; without it what the mesh or torchrun (LOCAL_WORLD_SIZE) says, else all ranks are one
+                node.
+            timeout: seconds.
+            transport: "collectives", or an object that moves rows by other means.
 
         Raises:
-            InputError: the ranks do not fill nodes of this width.
+            InputError: the ranks do not fill nodes of this width, or there is no such transport here.
+            RankError: not all ranks came.
         """
+        if isinstance(transport, str) and transport != "collectives":
+            known = transport in ("symm_mem", "deep_ep")
+            raise InputError(missing(transport) if known else f"there is no transport '{transport}'")
         if not dist.is_available() or not dist.is_initialized():
             if width not in (None, 1):
                 raise InputError(f"a lone process is a world of 1 rank, not of nodes of {width}: start it by torchrun")
             return cls(0, 1, 1, timeout)
-        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        if isinstance(group, dist.DeviceMesh):
+            ranks = sorted(group.mesh.flatten().tolist())
+            width = width or (group.size(1) if group.ndim == 2 else None)
+        else:
+            ranks = sorted(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
         rank, size = ranks.index(dist.get_rank()), len(ranks)
         if width is None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             width = local if 0 < local <= size and size % local == 0 else size
         if width < 1 or size % width:
             raise InputError(f"{size} ranks do not fill nodes of {width} ranks")
-        spans = {
-            "whole": list(range(size)),
-            "rail": list(range(rank % width, size, width)),
-            "node": list(range(rank - rank % width, rank - rank % width + width)),
-        }
-        groups = dict[str, Any]()
-        made = dict[tuple[int, ...], Any]()
-        for span, members in spans.items():
-            if len(members) > 1 and tuple(members) not in made:
-                made[tuple(members)] = dist.new_group(
-                    [ranks[member] for member in members],
-                    timeout=timedelta(seconds=timeout),
-                    use_local_synchronization=True,
-                )
-            groups[span] = made.get(tuple(members))
-        watch = Watch(rank, size, groups["whole"].group_name) if size > 1 else None
-        return cls(rank, size, width, timeout, groups, Collectives(), watch)
+        world = cls(rank, size, width, timeout, transport=Collectives() if isinstance(transport, str) else transport)
+        made = dict[range, Any]()
+        for span in SPANS:
+            members = world.members(span)
+            if len(members) > 1 and members not in made:
+                made[members] = _group([ranks[member] for member in members], timeout)
+            world.groups[span] = made.get(members)
+        if size > 1:
+            world.watch = Watch(rank, size, world.groups["whole"].group_name)
+        return world
 
     @property
     def nodes(self) -> int:
@@ -200,3 +213,14 @@ class World:
             "  hint: look at that rank's own output for the first error, then start all ranks again; "
             f"if it was only slow, give World.of a timeout above {self.timeout:g} s"
         )
+
+
+def _group(ranks: list[int], timeout: float) -> Any:
+    try:
+        return dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RankError(
+            f"ranks {', '.join(map(str, ranks))} did not all call World.of in time ({timeout:g} s: {reason})\n"
+            "  hint: look at the output of each of them for the first error, then start all ranks again"
+        ) from error

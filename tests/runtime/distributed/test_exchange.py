@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from sparsec.runtime.distributed import (
     World,
@@ -18,8 +20,9 @@ from sparsec.runtime.distributed import (
     remap,
 )
 from sparsec.runtime.distributed.remap import POLICIES, count, deal, quotas
+from sparsec.runtime.distributed.transport import Collectives
 from sparsec.runtime.errors import InputError
-from tests.runtime.distributed.ranks import Ranks
+from tests.runtime.distributed.ranks import TIMEOUT, Ranks
 
 VARIANTS = [("none", "flat"), ("rank", "flat"), ("none", "two_level"), ("rank", "two_level"), ("node", "two_level")]
 EXPERTS, S, RANKS, H = 8, 3, 4, 12
@@ -199,6 +202,9 @@ def misuse_case(world: World) -> list[str]:
     refused(dispatch_start, world, x, where, weights, slots=S, dedup="some")
     refused(dispatch_start, world, x, where[:1], weights, slots=S)
     refused(World.of, width=3)
+    refused(World.of, transport="symm_mem")
+    refused(World.of, transport="deep_ep")
+    refused(World.of, transport="pigeons")
     return texts
 
 
@@ -207,9 +213,43 @@ def test_a_handle_is_used_once_and_wrong_calls_are_refused(ranks: Ranks) -> None
         words = [
             "no rows yet", "waited for before", "a row for each", "combined before", "waited for before",
             "needs algo 'two_level'", "there are dedup none, rank, node", "takes x [T, H]", "do not fill nodes of 3",
+            "transport 'symm_mem' ", "transport 'deep_ep' ", "there is no transport 'pigeons'",
         ]  # fmt: skip
         assert len(texts) == len(words)
         assert all(word in text for word, text in zip(words, texts, strict=True)), texts
+
+
+def mesh_case(world: World) -> tuple[int, int, int, int, list[int]]:
+    """A world of the mesh's second node row, by a transport of the caller's that counts."""
+
+    class Counting(Collectives):
+        calls = 0
+
+        def all_to_all(self, group: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Any:
+            self.calls += 1
+            return super().all_to_all(group, rows, send, receive)
+
+    transport = Counting()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "rank"))
+    whole = World.of(mesh, timeout=TIMEOUT, transport=transport)
+    half = World.of(mesh["rank"], timeout=TIMEOUT)
+    x = torch.full((2, H), float(world.rank))
+    sent = dispatch_start(half, x, torch.tensor([[0], [1]]), torch.ones(2, 1), slots=1)
+    rows, _, _ = dispatch_wait(sent)
+    whole.counts("rail", torch.tensor([1, 2]), "test")
+    whole.close()
+    half.close()
+    return whole.width, half.size, half.rank, transport.calls, rows[:, 0].tolist()
+
+
+def test_worlds_of_a_mesh(ranks: Ranks) -> None:
+    found = ranks.run(mesh_case)
+    assert found == [
+        (2, 2, 0, 1, [0.0, 1.0]),
+        (2, 2, 1, 1, [0.0, 1.0]),
+        (2, 2, 0, 1, [2.0, 3.0]),
+        (2, 2, 1, 1, [2.0, 3.0]),
+    ]
 
 
 def test_a_lone_process_is_a_world_of_one() -> None:

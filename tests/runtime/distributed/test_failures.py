@@ -75,3 +75,21 @@ def test_all_others_end(size: int, victim: int, how: int, at: str, holds_store: 
     codes = [process.exitcode for process in ranks.processes]
     assert codes[victim] == -signal.SIGKILL
     assert all(code == 0 for rank, code in enumerate(codes) if rank != victim), codes
+
+
+def absent_case(world: World) -> tuple[str, float]:
+    begin = time.monotonic()
+    if world.rank == 3:
+        return "", 0.0
+    try:
+        World.of(width=2, timeout=1.0)
+    except RankError as error:
+        return str(error), time.monotonic() - begin
+    return "no error", 0.0
+
+
+@pytest.mark.slow
+def test_a_rank_that_makes_no_world_is_an_error_on_the_others(ranks: Ranks) -> None:
+    for text, seconds in ranks.run(absent_case)[:3]:
+        assert "ranks 0, 1, 2, 3 did not all call World.of in time (1 s" in text
+        assert seconds < 15  # gloo tries some times to reach the rank

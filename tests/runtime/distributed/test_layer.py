@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from sparsec.runtime.distributed import World, experts_layer
+from sparsec.runtime.distributed import Dispatch, World, experts_layer
 from tests.runtime.distributed.ranks import Ranks
 from tests.runtime.distributed.test_exchange import EXPERTS, RANKS, SHARES, SLOTS, VARIANTS, H, S, mine, tokens
 
@@ -39,9 +41,7 @@ def layer_case(world: World, policy: str, dedup: str, algo: str, steps: int) -> 
             tensor.grad = None
         (torch.cos(out).sum() / 10).backward()
         if step < steps - 1:
-            with torch.no_grad():
-                up -= 0.05 * up.grad
-                down -= 0.05 * down.grad
+            torch.optim.SGD([up, down], lr=0.05).step()
     grads = {"x": x.grad, "weights": weights.grad, "up": up.grad, "down": down.grad, "shared": shared.grad}
     return {"out": out.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
 
@@ -66,14 +66,16 @@ def test_training_equals_one_process(ranks: Ranks, dedup: str, algo: str) -> Non
             out = out + torch.where(valid[:, None], picked, 0)
         (torch.cos(out).sum() / 10).backward()
         if step == 0:
-            with torch.no_grad():
-                up -= 0.05 * up.grad
-                down -= 0.05 * down.grad
+            torch.optim.SGD([up, down], lr=0.05).step()
+    assert x.grad is not None and weights.grad is not None and shared.grad is not None
+    assert up.grad is not None and down.grad is not None
     for policy in ("static", "batch"):
         answers = ranks.run(layer_case, policy, dedup, algo, 2)
         for name, want in (("out", out.detach()), ("x", x.grad), ("weights", weights.grad)):
             assert torch.allclose(torch.cat([answer[name] for answer in answers]), want, rtol=0, atol=1e-5), name
-        assert torch.allclose(sum(answer["shared"] for answer in answers), shared.grad, rtol=0, atol=1e-5)
+        assert torch.allclose(
+            torch.stack([answer["shared"] for answer in answers]).sum(0), shared.grad, rtol=0, atol=1e-5
+        )
         for name, want in (("up", up.grad), ("down", down.grad)):
             found = torch.cat([answer[name] for answer in answers])
             assert torch.allclose(found, want[SLOTS], rtol=0, atol=1e-5), name
@@ -81,3 +83,38 @@ def test_training_equals_one_process(ranks: Ranks, dedup: str, algo: str) -> Non
                 copies = found[expert == SLOTS]
                 assert all(torch.equal(copy, copies[0]) for copy in copies)
     assert len(SLOTS) == RANKS * S
+
+
+class _Noted(torch.autograd.Function):
+    """Adds to a list when it is run backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, notes: list[str]) -> Tensor:
+        ctx.notes = notes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        ctx.notes.append("shared")
+        return grad_outputs[0], None
+
+
+def test_backward_too_something_runs_while_rows_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = list[str]()
+    for name in ("begin", "finish", "back_begin", "back_finish"):
+        method = getattr(Dispatch, name)
+
+        def noted(self: Dispatch, *args: Tensor, name: str = name, method: Any = method) -> Any:
+            notes.append(name)
+            return method(self, *args)
+
+        monkeypatch.setattr(Dispatch, name, noted)
+    up, down, _ = (bank.requires_grad_() for bank in banks())
+    x, ids, weights = tokens((6,), K, "random")
+    x.requires_grad_()
+    out = experts_layer(
+        World.of(), x, ids, weights, up, down, torch.arange(EXPERTS), torch.ones(EXPERTS), experts=EXPERTS,
+        meanwhile=lambda rows: _Noted.apply(rows, notes),
+    )  # fmt: skip
+    out.sum().backward()
+    assert notes == ["begin", "finish", "back_begin", "shared", "back_finish"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def migrate_case(world: World, budget: int | None, in_inference: bool) -> tuple[
     tables, received = list[list[int]](), list[int]()
     exchange = world.exchange
 
-    def counted(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def counted(*args: Any, **kwargs: Any) -> Any:
         received.append(sum(n for rank, n in enumerate(args[3]) if rank != world.rank))
         assert sum(n for rank, n in enumerate(args[2]) if rank != world.rank) <= (budget or 10**9)
         return exchange(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import gcd
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_a_batch_keeps_picks_where_they_are() -> None:
 
 def test_wrong_tables_are_refused() -> None:
     ids, slots, shares = torch.tensor([[0, 2]]), torch.tensor([0, 1, 1, 0]), torch.ones(4)
-    given = {"experts": 3, "ranks": 2, "width": 1, "rank": 0}
+    given: dict[str, Any] = {"experts": 3, "ranks": 2, "width": 1, "rank": 0}
     with pytest.raises(InputError, match="expert 2 was picked but has no slot"):
         physical(ids, slots, shares, **given)
     with pytest.raises(InputError, match="as many on each of 2 ranks"):
