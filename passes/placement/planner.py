@@ -22,15 +22,13 @@ from sparsec.passes.placement.report import report
 from sparsec.passes.placement.scenarios import batches, drifted
 from sparsec.passes.placement.search import Found, Job, Ranks, search
 from sparsec.passes.placement.split import best_split
-from sparsec.passes.placement.swap import swap
+from sparsec.passes.placement.swap import CLOSE, balance, fullest, split_of, swap
 from sparsec.passes.placement.topology import Topology, slots_per_rank
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 CHUNK = 8  #: layers that are searched together, which share what numpy costs per call
-CLOSE = 1.5e-3
-"""How far over the lower bound a layer may stay without a further search."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Options:
     row_bytes: float = 0.0
     moves: int | None = None
     seconds: float = 45.0
-    rounds: int = 1200
+    rounds: int = 300
     seed: int = 0
     workers: int = 1
 
@@ -92,7 +90,6 @@ def plan(
     bound = lower_bound(mean, np.array(size), ranks.speed.astype(np.float64))
     say("replicas and packing")
     start = pack(mean, replicas(mean, sum(size), len(size)), ranks.of_slot, ranks.speed.astype(np.float64))
-    greedy = swap(start, mean, ranks, bound)
     robust = len(counts) > 1 if options.robust is None else options.robust
     cut = False
     sent: list[Dispatch] = []
@@ -108,21 +105,13 @@ def plan(
         first = pack(hottest, number, ranks.of_slot, ranks.speed.astype(np.float64))
         slots, cut = _search(first, shares, ranks, rng, options, robust, deadline, say)
     else:
-        slots = greedy.copy()
-        far = np.flatnonzero(_equal(slots, mean, ranks) > bound * (1 + CLOSE))
-        if len(far):
-            slots[far], cut = _search(slots[far], shares[:, far], ranks, rng, options, False, deadline, say)
+        slots = balance(start, mean, ranks, bound, rng)
     say("split")
     split = _shares(slots, mean, ranks, bound)
     if sent:
         split = np.stack([_sent(row, one) for row, one in zip(slots, sent, strict=True)])
     elif options.moves is None:
-        least = _equal(start, mean, ranks) * (1 + 1e-9)
-        for repair in (lambda at: _polished(slots[at], mean[at], ranks, options.seed), lambda at: greedy[at]):
-            worse = np.flatnonzero(_fullest(slots, split, mean, ranks) > least)
-            if len(worse):
-                slots[worse] = repair(worse)
-                split[worse] = _shares(slots[worse], mean[worse], ranks, bound[worse])
+        _repair(slots, split, start, mean, ranks, bound, options.seed)
     made = Plan(topology, loads.layers, experts, tuple(size), slots, split, options.seed)
     check_plan(made)
     figures = report(made, loads, bound, options.expert_bytes, options.row_bytes)
@@ -134,10 +123,25 @@ def plan(
     return made
 
 
-def _polished(slots: Ints, mean: Floats, ranks: Ranks, seed: int) -> Ints:
-    """A short search for the mean alone: few slots change, so that the rest still holds on other traffic."""
-    columns = np.ascontiguousarray(mean[:, :, None], np.float32)
-    return search(Job(slots, columns, ranks, seed, None, None, 60, 10.0))[0]
+def _repair(slots: Ints, split: Floats, start: Ints, mean: Floats, ranks: Ranks, bound: Floats, seed: int) -> None:
+    """See to it that no layer is worse for the mean than `start`, which is no worse than EPLB, is when shared equally.
+
+    First the exact best split; then a short search for the mean alone, which changes few slots, so that the rest still
+    holds on other traffic; then `start` with swaps. Changes `slots` and `split`.
+    """
+    least = _equal(start, mean, ranks) * (1 + 1e-9)
+
+    def polish(at: Ints) -> Ints:
+        columns = np.ascontiguousarray(mean[at][:, :, None], np.float32)
+        return search(Job(slots[at], columns, ranks, seed, 60, 10.0))[0]
+
+    repairs = (lambda at: slots[at], polish, lambda at: swap(start[at], mean[at], ranks, bound[at]))
+    for repair in repairs:
+        worse = np.flatnonzero(fullest(slots, split, mean, ranks) > least)
+        if not len(worse):
+            return
+        slots[worse] = repair(worse)
+        split[worse] = np.stack([_exact(slots[layer], mean[layer], ranks) for layer in worse])
 
 
 def _sent(slots: Ints, sent: Dispatch) -> Floats:
@@ -161,7 +165,7 @@ def _search(
     """Search for a placement that holds on the scenarios, and on those near them. Also: whether time ran out."""
     made = [shares.mean(0)[None], shares]
     if robust:
-        made = [drifted(shares, max(30, 2 * len(shares)), rng), shares.mean(0)[None], shares.mean(0)[None]]
+        made = [drifted(shares, max(32, 2 * len(shares)), rng), shares.mean(0)[None], shares.mean(0)[None]]
     if options.batch:
         made.append(batches(shares, max(32, 2 * len(shares)), options.batch, rng))
     loads = np.concatenate(made)
@@ -170,6 +174,7 @@ def _search(
     if old is not None and options.moves is not None:
         limit = limits(old, shares, ranks, options.moves)
     columns = np.ascontiguousarray(loads.transpose(1, 2, 0), np.float32)
+    highest = shares.max(0).astype(np.float32)
     parts = [slice(first, first + CHUNK) for first in range(0, len(start), CHUNK)]
     share = max(0.0, deadline - monotonic()) * min(options.workers, len(parts)) / len(parts)
     jobs = [
@@ -178,10 +183,11 @@ def _search(
             columns[part],
             ranks,
             int(rng.integers(1 << 62)),
-            None if old is None else old[part],
-            None if limit is None else limit[part],
             options.rounds,
             share,
+            None if old is None else old[part],
+            None if limit is None else limit[part],
+            highest[part] if robust else None,
         )
         for part in parts
     ]
@@ -205,26 +211,24 @@ def _mapping(workers: int) -> Iterator[Callable[[Callable[[Job], Found], list[Jo
 
 def _equal(slots: Ints, loads: Floats, ranks: Ranks) -> Floats:
     """The fullest rank of every layer, when replicas share equally."""
-    counts = np.stack([np.bincount(row, minlength=loads.shape[1]) for row in slots]) if len(slots) else slots
-    return _fullest(slots, 1 / np.take_along_axis(counts, slots, 1), loads, ranks)
+    return fullest(slots, _equal_shares(slots, loads.shape[1]), loads, ranks)
 
 
-def _fullest(slots: Ints, split: Floats, loads: Floats, ranks: Ranks) -> Floats:
-    """The fullest rank of every layer, over its speed. -> [layers]."""
-    starts = np.searchsorted(ranks.of_slot, np.arange(len(ranks.speed)))
-    amount = np.take_along_axis(loads, slots, 1) * split
-    return (np.add.reduceat(amount, starts, axis=1) / ranks.speed).max(1)
+def _equal_shares(slots: Ints, experts: int) -> Floats:
+    return 1 / np.stack([np.bincount(row, minlength=experts)[row] for row in slots])
 
 
 def _shares(slots: Ints, loads: Floats, ranks: Ranks, bound: Floats) -> Floats:
-    """The shares of every slot: equal where that is near the bound, else the best for these loads."""
-    split = np.empty(slots.shape)
-    equal = _equal(slots, loads, ranks)
-    for layer, row in enumerate(slots):
-        number = np.bincount(row, minlength=loads.shape[1])
-        split[layer] = 1 / number[row]
-        if equal[layer] > bound[layer] * (1 + CLOSE):
-            amount, _ = best_split(row, loads[layer], ranks)
-            held = np.bincount(row, amount, loads.shape[1])
-            split[layer] = np.divide(amount, held[row], out=split[layer].copy(), where=held[row] > 0)
+    """The shares of every slot: equal where that is near the bound, else near the best for these loads."""
+    split = _equal_shares(slots, loads.shape[1])
+    far = np.flatnonzero(fullest(slots, split, loads, ranks) > bound * (1 + CLOSE))
+    if len(far):
+        split[far] = split_of(slots[far], loads[far], ranks, 40)
     return split
+
+
+def _exact(slots: Ints, loads: Floats, ranks: Ranks) -> Floats:
+    """The shares of the best split. [slots]"""
+    amount, _ = best_split(slots, loads, ranks)
+    held, number = np.bincount(slots, amount, len(loads))[slots], np.bincount(slots)[slots]
+    return np.divide(amount, held, out=1.0 / number, where=held > 0)

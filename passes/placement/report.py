@@ -28,11 +28,12 @@ def report(plan: Plan, loads: Loads, bound: Floats, expert_bytes: float, row_byt
     ranks = Ranks(plan.rank_of_slot, np.array([rank.speed for rank in plan.topology.ranks], np.float32))
     shares = loads.counts / loads.counts.sum(2, keepdims=True) * float(ranks.speed.sum())
     mean = shares.mean(0)
-    scenarios = []
-    for name, share in zip(loads.names, shares, strict=True):
-        planned = rank_loads(plan, share).max(1)
-        best = even_out(plan.slots, spread(plan.slots, share[:, :, None].astype(np.float32)), ranks, SWEEPS).max((1, 2))
-        scenarios.append({"name": name, "planned": summary(planned), "best": summary(best)})
+    columns = np.ascontiguousarray(shares.transpose(1, 2, 0), np.float32)
+    best = even_out(plan.slots, spread(plan.slots, columns), ranks, SWEEPS).max(1)
+    scenarios = [
+        {"name": name, "planned": summary(rank_loads(plan, share).max(1)), "best": summary(best[:, index])}
+        for index, (name, share) in enumerate(zip(loads.names, shares, strict=True))
+    ]
     load = rank_loads(plan, mean)
     fullest = load.max(1)
     node = np.array([rank.node for rank in plan.topology.ranks])

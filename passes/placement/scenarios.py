@@ -10,30 +10,33 @@ Floats = NDArray[np.float64]
 STEADINESS = 12_000.0
 """How closely a batch's expert probabilities follow the average (Dirichlet); from imbalances published for 32 ranks."""
 
+DRIFT = 0.3
+"""Standard deviation of the logarithm of an expert's load in other traffic, where one scenario tells nothing of it."""
 
-SURGE = 0.25
-"""How likely an expert is as hot as in the scenario where it was hottest."""
 
+def drifted(counts: Floats, number: int, rng: np.random.Generator) -> Floats:
+    """Scenarios of other traffic: each a measured one, changed half as much as measured ones differ from each other.
 
-def drifted(counts: Floats, number: int, rng: np.random.Generator, drift: float = 0.3) -> Floats:
-    """Scenarios of other traffic: a measured one, some experts as hot as ever measured, and each shifted by chance.
+    The changes are those of the measured experts' logarithms, dealt to other experts by chance: as large, with as
+    heavy a tail, but none knows which experts the next traffic will favour.
 
     Args:
         counts: [scenarios, layers, experts].
         number: how many to return, the measured ones first.
-        drift: standard deviation of the loads' logarithms.
 
     Returns:
         [number, layers, experts], of any scale.
     """
-    floor = 1e-3 * counts.mean(2, keepdims=True)
-    made = list(np.maximum(counts, floor))
-    hottest = np.maximum(counts, floor).max(0)
+    logs = np.log(np.maximum(counts, np.maximum(1e-3 * counts.mean(2, keepdims=True), 1e-300)))
+    made = list(logs)
     while len(made) < number:
-        base = made[int(rng.integers(len(counts)))]
-        base = np.where(rng.random(base.shape) < SURGE, hottest, base)
-        made.append(base * np.exp(drift * rng.standard_normal(base.shape)))
-    return np.stack(made)
+        base = logs[int(rng.integers(len(logs)))]
+        if len(logs) == 1:
+            made.append(base + DRIFT * rng.standard_normal(base.shape))
+            continue
+        one, other = rng.choice(len(logs), 2, replace=False)
+        made.append(base + 0.5 * rng.permuted(logs[one] - logs[other], axis=1))
+    return np.exp(np.stack(made))
 
 
 def batches(counts: Floats, number: int, picks: int, rng: np.random.Generator) -> Floats:

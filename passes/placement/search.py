@@ -12,6 +12,12 @@ Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
 Found = tuple[NDArray[np.int64], bool]
 
+GROWTH = 2.5
+"""How many times the load that it was planned with an expert may come to have, in traffic that nobody has seen."""
+
+WEIGHT = 0.1
+"""How much a search minds ranks that could not bear that, beside the scenarios."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -96,12 +102,31 @@ def objective(load: Singles) -> Singles:
     return np.asarray((power.mean(1) ** np.float32(1 / 16)).mean(1), np.float32)
 
 
+def exposure(slots: Ints, loads: Singles, ranks: Ranks) -> tuple[Singles, Singles]:
+    """What each rank must carry, whatever the split, when the largest expert that is there alone grows.
+
+    Args:
+        slots: [rows, slots].
+        loads: [rows, experts].
+
+    Returns:
+        [rows, ranks], over each rank's speed; and [rows, slots], the loads of the experts that have no other slot.
+    """
+    rows, experts = loads.shape
+    flat = slots + np.arange(rows)[:, None] * experts
+    once = np.bincount(flat.ravel(), minlength=rows * experts)[flat] == 1
+    alone = np.where(once, np.take_along_axis(loads, slots, 1), np.float32(0))
+    starts = np.searchsorted(ranks.of_slot, np.arange(len(ranks.speed)))
+    whole, largest = np.add.reduceat(alone, starts, axis=1), np.maximum.reduceat(alone, starts, axis=1)
+    return (whole + np.float32(GROWTH - 1) * largest) / ranks.speed, alone
+
+
 @dataclass
 class Search:
     """The state: the experts in the slots ([layers, slots]) and their scenarios ([layers, experts, scenarios]).
 
     Every layer's loads of a scenario sum to the speeds' sum, so that 1 is perfect balance. `limit` ([layers]) says how
-    many slots may differ from the `old` placement.
+    many slots may differ from the `old` placement. `highest` ([layers, experts]) are loads whose growth to hold on.
     """
 
     slots: Ints
@@ -112,11 +137,14 @@ class Search:
     sweeps: int = 3
     old: Ints | None = None
     limit: Ints | None = None
+    highest: Singles | None = None
 
     def __post_init__(self) -> None:
         self.amount = spread(self.slots, self.loads)
         self.load = even_out(self.slots, self.amount, self.ranks, 10)
         self.value = objective(self.load)
+        if self.highest is not None:
+            self.value = self.value + self._exposed(self.slots, self.highest)
 
     def run(self, rounds: int, deadline: float) -> int:
         """Try moves, keep those that help. Returns the rounds that there was time for."""
@@ -134,6 +162,8 @@ class Search:
         self._propose(tries, amount)
         load = even_out(tries, amount, self.ranks, self.sweeps)
         value = objective(load)
+        if self.highest is not None:
+            value = value + self._exposed(tries, np.repeat(self.highest, self.candidates, 0))
         if self.old is not None and self.limit is not None:
             changed = (tries != np.repeat(self.old, self.candidates, 0)).sum(1)
             value[changed > np.repeat(self.limit, self.candidates)] = np.inf
@@ -144,22 +174,34 @@ class Search:
         self.slots[better], self.amount[better], self.load[better] = tries[rows], amount[rows], load[rows]
         self.value[better] = value.reshape(-1)[rows]
 
+    def _exposed(self, slots: Ints, highest: Singles) -> Singles:
+        most, _ = exposure(slots, highest, self.ranks)
+        return np.float32(WEIGHT) * objective(most[:, :, None])
+
     def _propose(self, tries: Ints, amount: Singles) -> None:
         """Change one slot or two in every row: bring an expert of a rank that is hot to one that is not."""
         rng, of_slot = self.rng, self.ranks.of_slot
         rows = len(tries)
         at = np.arange(rows)
         load = np.repeat(self.load, self.candidates, 0)
-        over = load.max(1) - 0.999
-        scenario = _draw(rng, over)
-        here = load[at, :, scenario]
-        peak = here.max(1, keepdims=True)
-        noisy = here + rng.random(here.shape, np.float32) * 0.01
-        hot = noisy.argmax(1)
-        cold = _draw(rng, peak - here + 1e-6)
+        scenario = _draw(rng, load.max(1) - 0.999)
+        fullness = load[at, :, scenario] + rng.random((rows, load.shape[1]), np.float32) * 0.01
         first = np.searchsorted(of_slot, np.arange(len(self.ranks.speed)))
         size = np.bincount(of_slot)
+        largest = np.full(rows, -1)
+        if self.highest is not None:
+            most, alone = exposure(self.slots, self.highest, self.ranks)
+            most = np.repeat(most / np.maximum(most.max(1, keepdims=True), 1e-6), self.candidates, 0)
+            exposed = rng.random(rows) < 0.3
+            noisy = most + rng.random(most.shape, np.float32) * 0.1
+            fullness = np.where(exposed[:, None], noisy, fullness)
+            alone = np.repeat(alone, self.candidates, 0)
+            there = np.where(of_slot == fullness.argmax(1)[:, None], alone, -1)
+            largest = np.where(exposed & (rng.random(rows) < 0.6), there.argmax(1), -1)
+        hot = fullness.argmax(1)
+        cold = _draw(rng, fullness.max(1, keepdims=True) - fullness + 1e-6)
         a = first[hot] + (rng.random(rows) * size[hot]).astype(np.int64)
+        a = np.where(largest >= 0, largest, a)
         b = first[cold] + (rng.random(rows) * size[cold]).astype(np.int64)
         expert_a, expert_b = tries[at, a], tries[at, b]
         in_hot, in_cold = of_slot == hot[:, None], of_slot == cold[:, None]
@@ -200,15 +242,16 @@ class Job:
     loads: Singles
     ranks: Ranks
     seed: int
-    old: Ints | None
-    limit: Ints | None
     rounds: int
     seconds: float
+    old: Ints | None = None
+    limit: Ints | None = None
+    highest: Singles | None = None
 
 
 def search(job: Job) -> Found:
     """The slots that were found, and whether time ran out."""
     rng = np.random.default_rng(job.seed)
-    state = Search(job.slots.copy(), job.loads, job.ranks, rng, old=job.old, limit=job.limit)
+    state = Search(job.slots.copy(), job.loads, job.ranks, rng, old=job.old, limit=job.limit, highest=job.highest)
     done = state.run(job.rounds, monotonic() + job.seconds)
     return state.slots, done < job.rounds

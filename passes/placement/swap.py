@@ -5,10 +5,59 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsec.passes.placement.search import Ranks
+from sparsec.passes.placement.pack import pack, replicas
+from sparsec.passes.placement.search import Ranks, even_out, spread
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+CLOSE = 1e-3
+"""How far over the lower bound a layer may stay without another attempt."""
+
+RESTARTS = 3
+
+
+def balance(start: Ints, loads: Floats, ranks: Ranks, bound: Floats, rng: np.random.Generator) -> Ints:
+    """Swap; where a layer stays far from its bound, pack anew as if its loads were a little different, and swap again.
+
+    Args:
+        start: [layers, slots].
+        loads: [layers, experts].
+        bound: [layers].
+    """
+    speed = ranks.speed.astype(np.float64)
+    slots = swap(start, loads, ranks, bound)
+    least = fullest(slots, split_of(slots, loads, ranks), loads, ranks)
+    for _ in range(RESTARTS):
+        far = np.flatnonzero(least > bound * (1 + CLOSE))
+        if not len(far):
+            break
+        other = loads[far] * np.exp(0.05 * rng.standard_normal((len(far), loads.shape[1])))
+        packed = pack(other, replicas(other, slots.shape[1], len(ranks.speed)), ranks.of_slot, speed)
+        tried = swap(packed, loads[far], ranks, bound[far])
+        value = fullest(tried, split_of(tried, loads[far], ranks), loads[far], ranks)
+        better = value < least[far]
+        slots[far[better]], least[far[better]] = tried[better], value[better]
+    return slots
+
+
+def fullest(slots: Ints, split: Floats, loads: Floats, ranks: Ranks) -> Floats:
+    """The fullest rank of every layer, over its speed. -> [layers]."""
+    starts = np.searchsorted(ranks.of_slot, np.arange(len(ranks.speed)))
+    amount = np.take_along_axis(loads, slots, 1) * split
+    return np.asarray((np.add.reduceat(amount, starts, axis=1) / ranks.speed).max(1), np.float64)
+
+
+def split_of(slots: Ints, loads: Floats, ranks: Ranks, sweeps: int = 20) -> Floats:
+    """The shares of every slot that are near the best for these loads. -> [layers, slots]."""
+    layers, experts = loads.shape
+    amount = spread(slots, loads[:, :, None].astype(np.float32))
+    even_out(slots, amount, ranks, sweeps)
+    given = np.maximum(amount[:, :, 0].astype(np.float64), 0)
+    flat = slots + np.arange(layers)[:, None] * experts
+    held = np.bincount(flat.ravel(), given.ravel(), layers * experts)[flat]
+    number = np.bincount(flat.ravel(), minlength=layers * experts)[flat]
+    return np.divide(given, held, out=1.0 / number, where=held > 0)
 
 
 def swap(slots: Ints, loads: Floats, ranks: Ranks, bound: Floats, rounds: int = 400, tolerance: float = 1e-3) -> Ints:
