@@ -10,7 +10,7 @@ import torch
 from sparsec import pipeline
 from sparsec.diagnostics import CompileError
 from sparsec.dialects.dist import ADJOINTS, rows_sent
-from sparsec.dialects.exchange import Dispatched, combine, splits
+from sparsec.dialects.dist.references import Dispatched, combine, splits
 from sparsec.ir.core import Module
 from sparsec.ir.equal import clone_module
 from sparsec.ir.interp import DerivedWeights, evaluate_func, evaluate_module, evaluate_ranks
@@ -193,6 +193,44 @@ def test_more_dedup_never_sends_more() -> None:
         )
         assert node[1] <= rank[1] + 1e-9 <= none[1] + 2e-9
         assert rank[0] <= none[0] + 1e-9
+
+
+MOVE = """
+module {devices = 4}
+
+func @main(%up: tensor<8x5xf32>, %old: tensor<12xi64>, %new: tensor<12xi64>) -> (tensor<3x5xf32>, tensor<3x5xf32>) {
+  %here = dist.local(%up, %old) {ranks = 4, slots = 3} : tensor<3x5xf32>
+  %moved = dist.migrate(%old, %new, %here) {ranks = 4, slots = 3, budget = 100} : tensor<3x5xf32>
+  %there = dist.local(%up, %new) {ranks = 4, slots = 3} : tensor<3x5xf32>
+  return %moved, %there
+}
+"""
+
+
+def test_migration_is_what_the_new_placement_would_have_given(banks: dict[str, torch.Tensor]) -> None:
+    module, old = parse_module(MOVE), banks["placement/5/slots"]
+    verify_module(module)
+    up = torch.randn(8, 5)
+    for rank, (moved, there) in enumerate(evaluate_ranks(module, [[up, old, old.flip(0)]] * RANKS, {})):
+        assert torch.equal(moved, there), f"rank {rank}"
+        assert not torch.equal(moved, up[old[rank * SLOTS :][:SLOTS]])
+    with pytest.raises(CompileError, match="expert 7 is in no slot that it could come from"):
+        evaluate_ranks(module, [[up, old.clamp_max(6), old]] * RANKS, {})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("budget = 100", "budget = -1", "a budget of -1 bytes moves nothing"),
+        ("slots = 3, budget", "slots = 2, budget", "4 ranks of 2 slots need tensor<8xi64>"),
+        ("(%old, %new, %here)", "(%old, %new, %up)", "part %up is tensor<8x5xf32>: a rank has 3 slots of each bank"),
+    ],
+)
+def test_migration_is_checked(old: str, new: str, message: str) -> None:
+    assert old in MOVE
+    with pytest.raises(CompileError) as caught:
+        verify_module(parse_module(MOVE.replace(old, new)))
+    assert message in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -1,35 +1,18 @@
-"""Experts on several devices: which rank has an expert, and how tokens come to it and back.
-
-Every rank runs the same program on tokens of its own and holds S slots of each expert bank. Slots are numbered over all
-ranks: slot p of P = R * S lives on rank p // S and is its slot p % S. Which expert a slot holds, and what share of the
-expert's tokens it gets, are tables that are given at run time: another placement needs no other program.
-
-Out of range means "skip" everywhere: an expert outside 0..E-1, a slot outside 0..P-1, a local slot outside 0..S-1.
-
-An exchange is a pair: `_start` sends, `_wait` needs what came; between them stands what depends on neither. A dispatch
-and the combine on its handle are adjoint maps, <dispatch(x), y> = <x, combine(y)>, so that the gradient of one is the
-other (`ADJOINTS`).
-
-Costs are bytes of memory: what is read, sent and received, for tokens that choose experts independently of each other;
-`sent` says how many of them go over links.
-"""
+"""Tokens to the ranks of their experts, and results back: each in two halves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from sparsec.dialects.exchange import Dispatched, combine, rows_sent, splits
+from sparsec.dialects.dist.common import collective_problems, rank_problems, table_type
+from sparsec.dialects.dist.references import Dispatched, combine, rows_sent, splits
+from sparsec.dialects.dist.tables import Remap
 from sparsec.dialects.moe.banks import ExpertBank, GroupedLinear
 from sparsec.dialects.moe.common import bytes_of, results_are
-from sparsec.ir.core import Func, Op, Value
-from sparsec.ir.derived import is_derivation
+from sparsec.ir.core import Value
 from sparsec.ir.opdef import Cost, Env, HandleOperand, HandleResult, OpDef, Operand, Result
 from sparsec.ir.types import HANDLE, DType, Sym, TensorType, Type, evaluate
-
-Policy = Literal["static", "local", "batch"]
-"""Who decides which replica a token goes to: the placement's shares; a replica on its own rank, else its node, before
-those; or the best split of the batch, from all ranks' counts."""
 
 Dedup = Literal["none", "rank", "node"]
 """What a token is sent once for: each expert that it chose, each rank that has one, or each node that has one."""
@@ -49,93 +32,6 @@ ADJOINTS = {
 """The op that a gradient takes on its way back through an op: what it takes is the gradient of the op's results."""
 
 DefT = TypeVar("DefT", bound=OpDef)
-
-
-class Remap(OpDef, name="dist.remap"):
-    """Choose a slot for each (token, expert): one of those that hold the expert.
-
-    For example:
-
-        %where = dist.remap(%ids, %slots, %shares) {experts = 8, ranks = 4, width = 2} : tensor<s0x2xi64>
-
-    The rule is that of `sparsec.runtime.distributed.remap`.
-    """
-
-    ids: Operand  #: [T, k], integer: experts
-    slots: Operand  #: [P], i64: the expert in each slot
-    shares: Operand  #: [P], f64: the share of its expert's tokens that each slot gets
-    where: Result  #: [T, k], i64: slots; P for an id that means "skip"
-    experts: int
-    ranks: int
-    width: int  #: ranks of a node
-    policy: Policy = "static"
-
-    def infer(self) -> tuple[Type, ...]:
-        return (TensorType(self.ids.tensor.shape, DType.i64),)
-
-    def verify(self) -> Iterator[str]:
-        if self.policy == "batch":
-            yield from _collective_problems(self)
-        if self.ids.tensor.rank != 2 or self.ids.tensor.dtype.is_float:
-            yield f"ids are {self.ids.type}, must be [tokens, k] integers"
-        yield from _rank_problems(self.ranks, self.width)
-        yield from _table_problems(self.slots, self.experts, self.ranks)
-        if (wanted := TensorType(self.slots.tensor.shape, DType.f64)) != self.shares.type:
-            yield f"shares are {self.shares.type}, must be {wanted}: one for each slot"
-        yield from results_are(self, self.infer())
-
-    def cost(self, env: Mapping[str, int]) -> Cost:
-        return Cost(sum(bytes_of(value.type, env) for value in (*self.operands, self.where)), 0)
-
-    def reference(self, env: Env, *args: Any) -> Any:
-        import torch
-
-        from sparsec.runtime.distributed.remap import count, physical
-
-        ids, slots, shares = args
-        counts = torch.stack(env.peers.gather(count(ids, self.experts))) if self.policy == "batch" else None
-        return physical(
-            ids, slots, shares, experts=self.experts, ranks=self.ranks, width=self.width, rank=env.peers.rank,
-            policy=self.policy, counts=counts,
-        )  # fmt: skip
-
-
-class Local(OpDef, name="dist.local"):
-    """The part of a bank that this rank holds: its slots' rows of what has a row for each expert.
-
-    For example:
-
-        %here = dist.local(%up, %slots) {ranks = 4, slots = 3} : tensor<3x96x64xf32>
-
-    It stands in functions that compute weights: a rank computes and keeps no more of a bank than this.
-    """
-
-    bank: Operand  #: [E, ...]
-    table: Operand  #: [P], i64: the expert in each slot
-    here: Result  #: [S, ...]
-    ranks: int
-    slots: int  #: S, of each rank
-
-    def infer(self) -> tuple[Type, ...]:
-        return (TensorType((self.slots, *self.bank.tensor.shape[1:]), self.bank.tensor.dtype),)
-
-    def verify(self) -> Iterator[str]:
-        experts = self.bank.tensor.shape[0] if self.bank.tensor.rank else None
-        if not isinstance(experts, int):
-            yield f"bank is {self.bank.type}: the number of its experts must be known"
-            return
-        yield from _table_problems(self.table, experts, self.ranks)
-        if self.table.tensor.shape[0] != self.ranks * self.slots:
-            yield f"the table {self.table.type} is not for {self.ranks} ranks of {self.slots} slots"
-        yield from results_are(self, self.infer())
-
-    def cost(self, env: Mapping[str, int]) -> Cost:
-        return Cost(2 * bytes_of(self.here.type, env), 0)
-
-    def reference(self, env: Env, *args: Any) -> Any:
-        bank, table = args
-        first = env.peers.rank * self.slots
-        return bank[table[first : first + self.slots]]
 
 
 class DispatchStart(OpDef, name="dist.dispatch_start"):
@@ -181,8 +77,8 @@ class DispatchStart(OpDef, name="dist.dispatch_start"):
         return (HANDLE,)
 
     def verify(self) -> Iterator[str]:
-        yield from _collective_problems(self)
-        yield from _rank_problems(self.ranks, self.width)
+        yield from collective_problems(self)
+        yield from rank_problems(self.ranks, self.width)
         if self.slots < 1:
             yield f"a rank has {self.slots} slots, must have one at least"
         x, where, weights = self.x.tensor, self.where.tensor, self.weights.tensor
@@ -195,7 +91,7 @@ class DispatchStart(OpDef, name="dist.dispatch_start"):
         if self.dedup == "node" and self.algo != "two_level":
             yield 'dedup = "node" sends a token once to a node, so it needs algo = "two_level"'
         remap = self.where.op
-        if isinstance(remap, Remap) and (remap.ranks, remap.slots.type) != (self.ranks, _table(self.ranks, self.slots)):
+        if isinstance(remap, Remap) and (remap.ranks, remap.slots.type) != (self.ranks, table_type(self.ranks, self.slots)):
             yield (
                 f"where comes from a dist.remap for {remap.ranks} ranks and a table {remap.slots.type}; "
                 f"this is for {self.ranks} ranks of {self.slots} slots"
@@ -286,7 +182,7 @@ class CombineStart(OpDef, name="dist.combine_start"):
         return (HANDLE,)
 
     def verify(self) -> Iterator[str]:
-        yield from _collective_problems(self)
+        yield from collective_problems(self)
         start = _start(self.dispatched, DispatchStart)
         if start is None:
             yield _no_start(DispatchStart)
@@ -342,38 +238,7 @@ class CombineWait(OpDef, name="dist.combine_wait"):
         return args[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
-def _rank_problems(ranks: int, width: int) -> Iterator[str]:
-    if ranks < 1 or width < 1 or ranks % width:
-        yield f"has {ranks} ranks in nodes of {width}: each node needs as many ranks"
-
-
-def _table(ranks: int, slots: int) -> TensorType:
-    return TensorType((ranks * slots,), DType.i64)
-
-
-def _table_problems(table: Value, experts: int, ranks: int) -> Iterator[str]:
-    type = table.tensor
-    size = type.shape[0] if type.rank == 1 else None
-    if not isinstance(size, int) or type.dtype is not DType.i64:
-        yield f"the table of slots is {type}, must be tensor<Pxi64>"
-    elif size % max(ranks, 1):
-        yield f"{size} slots cannot be shared out to {ranks} ranks: every rank needs as many"
-    elif size < experts:
-        yield f"{size} slots cannot hold {experts} experts: {-(-experts // ranks)} for each of {ranks} ranks can"
-    elif size // ranks > experts:
-        yield f"a rank has {size // ranks} slots for {experts} experts, and needs none twice"
-
-
-def _collective_problems(op: OpDef) -> Iterator[str]:
-    """Why some rank might not come to an op that all ranks must reach together."""
-    parent = op.block.parent if op.block is not None else None
-    if isinstance(parent, Op):
-        yield f"stands in a region of '{parent.name}': all ranks must reach it, so it stands in the function itself"
-    elif isinstance(parent, Func) and is_derivation(parent):
-        yield f"stands in @{parent.name}, which computes weights once, while no other rank is there to exchange with"
-
-
+# ------------------------------------------------------------------------------------------------------------- handles
 def _handle_problems(
     op: DispatchStart | CombineStart, wait: type[OpDef], others: tuple[type[OpDef], ...]
 ) -> Iterator[str]:
@@ -404,19 +269,3 @@ def _sent(start: DispatchStart, row_bytes: float, env: Mapping[str, int]) -> tup
     tokens = evaluate(start.x.tensor.shape[0], env)
     inside, outside = rows_sent(start.k, start.ranks, start.width, start.dedup, start.algo)
     return tokens * inside * row_bytes, tokens * outside * row_bytes
-
-
-__all__ = [
-    "ADJOINTS",
-    "Algo",
-    "CombineStart",
-    "CombineWait",
-    "Dedup",
-    "DispatchStart",
-    "DispatchWait",
-    "Local",
-    "Payload",
-    "Policy",
-    "Remap",
-    "rows_sent",
-]
