@@ -25,7 +25,7 @@ from unittest import mock
 from sparsec import cli, pipeline
 
 DOCS = Path(__file__).parent
-PAGES = ("debugging.md",)
+PAGES = ("debugging.md", "simulate.md")
 WIDTH = 118
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 ERROR = re.compile(r"\d\.\de-\d\d")

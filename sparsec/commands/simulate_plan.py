@@ -71,8 +71,9 @@ def run(
         moe = moe_of(model, numbers, made)
         on, traffic = device(target), Traffic(shares(loads, moe, made), routing, policy, batches, seed)
         cases = [made.topology] if made else [of_size(topology or "1x8", ranks) for ranks in counts(devices or "")]
+        status.step("simulate")
         for where in cases:
-            status.step(f"simulate {len(where.ranks)} ranks")
+            status.say(f"simulate {len(where.ranks)} ranks")
             setup = Setup(moe, where, on, algo=algo, best=split == "best", **options)
             try:
                 points.append(planned(setup, made, traffic) if made else placed(setup, slots, placement, traffic))
