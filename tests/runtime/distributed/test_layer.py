@@ -22,6 +22,13 @@ def banks() -> tuple[Tensor, Tensor, Tensor]:
     return up, torch.randn(EXPERTS, H, INNER, generator=made) / INNER**0.5, torch.randn(H, H, generator=made) / H
 
 
+def descend(*tensors: Tensor) -> None:
+    """A step of SGD. (`torch.optim` takes seconds to load.)"""
+    for tensor in tensors:
+        assert tensor.grad is not None
+        tensor.data -= 0.05 * tensor.grad
+
+
 def layer_case(world: World, policy: str, dedup: str, algo: str, steps: int) -> dict[str, Tensor]:
     """Some steps of SGD on the banks; the last step's results and gradients."""
     up, down, shared = banks()
@@ -41,7 +48,7 @@ def layer_case(world: World, policy: str, dedup: str, algo: str, steps: int) -> 
             tensor.grad = None
         (torch.cos(out).sum() / 10).backward()
         if step < steps - 1:
-            torch.optim.SGD([up, down], lr=0.05).step()
+            descend(up, down)
     grads = {"x": x.grad, "weights": weights.grad, "up": up.grad, "down": down.grad, "shared": shared.grad}
     return {"out": out.detach(), **{name: grad for name, grad in grads.items() if grad is not None}}
 
@@ -66,7 +73,7 @@ def test_training_equals_one_process(ranks: Ranks, dedup: str, algo: str) -> Non
             out = out + torch.where(valid[:, None], picked, 0)
         (torch.cos(out).sum() / 10).backward()
         if step == 0:
-            torch.optim.SGD([up, down], lr=0.05).step()
+            descend(up, down)
     assert x.grad is not None and weights.grad is not None and shared.grad is not None
     assert up.grad is not None and down.grad is not None
     for policy in ("static", "batch"):
