@@ -1,7 +1,9 @@
-"""How fast the IR is read, written and checked: `python -m benchmarks.ir [--ops 5000] [--repeats 9] [--json]`.
+"""How fast the IR is read, written, checked and dumped: `python -m benchmarks.ir [--ops 5000] [--repeats 9] [--json]`.
 
 The module is a stack of expert layers (routing, experts, norms, residuals), each op with its own location, as capture
-leaves them. Times are process CPU time in milliseconds: the median of the repeats, and their spread.
+leaves them. Times are process CPU time in milliseconds: the median of the repeats, and their spread. What inspection
+costs is given as a share of the passes alone, in which neither capture nor the kernels' compilers count: `off` is what
+is kept of each phase without a dump (for `compiled.ir(PHASE)`), `on` what a dump takes in addition, its page included.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ import argparse
 import gc
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
-from sparsec import dialects
-from sparsec.ir.equal import equal
+from sparsec import dialects, pipeline
+from sparsec.inspect.dump import Dump
+from sparsec.ir.core import Module
+from sparsec.ir.equal import clone_module, equal
 from sparsec.ir.mlir import print_generic
 from sparsec.ir.parser import parse_module
 from sparsec.ir.printer import print_module
@@ -23,6 +29,7 @@ from sparsec.ir.verify import verify_module
 
 assert dialects.__all__  # importing them registers the ops
 TARGETS = {"parse": 600.0, "print": 60.0, "verify": 30.0}  #: milliseconds for 5,000 ops
+SHARES = {"off": 0.1, "on": 0.5}  #: of the passes, what inspection may cost
 
 _LAYER = """
   loc "models/small.py":20 in "model.layers.{i}.norm"  // variance = x.pow(2).mean(-1, keepdim=True)
@@ -96,7 +103,36 @@ def benchmark(ops: int = 5000, repeats: int = 9) -> dict[str, Any]:
         "print generic": lambda: print_generic(module),
     }
     times = {name: measure(run, repeats) for name, run in runs.items()}
-    return {"ops": sum(1 for _ in module.walk()), "bytes": len(text), "repeats": repeats, "ms": times}
+    dumps = {target: dump_cost(module, target, repeats) for target in ("cpu", "cuda:sm_90")}
+    ops = sum(1 for _ in module.walk())
+    return {"ops": ops, "bytes": len(text), "repeats": repeats, "ms": times, "dump": dumps}
+
+
+def dump_cost(module: Module, target: str, repeats: int) -> dict[str, float]:
+    """CPU milliseconds of all passes, of the copies that are kept, and of a dump; medians, alternating."""
+
+    def run(instruments: list[pipeline.Instrument]) -> float:
+        copy = clone_module(module)
+        gc.collect()
+        start = time.process_time()
+        pipeline.run(copy, target=target, instruments=instruments)
+        return (time.process_time() - start) * 1e3
+
+    def copied(module: Module) -> Module:
+        start = time.process_time()
+        copy = clone_module(module)
+        spent[-1] += (time.process_time() - start) * 1e3
+        return copy
+
+    plain, dumped, spent = list[float](), list[float](), list[float]()
+    for _ in range(repeats):
+        spent.append(0.0)
+        with mock.patch.object(pipeline, "clone_module", copied):
+            plain.append(run([]))
+        with tempfile.TemporaryDirectory() as folder:
+            dumped.append(run([Dump(folder)]))
+    passes, copies = statistics.median(plain), statistics.median(spent)
+    return {"passes": passes - copies, "copies": copies, "dump": statistics.median(dumped) - passes}
 
 
 def main() -> None:
@@ -113,6 +149,10 @@ def main() -> None:
     for name, ms in result["ms"].items():
         target = f"   target {TARGETS[name]:.0f}" if name in TARGETS else ""
         print(f"{name:>14}  {ms['median']:7.1f}  ({ms['min']:.1f} - {ms['max']:.1f}){target}")
+    for name, ms in result["dump"].items():
+        shares = {"off": ms["copies"] / ms["passes"], "on": ms["dump"] / ms["passes"]}
+        said = ", ".join(f"{what} {share:.0%} (target {SHARES[what]:.0%})" for what, share in shares.items())
+        print(f"{'passes':>14}  {ms['passes']:7.1f}  for {name}; inspection {said}")
 
 
 if __name__ == "__main__":

@@ -197,18 +197,18 @@ def describe(culprit: Culprit) -> str:
     lines = [f"{place}error: {culprit.kind} '{culprit.name}' makes wrong numbers: {size}"]
     lines += [f"    {culprit.loc.source.strip()}"] if culprit.loc.source.strip() else []
     if culprit.kind == "kernel":
-        lines += [f"  the kernel computes this op{_at(culprit.at)}", *_indented(culprit.op)]
+        lines += [f"  the kernel computes this op{_at(culprit.at)}:", *_indented(culprit.op)]
         lines += [f"  {culprit.value}"] if culprit.value else []
         return "\n".join(lines)
-    lines.append(f"  the first wrong value{_at(culprit.at)}")
+    lines.append(f"  the first wrong value{_at(culprit.at)}:")
     shown = _changes(culprit.was, culprit.op) if culprit.was else culprit.op
     lines += _indented(shown)
     lines += [f"    {culprit.value}"] if culprit.value else []
     lines += [f"  its operand {operand}" for operand in culprit.operands]
     for piece in culprit.gone:
-        lines += [f"  before, it read{_at(piece.loc)}; removed{_by(piece)}", *_indented(piece.text)]
+        lines += [f"  it read{_at(piece.loc)}, removed{_by(piece)}:", *_indented(piece.text)]
     for piece in culprit.made:
-        lines += [f"  now it reads{_at(piece.loc)}; made{_by(piece)}", *_indented(piece.text)]
+        lines += [f"  it reads now{_at(piece.loc)}, made{_by(piece)}:", *_indented(piece.text)]
     if culprit.rules:
         lines.append(f"  the pass did: {', '.join(f'{rule} {count}x' for rule, count in culprit.rules.items())}")
     return "\n".join(lines)

@@ -14,6 +14,8 @@ def test_benchmark_measures_each_step() -> None:
     result = benchmark(ops=150, repeats=2)
     assert result["ops"] == 151
     assert set(result["ms"]) == {*TARGETS, "parse generic", "print generic"}
+    assert set(result["dump"]) == {"cpu", "cuda:sm_90"}
+    assert all(ms["passes"] > ms["copies"] > 0 for ms in result["dump"].values())
     assert all(0 < ms["min"] <= ms["median"] <= ms["max"] for ms in result["ms"].values())
 
 
