@@ -41,7 +41,7 @@ def require_world(plan: Plan, world: World | None) -> World | None:
     return world
 
 
-def own_rank(ranks: int, world: World | None) -> int:
+def own_rank(ranks: int, world: World | None = None) -> int:
     """This process's rank in a world, by default that of all processes.
 
     Raises: ArtifactError where it has not `ranks` ranks.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -141,11 +140,12 @@ class CompiledModel:
 
     def weights_of(self, rank: int) -> Mapping[str, torch.Tensor]:
         """As `weights`, for one of several devices."""
-        return DerivedWeights(self.result.module, ChainMap(self._tables, dict(self.captured.weights)), rank)
+        return DerivedWeights(self.result.module, self._given, rank)
 
     @cached_property
-    def _tables(self) -> dict[str, torch.Tensor]:
-        return self.devices.tables(self.result.module)
+    def _given(self) -> Mapping[str, torch.Tensor]:
+        """The model's own tensors, and the tables that say where its experts live."""
+        return {**self.captured.weights, **self.devices.tables(self.result.module)}
 
     @property
     def remarks(self) -> tuple[Remark, ...]:
@@ -191,11 +191,12 @@ class CompiledModel:
     def weight_errors(self) -> list[LayerError]:
         """How far quantised experts are from the model's, layer by layer: ||y' - y|| / ||y|| on random inputs.
 
-        Empty where no weights are quantised, or the model has none (on the meta device).
+        Empty where no weights are quantised, or the model has none (on the meta device). Of several devices, the
+        experts of the first.
         """
         from sparsec.inspect.quantised import layer_errors
 
-        return layer_errors(self.result.ir("schedule"), self.captured.weights)
+        return layer_errors(self.result.ir("schedule"), self._given)
 
     def save(
         self,

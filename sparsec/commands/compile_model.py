@@ -6,11 +6,12 @@ import json
 import os
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +21,7 @@ from sparsec.codegen.emit import Edit, as_generated
 from sparsec.commands.options import DTYPES, TEXTS
 from sparsec.config import WEIGHTS, Config
 from sparsec.console import Watch, bytes_bar, errors_table, out, passes_table, print_remarks, print_warnings, working
-from sparsec.devices import Devices
+from sparsec.devices import ALONE, Devices
 from sparsec.diagnostics import CompileError, Remark, SparsecError
 from sparsec.frontend.capture import capture
 from sparsec.frontend.models import LoadedModel, describe_absence, load_model
@@ -61,8 +62,7 @@ def run(
     stored, held = _read_weights(weights)
     given: dict[str, Any] = {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
     config = Config.read(target=target, weights=stored, activations=activations, dump=dump, **given)
-    placed = Devices.of(config)
-    target = config.target
+    placed, target = Devices.of(config), config.target
     Target.parse(target)
     if to == "emit":
         if cost:
@@ -167,6 +167,11 @@ def _from_text(
         if phase in ("schedule", "lower"):
             raise SparsecError(f"{source} is at phase '{phase}', where weights are packed already: go on from 'fuse'")
         api.stored_as(Config(weights=wanted[0], activations=wanted[1]), module)
+    placed = Devices.of(config)
+    if placed != ALONE:
+        if phase not in ("capture", "raise"):
+            raise SparsecError(f"{source} is at phase '{phase}', where experts are placed already: go on from 'raise'")
+        placed.mark(module, config)
     if to == "emit" and weights is None:
         raise SparsecError(
             "a text holds no weights: name an artifact of the same model with --weights, or stop earlier with --to"
@@ -183,16 +188,25 @@ def _from_text(
     if dumped:
         dumped.emitted(emitted)
     compile_seconds = time.perf_counter() - began
-    held = open_artifact(weights)
+    held, tables = open_artifact(weights), placed.tables(result.module)
+
+    def of_rank(rank: int) -> DerivedWeights:
+        return DerivedWeights(
+            result.module, ChainMap(tables, cast("dict[str, torch.Tensor]", held.weights_of(rank))), rank
+        )
+
     with bytes_bar("write", as_json) as progress:
         path = write_artifact(
             output,
             emitted,
-            DerivedWeights(result.module, held.weights),
+            of_rank(0),
             target=target,
             text=print_module(result.module),
             stored=str(module.attrs.get("weights", "model")),
             generation=api.plain(result.module.attrs.get("generation")),
+            of_rank=of_rank,
+            placement=placed.raw
+            or (held.read("placement.json") if "placement.json" in held.manifest["files"] else b""),
             progress=progress,
         )
     remarks = (*result.remarks, *emitted.remarks)
