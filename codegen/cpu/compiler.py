@@ -173,6 +173,18 @@ def _compile(compiler: Compiler, source: str, options: Sequence[str]) -> bytes:
         return made.read_bytes()
 
 
+def disassembled(library: bytes) -> str:
+    """The assembly of a shared library, with what it calls by name; "" where there is no objdump."""
+    tool = shutil.which("objdump")
+    if tool is None:
+        return ""
+    with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
+        Path(folder, "kernel.so").write_bytes(library)
+        show = ("--disassemble", "--demangle", "--no-show-raw-insn", "--section=.text")
+        status, text = run([tool, *show, "kernel.so"], folder)
+    return text if status == 0 else ""
+
+
 def run(command: Sequence[str], folder: str | None = None, timeout: float = TIMEOUT) -> tuple[int | None, str]:
     """Run a program without a shell: its status (None: stopped after `timeout` seconds) and all that it printed."""
     try:

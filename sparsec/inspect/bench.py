@@ -1,4 +1,4 @@
-"""Times the kernels of a dump from the dump's own files, on the machine that is there: `python bench.py [KERNEL ...]`.
+"""Times the kernels of a dump from the dump's own files, on this machine: `python bench.py --bench KERNEL`.
 
 Operands are made up: uniform routing, random numbers of the right types. Rates count what the op itself has to move and
 compute (`sparsec.inspect.costs`), so what a kernel does twice lowers them.
@@ -54,11 +54,12 @@ def main(folder: Path) -> None:
     """The command line of `bench.py` in a run of a dump."""
     parser = argparse.ArgumentParser(description="Times the kernels of this run on this machine.")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="Which; default: all.")
+    parser.add_argument("--bench", nargs="+", action="extend", default=[], metavar="KERNEL", help="The same.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128], metavar="N")
     parser.add_argument("--json", action="store_true", help="One JSON object a line.")
     options = parser.parse_args()
     try:
-        for timing in bench(folder, options.kernels, options.tokens):
+        for timing in bench(folder, [*options.kernels, *options.bench], options.tokens):
             print(json.dumps(asdict(timing)) if options.json else _line(timing), flush=True)
     except (SparsecError, ArtifactError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,11 +2,11 @@
 
     DIR/mixtral-0001/  index.html  manifest.json  remarks.jsonl  costs.json  made.json  plan.json  bench.py
       00-capture.sparsec  04-raise-route.sparsec  04-raise-route.diff ...
-      kernels/gather_gemm_0.py  kernels/....ttir .ttgir .ptx .cubin (CPU: .cpp .so)
+      kernels/gather_gemm_0.py  kernels/....ttir .ttgir .ptx .cubin (CPU: .cpp .so .s)
       crash.sparsec (only after a failure)
 
 `costs.json` has what the ops of the last text move and compute, `made.json` for each text the rules that made its new
-ops, by line. `python bench.py gather_gemm_0 --tokens 64` times a kernel from these files.
+ops, by line. `python bench.py --bench gather_gemm_0 --tokens 64` times a kernel from these files.
 A file is written whole or not at all, and a run never writes into the folder of another.
 """
 
@@ -37,7 +37,7 @@ MAX_RUNS = 9999
 SOURCES = (".py", ".cpp")
 """How names of kernels' sources end."""
 
-_BENCH = '''"""Times the kernels of this run on this machine: python bench.py [KERNEL ...] [--tokens N ...] [--json]."""
+_BENCH = '''"""Times this run's kernels on this machine: python bench.py [--bench KERNEL ...] [--tokens N ...] [--json]."""
 
 from pathlib import Path
 
@@ -176,7 +176,7 @@ class Dump(Instrument):
 
     def emitted(self, emitted: Emitted) -> None:
         """Add the plan, the kernels with all that they were compiled to, and their benchmark."""
-        for name, content in {**emitted.files, **emitted.texts}.items():
+        for name, content in {**emitted.files, **emitted.texts, **_assembly(emitted.files)}.items():
             place = self.folder / name
             place.parent.mkdir(exist_ok=True)
             write_atomic(place, content)
@@ -222,6 +222,15 @@ class Dump(Instrument):
             from sparsec.inspect.html.page import write_index
 
             write_index(self.folder)
+
+
+def _assembly(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The assembly of native libraries, where this machine has a disassembler."""
+    from sparsec.codegen.cpu.compiler import disassembled
+
+    libraries = {name: content for name, content in files.items() if name.endswith(".so")}
+    texts = {f"{name.removesuffix('.so')}.s": disassembled(content) for name, content in libraries.items()}
+    return {name: text.encode() for name, text in texts.items() if text}
 
 
 def _remark_json(remark: Remark) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,12 +17,16 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 import sparsec
+from sparsec import pipeline
 from sparsec.cli import cli
+from sparsec.codegen.cpu import compiler
+from sparsec.codegen.emit import Emitted
 from sparsec.inspect.bench import bench
 from sparsec.inspect.dump import Dump
 from sparsec.inspect.unified import diff
 from sparsec.ir.parser import parse_module
 from sparsec.pipeline import PHASES
+from sparsec.runtime.plan import Plan
 
 FACTORY = """
 import torch
@@ -119,7 +124,7 @@ def test_torch_compile_dumps_each_graph(tmp_path: Path, monkeypatch: pytest.Monk
     fused, dense = (json.loads((tmp_path / f"graph-000{i}" / "manifest.json").read_text()) for i in (1, 2))
     assert list(fused["kernels"]) == ["kernels/layer_0.cpp"]
     assert [entry["number"] for entry in fused["passes"]] == list(range(len(fused["passes"])))
-    assert {entry["phase"] for entry in fused["passes"]} == {*PHASES} - {"place"}
+    assert {entry["phase"] for entry in fused["passes"]} == {*PHASES}
     assert "kernels" not in dense and dense["state"] == "done"
     assert (tmp_path / "graph-0002" / "index.html").is_file()
 
@@ -152,12 +157,24 @@ def test_kernels_are_timed_from_the_run(run: Path) -> None:
 
 
 def test_the_runner_stands_alone(run: Path) -> None:
-    command = [sys.executable, str(run / "bench.py"), "layer_0", "--tokens", "2", "--json"]
+    command = [sys.executable, str(run / "bench.py"), "--bench", "layer_0", "--tokens", "2", "--json"]
     root = str(Path(sparsec.__file__).parents[1])
     done = subprocess.run(
         command, capture_output=True, text=True, env={"PYTHONPATH": root, "PATH": "/usr/bin"}, check=True
     )
     assert json.loads(done.stdout)["tokens"] == 2
+
+
+@pytest.mark.skipif(not compiler.isas() or not shutil.which("objdump"), reason="needs a C++ compiler and objdump")
+def test_native_kernels_come_with_their_assembly(tmp_path: Path) -> None:
+    library = compiler.build('extern "C" __attribute__((visibility("default"))) int seven() { return 7; }', "avx2")
+    name = "kernels/layer_0.avx2"
+    dump = Dump(tmp_path)
+    emitted = Emitted(Plan([], [], [], {}, None, None), {f"{name}.so": library})
+    pipeline.run(parse_module("func @main() {\n  return\n}\n"), instruments=[dump])
+    dump.emitted(emitted)
+    text = (dump.folder / f"{name}.s").read_text()
+    assert "<seven>:" in text and "$0x7" in text and "ret" in text
 
 
 @pytest.mark.slow
