@@ -171,7 +171,9 @@ def test_native_kernels_come_with_their_assembly(tmp_path: Path) -> None:
     name = "kernels/layer_0.avx2"
     dump = Dump(tmp_path)
     emitted = Emitted(Plan([], [], [], {}, None, None), {f"{name}.so": library})
-    pipeline.run(parse_module("func @main() {\n  return\n}\n"), instruments=[dump])
+    pipeline.run(
+        parse_module("func @main(%x: tensor<2xf32>) -> (tensor<2xf32>) {\n  return %x\n}\n"), instruments=[dump]
+    )
     dump.emitted(emitted)
     text = (dump.folder / f"{name}.s").read_text()
     assert "<seven>:" in text and "$0x7" in text and "ret" in text
