@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sparsec.diagnostics import CompileError
 from sparsec.dialects.aten import AtenOp
-from sparsec.dialects.dist import CombineStart, CombineWait, DispatchStart, DispatchWait
 from sparsec.dialects.moe import ExpertBank
-from sparsec.ir.core import Block, Module, Op, Value
+from sparsec.ir.core import Block, Module, Op
 from sparsec.ir.opdef import OpDef
 from sparsec.passes.base import Pass, PassContext, register
+from sparsec.passes.chunk_tokens import cut
+from sparsec.passes.exchange import Exchange, depending, exchanges
 
 _PRODUCTS = frozenset({"linear", "mm", "addmm", "bmm", "matmul", "baddbmm", "scaled_dot_product_attention"})
 _SIZE = 128  # what an unknown size is taken for, to weigh ops against each other
@@ -26,42 +28,40 @@ class Overlap(Pass):
 
     Moved are pure ops between the definition of the tokens and the next exchange, if a product of matrices is among
     them.
+
+    With `chunks` the tokens of a placed layer are dispatched in so many parts: each travels while another is computed.
+    The module's attribute `chunks` comes before the option.
     """
 
     name: ClassVar[str] = "overlap"
+    chunks: int = 1  #: parts that the tokens of a layer are dispatched in
 
     def run(self, module: Module, ctx: PassContext) -> None:
-        block = module.main.body
-        for start in [op for op in block.ops if isinstance(op, DispatchStart)]:
-            layer = _Exchange.of(start)
-            if layer is not None and (moved := layer.fill(block)):
+        block, chunks = module.main.body, module.attrs.get("chunks", self.chunks)
+        if type(chunks) is not int or chunks < 1:
+            raise CompileError(f"'chunks' must be a whole number from 1, not {chunks!r}")
+        for exchange in exchanges(block):
+            if moved := _Filler(exchange).fill(block):
                 ctx.changed("ops moved", moved)
-                ctx.passed(start, f"{moved} ops run while tokens of this layer are under way")
+                ctx.passed(exchange.start, f"{moved} ops run while tokens of this layer are under way")
+            if chunks > 1:
+                cut(block, exchange, chunks)
+                ctx.changed("layers cut into chunks")
+                ctx.passed(exchange.start, f"tokens of this layer travel in {chunks} parts")
 
 
-@dataclass(frozen=True)
-class _Exchange:
-    """The four ops of a placed layer."""
+class _Filler:
+    """Fills the time of an exchange."""
 
-    start: DispatchStart
-    wait: DispatchWait
-    back: CombineStart
-    end: CombineWait
-
-    @classmethod
-    def of(cls, start: DispatchStart) -> _Exchange | None:
-        """The exchange that an op begins; None if nothing comes back."""
-        wait = next((user for user in start.handle.users if isinstance(user, DispatchWait)), None)
-        back = next((user for user in start.handle.users if isinstance(user, CombineStart)), None)
-        end = next((user for user in back.handle.users if isinstance(user, CombineWait)), None) if back else None
-        return cls(start, wait, back, end) if wait and back and end else None
+    def __init__(self, exchange: Exchange) -> None:
+        self.start, self.wait, self.back, self.end = exchange.start, exchange.wait, exchange.back, exchange.end
 
     def fill(self, block: Block) -> int:
         """Move ops into the exchange. Returns: how many run in it; 0 if all were where they are."""
         first, last = self.span(block)
         ops = block.ops[first:last]
-        after = _depending(ops, self.start)
-        late = _depending(ops, self.end)
+        after = depending(ops, self.start)
+        late = depending(ops, self.end)
         inside = [op for op in ops if op in after and op not in late]
         free = self.independent(ops, after, inside)
         if not any(_is_product(op) for op in free):
@@ -106,16 +106,6 @@ class _Exchange:
             if op not in after and op not in needed and (i > begin or users & ahead <= free):
                 free.add(op)
         return {op: None for op in ops if op in free}
-
-
-def _depending(ops: Sequence[Op], source: Op) -> set[Op]:
-    """`source` and those of `ops` that read what it yields, directly or not."""
-    found, values = {source}, set[Value](source.results)
-    for op in ops:
-        if any(operand in values for operand in op.operands):
-            found.add(op)
-            values.update(op.results)
-    return found
 
 
 def _halves(ops: Sequence[Op] | dict[Op, None]) -> tuple[list[Op], list[Op]]:

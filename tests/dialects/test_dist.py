@@ -94,6 +94,16 @@ def test_every_policy_and_phase_equals_one_device(banks: dict[str, torch.Tensor]
             torch.testing.assert_close(y, one, rtol=1e-5, atol=1e-5)
 
 
+def test_chunks_equal_one_device(banks: dict[str, torch.Tensor]) -> None:
+    alone, given = parse_module(LAYER.replace("K", "2")), inputs(2)
+    module = parse_module(LAYER.replace("K", "2"))
+    module.attrs |= {"devices": RANKS, "width": 2, "slots": SLOTS, "chunks": 3}
+    placed_ = pipeline.run(module).module
+    assert [op.name for op in placed_.main.body.ops].count("dist.dispatch_wait") == 3
+    for (y,), one in zip(evaluate_ranks(placed_, given, banks), given, strict=True):
+        torch.testing.assert_close(y, evaluate_module(alone, one, banks)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_another_placement_needs_no_other_program(banks: dict[str, torch.Tensor]) -> None:
     module, given = placed(2, "rank", "flat"), inputs(2)
     even = {name: banks[name] for name in ("up", "down")}
