@@ -58,8 +58,6 @@ def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
     if kernel == "gathered":
         return "rows lie in order already" if gemm.half == "down" else _engine(gemm, on) or _list(gemm)
     if kernel == "rows":
-        if gemm.packing != "plain":
-            return f"it does not read weights packed as {gemm.packing}"
         if gemm.tail:
             return "it adds up columns, and the tail takes whole rows"
         return "" if gemm.k <= MOST_SLOTS else f"it keeps {MOST_SLOTS} experts of a token side by side"
@@ -126,13 +124,26 @@ def _gathered(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 
 def _rows(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     """Steps of 8 KB, of which three are on their way: several programs then share an SM, and no load waits alone."""
-    size, beside = gemm.dtype.itemsize, gemm.parts if gemm.half == "up" else gemm.slots
+    beside = gemm.parts if gemm.half == "up" else gemm.slots
+    if gemm.packing != "plain":
+        yield from _packed_rows(gemm, beside)
+        return
+    size = gemm.dtype.itemsize
     apart = gemm.transposed  # columns lie together: a piece is as long as they are
     split = (1, 2, 4, 8) if gemm.half == "down" and apart else (1,)
     for n, m, parts in product((16, 32, 64) if apart else (4, 8, 16), (1, 2, 4), split):
         k = STEP // (size * beside * n)
         if k >= 8 and (gemm.half == "up" or m == 1):
             yield Variant("rows", m, n, k if apart else min(k, 512 // size), 4, 4, parts)
+
+
+def _packed_rows(gemm: Gemm, beside: int) -> Iterator[Variant]:
+    """Steps of 128 of K, of up to 8 KB. A thread loads 16 bytes, so that all add in one order: warps may be few."""
+    loaded = 128 if gemm.packing == "fp8" else 32
+    for n, m in product((4, 8, 16, 32, 64), (1, 2, 4) if gemm.half == "up" else (1,)):
+        tile = n * loaded * (1 if gemm.half == "up" else gemm.slots)
+        if tile >= 512 and n * beside * 128 * gemm.weight_size <= 1.1 * STEP:
+            yield Variant("rows", m, n, 128, min(4, tile // 512), 4)
 
 
 def _depths(gemm: Gemm) -> tuple[int, ...]:

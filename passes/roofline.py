@@ -148,7 +148,7 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
     hit, pairs, done = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, work(gemm, variant, tokens)
     busiest = ceil(done.programs / on.sms - 1e-9)
     through = done.loads + done.stores
-    piece = min(LONG, (variant.block_n if gemm.transposed else variant.block_k) * gemm.weight_size)
+    piece = min(LONG, variant.piece(gemm))
     waiting = done.steps * LATENCY / (variant.num_stages - 1)
     rounds = max(1.0, busiest / resident)
     searches = 1.0 if variant.stays or variant.kernel == "rows" else rounds
@@ -200,8 +200,9 @@ def widening(gemm: Gemm, variant: Variant, on: Chip) -> float:
     """Seconds in which a program of packed weights makes them what tensor cores multiply."""
     if gemm.packing == "plain":
         return 0.0
-    weights = variant.block_n * gemm.parts * -(-gemm.inner // variant.block_k) * variant.block_k
-    return weights * WIDENING / (ISSUED * on.clock)
+    steps = -(-gemm.inner // (variant.block_k * variant.split))
+    weights = variant.products(gemm) if variant.kernel == "rows" else variant.block_n * gemm.parts * variant.block_k
+    return steps * weights * WIDENING / (ISSUED * on.clock)
 
 
 def feed(variant: Variant) -> float:

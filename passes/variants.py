@@ -13,6 +13,8 @@ Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "gathered", "r
 """The families of kernels, as of `codegen/triton/families.py`."""
 
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
+# Registers of a thread of `rows`, going up and going down, and for each product that it makes in a step.
+OF_ROWS = {"plain": (48, 96, 1.2), "fp8": (40, 80, 0.5), "mxfp4": (48, 48, 0.95)}
 HELD = 0.4  # of a step's operands: how much is in registers at a time where instructions are of 32 lanes
 DIVIDED = 4  # warps of a persistent program whose work Triton divides into fetching and multiplying
 WEIGHT_SIZES = {"fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}  # bytes, with a share of the scales
@@ -115,12 +117,18 @@ class Variant:
     def shared(self, gemm: Gemm, on: Chip) -> int:
         """Bytes of shared memory of one program: a stage that is in registers takes none; barriers where TMA loads."""
         if self.kernel == "rows":
-            return (self.num_stages - 1) * self.products(gemm) * gemm.dtype.itemsize + 4096
+            return int((self.num_stages - 1) * self.products(gemm) * gemm.weight_size) + 4096
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
         spare = 256 if self.kernel != "tiles" or self.direct(gemm, on) else 0
         if self.stays:
             spare += self.block_m * min(128, self.block_n) * gemm.dtype.itemsize  # results on their way out
         return stages * self.step(gemm) + spare
+
+    def piece(self, gemm: Gemm) -> float:
+        """Bytes of weights of a step that lie together in memory."""
+        if gemm.packing == "mxfp4":  # what columns have of a block of 128
+            return self.block_n * 128 * gemm.weight_size
+        return (self.block_n if gemm.transposed else self.block_k) * gemm.weight_size
 
     def products(self, gemm: Gemm) -> int:
         """Weights that one step of `rows` meets: those of a token's k experts in the down-projection."""
@@ -131,8 +139,8 @@ class Variant:
         ptxas makes of the kernels."""
         threads = self.num_warps * on.lanes
         if self.kernel == "rows":
-            base = ROW_REGISTERS if gemm.half == "up" else 2 * ROW_REGISTERS
-            return base + 1.2 * self.block_m * self.products(gemm) / threads
+            up, down, each = OF_ROWS[gemm.packing]
+            return (up if gemm.half == "up" else down) + each * self.block_m * self.products(gemm) / threads
         if self.stays:
             threads = 256  # two groups of warps share the products
         sums = self.block_m * self.block_n * gemm.parts / threads

@@ -183,7 +183,7 @@ class MxFp4(_Base):
         for stem, acc in accumulators.items():
             lines += [
                 f"    w = tl.load({stem}_at + 32 * half{b})",
-                f"    w_low, w_high = from_mxfp4(w, {stem}_exponents >> 16 * half, low.dtype, PTX)",
+                f"    w_low, w_high = from_mxfp4(w, ({stem}_exponents >> 16 * half)[None, :], low.dtype, PTX)",
                 f"    {acc} = tl.dot(low, w_low, {acc}{self.precision})",
                 f"    {acc} = tl.dot(high, w_high, {acc}{self.precision})",
             ]

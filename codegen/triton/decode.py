@@ -21,13 +21,15 @@ The sum over the inner dimension is taken in the same order whatever the batch a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from sparsec.codegen.triton.banks import scale_parameters
 from sparsec.codegen.triton.experts import ROWS_OF_H, activated, epilogue
 from sparsec.codegen.triton.gemm import GroupedGemm, narrowed
 from sparsec.codegen.triton.launch import I32, TOKENS, Entry, Parameter, Wiring
-from sparsec.codegen.triton.products import CONSTANTS, Products, launch, signature
+from sparsec.codegen.triton.packed_products import products_of
+from sparsec.codegen.triton.products import CONSTANTS, Columns, launch, signature
 from sparsec.codegen.triton.source import indent
 from sparsec.codegen.triton.tile import POINTERS, padded, unsupported
 from sparsec.dialects.moe import GatherGemm, GemmCombine
@@ -42,10 +44,13 @@ MOST_SLOTS = 32
 MOST_COUNTS = 1 << 18
 """Most totals that may be waiting for parts: the counts take four bytes each, in a buffer that outlives calls."""
 
-LINE = 128
-"""Bytes of a cache line."""
-
-RESERVED = ("ahead", "linear_at", "acc_at")
+_SUMS = ("gate", "linear", "acc")
+RESERVED = (
+    "ahead",
+    "few",
+    *(f"{stem}_{i}" for stem in ("ahead", "a") for i in range(4)),
+    *(f"{name}_{of}" for name in _SUMS for of in ("at", "scale", "scale_at", "exponents")),
+)
 """Variables of the up-projection beside those of `tiles`."""
 
 SEARCH = ("SLOTS", "PAIRS", "LINES", "SPLIT")
@@ -53,16 +58,17 @@ SEARCH = ("SLOTS", "PAIRS", "LINES", "SPLIT")
 
 
 class Up:
-    """The up-projection. Raises: CompileError for packed weights."""
+    """The up-projection."""
 
     def __init__(self, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
         self.name, self.op, self.gemm = f"{func.name}_rows", op, gemm
-        self.products = Products(gemm, op.up_transposed, "BLOCK_M", "0", "H", None)
+        self.products = products_of(gemm, "BLOCK_M")
         operands = {"x": op.x, "order": op.order, "offsets": op.offsets, "up": op.up}
         operands |= {"up_bias": op.up_bias} if op.up_bias is not None else {}
         operands |= {"weights": op.weights} if op.weights is not None else {}
         h = Parameter("h", POINTERS[op.h.tensor.dtype], wiring.result(op.h))
-        self.parameters = [*(gemm.pointer(name, value, wiring) for name, value in operands.items()), h, TOKENS]
+        given = [gemm.pointer(name, value, wiring) for name, value in operands.items()]
+        self.parameters = [*given, *scale_parameters(gemm, wiring), h, TOKENS]
 
     def functions(self) -> list[str]:
         op, gemm = self.op, self.gemm
@@ -79,29 +85,24 @@ class Up:
             "pair = tl.load(order + rows, mask=live, other=0)",
             "columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)",
             *(["both = tl.program_id(1) * 2 * BLOCK_N + tl.arange(0, 2 * BLOCK_N)"] if self._alternate else []),
-            "depth = tl.arange(0, BLOCK_K)",
+            f"depth = tl.arange(0, {self.products.lanes})",
             "a_at = x + (pair // K).to(tl.int64)[:, None] * H + depth[None, :]",
-            f"bank = up + expert.to(tl.int64) * ({self._row} * H)",
-            *self._loop(bound),
+            *self.products.loop(self._sums(bound)),
             *epilogue(op, self._columns, bound),
         ]
         result = activated(op, lines, RESERVED)
         keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
         lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
-        return [signature(self.name, self.parameters, ["BLOCK_M", *CONSTANTS]) + "\n" + indent(lines)]
+        return [signature(self.name, self.parameters, ["BLOCK_M", *CONSTANTS, *gemm.flags]) + "\n" + indent(lines)]
 
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
-        sizes = {"BLOCK_M": padded(int(variant.get("block_m", 1))), **self.products.sizes(variant)}
+        sizes = {"BLOCK_M": padded(int(variant.get("block_m", 1))), **self.products.sizes(variant), **self.gemm.flags}
         grid = f"t * {self.gemm.k}", str(-(-self.gemm.columns // sizes["BLOCK_N"]))
-        return (launch(self.name, self.parameters, sizes, grid, variant),)
+        return (launch(self.name, self.parameters, sizes, grid, self.products.warps(variant)),)
 
     @property
     def _alternate(self) -> bool:
         return self.op.layout == "interleaved"
-
-    @property
-    def _row(self) -> str:
-        return "I" if self.op.layout == "single" else "2 * I"
 
     @property
     def _columns(self) -> dict[str, str]:
@@ -110,21 +111,27 @@ class Up:
             return {"gate": "columns", "linear": "columns + I"}
         return {"acc": "both" if self._alternate else "columns"}
 
-    def _loop(self, bound: list[str]) -> list[str]:
-        wide = "2 * BLOCK_N" if self._alternate else "BLOCK_N"
+    def _sums(self, bound: list[str]) -> dict[str, Columns]:
+        first, count = "tl.program_id(1) * BLOCK_N", "BLOCK_N"
+        if self._alternate:
+            first, count = f"2 * {first}", "2 * BLOCK_N"
+        sizes = [self.products.sizes(variant)["BLOCK_N"] for variant in self.gemm.variants]
+        # 128 columns from a multiple of 128 on share their scales.
+        alike = all(size * (1 + self._alternate) <= 128 for size in sizes)
+        alike &= self.op.layout != "concat" or all(self.gemm.columns % size == 0 for size in sizes)
         bound = ["both < 2 * I" for _ in bound] if self._alternate else bound
-        tiles = dict[str, tuple[str, str, Sequence[str]]]()
-        for name, columns in self._columns.items():
-            vector = columns if columns.isidentifier() else f"({columns})"
-            tiles[name] = f"bank + {self.products.bank(vector, f'({self._row})', 'H')}", wide, bound
-        return self.products.loop(tiles, f"BLOCK_K * ({self._row})" if self.op.up_transposed else "BLOCK_K")
+        firsts = {"columns + I": f"{first} + I"}
+        return {
+            name: Columns(columns, firsts.get(columns, first), count, bound, alike)
+            for name, columns in self._columns.items()
+        }
 
 
 class Down:
     """The down-projection with the sum over slots.
 
-    Raises: CompileError for packed weights, tails (they need whole rows), more slots than registers hold, and variants
-        that may see more pairs than a program looks through, or make too many totals of parts.
+    Raises: CompileError for tails (they need whole rows), more slots than registers hold, and variants that may see
+        more pairs than a program looks through, or make too many totals of parts.
     """
 
     def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
@@ -133,13 +140,14 @@ class Down:
             raise unsupported(op, "'rows' adds up columns, and the tail takes whole rows")
         if op.k > MOST_SLOTS:
             raise unsupported(op, f"'rows' holds {MOST_SLOTS} experts of a token side by side, this has {op.k}")
-        self.products = Products(gemm, op.down_transposed, "SLOTS", "begin", "end", "live")
+        self.products = products_of(gemm, "SLOTS", "begin", "end", "live")
         self.split = max(map(_split, gemm.variants))
         operands = {"h": op.h, "order": op.order, "offsets": op.offsets}
         operands |= {"weights": op.weights} if op.weighted else {}
         operands |= {"down": op.down}
         operands |= {"down_bias": op.down_bias} if op.down_bias is not None else {}
         self.parameters = [gemm.pointer(name, value, wiring) for name, value in operands.items()]
+        self.parameters += scale_parameters(gemm, wiring)
         self.parameters += [Parameter("y", POINTERS[op.y.tensor.dtype], wiring.result(op.y))]
         if self.split > 1:
             counts = max(map(self._counts, gemm.variants))
@@ -153,7 +161,6 @@ class Down:
     def functions(self) -> list[str]:
         op, products = self.op, self.products
         bound = [] if products.even(self.gemm.columns, "BLOCK_N") else ["columns < H"]
-        bank = f"down + expert.to(tl.int64){products.at['rows']} * (H * I) + {products.bank('columns', 'H', 'I')}"
         weighed = ", weighed," if op.weighted else ","
         lines = [
             f'"""A token: what its experts make of its rows of h{weighed} added; of part `part` of I."""',
@@ -164,7 +171,7 @@ class Down:
             "PART: tl.constexpr = (I + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K) * BLOCK_K",
             "begin = part * PART",
             "end = tl.minimum(begin + PART, I)",
-            "depth = tl.arange(0, BLOCK_K)",
+            f"depth = tl.arange(0, {products.lanes})",
             "slot = tl.arange(0, SLOTS)",
             "pair = token * K + slot",
             "row = places(pair, order, tokens * K, PAIRS)",
@@ -172,10 +179,10 @@ class Down:
             "live = (slot < K) & (expert < E)",
             "# A slot without an expert points to another's weights, which are not read for it.",
             "expert = tl.where(live, expert, tl.max(tl.where(live, expert, 0), axis=0))",
-            *self._early(),
+            *products.early("columns", "first"),
             "arrive(PDL)",
             "a_at = h + row.to(tl.int64)[:, None] * I + (begin + depth)[None, :]",
-            *products.loop({"acc": (bank, "BLOCK_N", bound)}, "BLOCK_K * H" if op.down_transposed else "BLOCK_K"),
+            *products.loop({"acc": Columns("columns", "first", "BLOCK_N", bound)}),
         ]
         if op.down_bias is not None:
             at = "down_bias + expert.to(tl.int64)[:, None] * H + columns[None, :]"
@@ -184,27 +191,15 @@ class Down:
         if op.weighted:
             lines.append("acc *= tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]")
         lines += ["total = tl.sum(acc, axis=0)", *self._store(bound)]
-        return [signature(self.name, self.parameters, [*CONSTANTS, *SEARCH]) + "\n" + indent(lines)]
+        constants = [*CONSTANTS, *SEARCH, *self.gemm.flags]
+        return [signature(self.name, self.parameters, constants) + "\n" + indent(lines)]
 
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
         sizes = self.products.sizes(variant)
-        reach = min(sizes["STAGES"] * sizes["BLOCK_K"], self.gemm.inner)
-        lines = reach if self.op.down_transposed else -(-reach * self.op.down.tensor.dtype.itemsize // LINE)
-        pairs, split = padded(self._pairs(variant)), _split(variant)
-        sizes |= {"SLOTS": padded(self.op.k), "PAIRS": pairs, "LINES": padded(lines), "SPLIT": split}
+        pairs, split, lines = padded(self._pairs(variant)), _split(variant), padded(self.products.fetch(variant))
+        sizes |= {"SLOTS": padded(self.op.k), "PAIRS": pairs, "LINES": lines, "SPLIT": split, **self.gemm.flags}
         grid = "t", str(self._blocks(variant) * split)
-        return (launch(self.name, self.parameters, sizes, grid, variant),)
-
-    def _early(self) -> list[str]:
-        """Ask for the first tiles of weights, by cache lines."""
-        at = self.products.at
-        experts = f"down + expert.to(tl.int64){at['rows']} * (H * I)"
-        if self.op.down_transposed:
-            line = "line = tl.minimum(begin + tl.arange(0, LINES), I - 1)"
-            return [line, f"fetch({experts} + line{at['depth']} * H + first, PDL)"]
-        line = f"line = tl.minimum(begin + tl.arange(0, LINES) * {LINE // self.op.down.tensor.dtype.itemsize}, I - 1)"
-        column = f"tl.minimum(columns, H - 1){at['columns']} * I"
-        return [line, f"fetch({experts} + {column} + line{at['depth']}, PDL)"]
+        return (launch(self.name, self.parameters, sizes, grid, self.products.warps(variant)),)
 
     def _store(self, bound: list[str]) -> list[str]:
         """Store `total` [BLOCK_N], or leave it as a part, and where that is the last one, add all of them."""

@@ -42,6 +42,29 @@ def from_fp8(q, DTYPE: tl.constexpr, PTX: tl.constexpr):
             }""",
             "=r,=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=4,
         )  # fmt: skip
+    elif PTX and DTYPE == tl.float32:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, sign, by, zero;
+            mov.b32 by, 0x7b807b80;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 low, 0, $4, 0x5040;
+            prmt.b32 high, 0, $4, 0x7060;
+            and.b32 sign, low, 0x80008000;
+            shr.u32 low, low, 4;
+            lop3.b32 low, low, 0x07f007f0, sign, 0xea;
+            and.b32 sign, high, 0x80008000;
+            shr.u32 high, high, 4;
+            lop3.b32 high, high, 0x07f007f0, sign, 0xea;
+            fma.rn.bf16x2 low, low, by, zero;
+            fma.rn.bf16x2 high, high, by, zero;
+            shl.b32 $0, low, 16;
+            and.b32 $1, low, 0xffff0000;
+            shl.b32 $2, high, 16;
+            and.b32 $3, high, 0xffff0000;
+            }""",
+            "=r,=r,=r,=r,r", [q], dtype=tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
     else:
         w = q.to(tl.uint32)
         bits = ((w & 0x7F) << 20) | ((w & 0x80) << 24)
@@ -50,13 +73,13 @@ def from_fp8(q, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def from_mxfp4(q, scales, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The lower and the upper halves of bytes q [bytes, columns], which hold e2m1, as DTYPE, times their scales.
+    """The lower and the upper halves of bytes q, which hold e2m1, as DTYPE, times their scales.
 
-    `scales` [columns] has that of the lower halves in bits 0 to 7, that of the upper ones in bits 8 to 15; they are
-    exponents plus 127, at most 128.
+    `scales`, of a shape that is broadcast with q's, has that of the lower halves in bits 0 to 7, that of the upper ones
+    in bits 8 to 15; they are exponents plus 127, at most 128. Four bytes that follow each other share them.
     """
-    low = ((scales & 255) + 126)[None, :]
-    high = (((scales >> 8) & 255) + 126)[None, :]
+    low = (scales & 255) + 126
+    high = ((scales >> 8) & 255) + 126
     if PTX and DTYPE == tl.bfloat16:
         low = (low << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         high = (high << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -86,6 +109,45 @@ def from_mxfp4(q, scales, DTYPE: tl.constexpr, PTX: tl.constexpr):
             fma.rn.bf16x2 $3, bits, $8, zero;
             }""",
             "=r,=r,=r,=r,r,r,r,r,r", [q, low, high], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    elif PTX and DTYPE == tl.float32:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, sign, bits, by, zero;
+            mov.b32 zero, 0x80008000;
+            prmt.b32 a, 0, $8, 0x5040;
+            prmt.b32 b, 0, $8, 0x7060;
+            prmt.b32 by, $9, 0, 0x1010;
+            shr.u32 bits, a, 2;
+            shl.b32 sign, a, 4;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 bits, bits, by, zero;
+            shl.b32 $0, bits, 16;
+            and.b32 $1, bits, 0xffff0000;
+            shr.u32 bits, b, 2;
+            shl.b32 sign, b, 4;
+            and.b32 sign, sign, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 bits, bits, by, zero;
+            shl.b32 $2, bits, 16;
+            and.b32 $3, bits, 0xffff0000;
+            prmt.b32 by, $13, 0, 0x1010;
+            shr.u32 bits, a, 6;
+            and.b32 sign, a, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 bits, bits, by, zero;
+            shl.b32 $4, bits, 16;
+            and.b32 $5, bits, 0xffff0000;
+            shr.u32 bits, b, 6;
+            and.b32 sign, b, 0x80008000;
+            lop3.b32 bits, bits, 0x01c001c0, sign, 0xea;
+            fma.rn.bf16x2 bits, bits, by, zero;
+            shl.b32 $6, bits, 16;
+            and.b32 $7, bits, 0xffff0000;
+            }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r", [q, low << 7, high << 7], dtype=(tl.float32, tl.float32),
+            is_pure=True, pack=4,
         )  # fmt: skip
     else:
         w = q.to(tl.uint32)

@@ -138,6 +138,8 @@ class GroupedGemm:
     def entry(self, name: str, parameters: Sequence[Parameter], variant: Mapping[str, Any], sizes: Mapping[str, int],
               grid: tuple[str, str]) -> Entry:  # fmt: skip
         warps, stages = int(variant.get("num_warps", 4)), int(variant.get("num_stages", 3))
+        if self.packing == "mxfp4":  # a thread has four bytes of a column at least, which are widened together
+            warps = min(warps, sizes["BLOCK_N"] // 4)
         return Entry(name, tuple(parameters), {**sizes, "PDL": 0, **self.flags}, grid, warps, stages)
 
     def signature(self, name: str, parameters: Sequence[Parameter]) -> str:

@@ -19,6 +19,7 @@ from tests.codegen.triton.packed import packed, quantised
 
 SMALL = ({"up_to": None, "block_m": 16, "block_n": 32, "block_k": 64},)
 COMPILED = [] if os.environ.get("TRITON_INTERPRET") == "1" else [torch.bfloat16]  # which the interpreter does not do
+ROWS = {"kernel": "rows", "block_m": 2, "block_n": 8, "block_k": 64, "num_stages": 2, "up_to": 40}
 DEEP = ({"up_to": 4, "block_m": 16, "block_n": 64, "block_k": 256}, {"block_m": 32, "block_n": 32, "block_k": 64})
 
 
@@ -96,3 +97,26 @@ def test_whole_blocks_and_token_counts(packing: str, tokens: int) -> None:
 def test_any_size(packing: str, tokens: int, k: int, kind: str, hidden: int, width: int) -> None:
     check_up(packing, tokens, k, 3, "concat", False, torch.float32, kind, hidden, width)
     check_down(packing, tokens, k, 3, False, torch.float32, kind, hidden, width)
+
+
+def rows(**kwargs: Any) -> tuple[dict[str, Any], ...]:
+    """Up to 40 tokens by `rows`, more by tiles."""
+    return ({**ROWS, **kwargs}, *SMALL)
+
+
+@pytest.mark.parametrize(("packing", "layout"), [("fp8", "concat"), ("mxfp4", "interleaved"), ("fp8", "single")])
+def test_rows_of_every_layout(packing: str, layout: str) -> None:
+    """Sizes that no block divides: of concat, a tile of the second part lies in two blocks of scales."""
+    check_up(packing, 3, 2, 3, layout, True, torch.float32, "skip", 150, 132, rows(block_n=32))
+
+
+@pytest.mark.parametrize(("packing", "split"), [("fp8", 1), ("fp8", 3), ("mxfp4", 2)])
+def test_rows_added_for_each_token(packing: str, split: int) -> None:
+    check_down(packing, 3, 3, 5, True, torch.float32, "skip", 20, 300, rows(split=split, block_n=16))
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_rows_of_whole_blocks(packing: str) -> None:
+    for tokens in (0, 2):
+        check_up(packing, tokens, 2, 4, "concat", False, torch.float16, "hot", 128, 64, rows(block_n=64, block_k=128))
+        check_down(packing, tokens, 2, 4, False, torch.float16, "even", 32, 256, rows(block_k=128, split=2, block_n=32))

@@ -16,12 +16,17 @@ from sparsec.runtime.blocks import FP4
 FORMATS = Path(source.__file__).with_name("formats.py")
 
 
-def assembly(function: str) -> str:
-    """The text that a function of `formats.py` puts into kernels."""
+def assembly(function: str, wide: bool = False) -> str:
+    """The text that a function of `formats.py` puts into kernels for bf16, or for f32 (`wide`)."""
     (node,) = [n for n in ast.parse(FORMATS.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == function]
     texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    (text,) = [text for text in texts if "prmt" in text]
-    return text
+    narrow, f32 = [text for text in texts if "prmt" in text]
+    return f32 if wide else narrow
+
+
+def single(word: int) -> float:
+    """An f32 as a number."""
+    return struct.unpack("<f", struct.pack("<I", word))[0]
 
 
 def halves(word: int) -> list[float]:
@@ -79,6 +84,8 @@ def test_fp8() -> None:
         got = run(text, {"$2": word})
         wanted = torch.tensor(finite[at : at + 4], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         assert halves(got["$0"]) + halves(got["$1"]) == wanted.tolist()
+        got = run(assembly("from_fp8", wide=True), {"$4": word})
+        assert [single(got[f"${i}"]) for i in range(4)] == wanted.tolist()
 
 
 @pytest.mark.parametrize("scales", [(0, 128), (119, 121), (127, 1)])
@@ -92,4 +99,9 @@ def test_mxfp4(scales: tuple[int, int]) -> None:
         for half, scale in ((0, scales[0]), (1, scales[1])):
             found = halves(got[f"${2 * half}"]) + halves(got[f"${2 * half + 1}"])
             codes = [byte >> 4 * half & 15 for byte in range(first, first + 4)]
-            assert found == [numbers[code] * 2.0 ** (scale - 127) for code in codes]
+            wanted = [numbers[code] * 2.0 ** (scale - 127) for code in codes]
+            assert found == wanted
+            # Of the registers with scales, one for each byte, those of the first byte are read, in bits 0 to 15.
+            shifted = {"$9": low & 0xFFFF, "$13": high & 0xFFFF}
+            wide = run(assembly("from_mxfp4", wide=True), {"$8": word, **shifted})
+            assert [single(wide[f"${4 * half + i}"]) for i in range(4)] == wanted

@@ -11,6 +11,7 @@ import torch
 from sparsec.codegen.triton.compile import TARGETS
 from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
 from sparsec.diagnostics import CompileError
+from sparsec.ir.core import Func
 from sparsec.passes.chips import chip
 from sparsec.passes.schedule import gpu_variants
 from tests.codegen.triton import build
@@ -18,7 +19,9 @@ from tests.codegen.triton.packed import packed
 
 pytest.importorskip("triton")
 FEW = {"up_to": 64, "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4}
+ROWS = {"kernel": "rows", "up_to": 8, "block_m": 1, "block_n": 16, "block_k": 128, "num_warps": 4, "num_stages": 4}
 MANY = {"block_m": 128, "block_n": 64, "block_k": 128, "num_warps": 8, "num_stages": 3}
+REST: dict[str, Any] = {"up_to": None, "block_m": 16, "block_n": 32, "block_k": 128}
 SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in TARGETS if target != "cuda:sm_90"]
 
 
@@ -48,6 +51,74 @@ def test_every_target(packing: str, target: str) -> None:
             if target == "cuda:sm_90":
                 assert ("wgmma.mma_async" in binary.assembly) == (launch["constants"]["BLOCK_M"] >= 64)
                 assert ("prefetch.global.L2" in binary.assembly) == binary.symbol.startswith("gemm_combine")
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_90", *SLOW])
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_rows_on_every_target(packing: str, target: str) -> None:
+    """Without tensor cores, going up two rows at a time."""
+    check_rows(build.gather_gemm(silu, 512, 256, 8, 2, torch.bfloat16, variants=({**ROWS, "block_m": 2}, REST)),
+               build.gemm_combine(512, 256, 8, 4, torch.bfloat16, variants=({**ROWS, "block_n": 8}, REST)),
+               packing=packing, target=target)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_rows_that_no_block_divides(packing: str, target: str) -> None:
+    for layout in ("interleaved", "concat", "single"):
+        activation = torch.relu if layout == "single" else silu
+        variants = (ROWS, REST)
+        check_rows(build.gather_gemm(activation, 300, 130, 8, 2, torch.bfloat16, layout, True, variants=variants),
+                   packing=packing, target=target)  # fmt: skip
+    uneven = ({**ROWS, "split": 2}, REST)
+    check_rows(build.gemm_combine(130, 300, 8, 3, torch.bfloat16, True, variants=uneven),
+               packing=packing, target=target)  # fmt: skip
+
+
+def check_rows(*funcs: Func, packing: str, target: str) -> None:
+    """Compile kernels on packed banks and look at their first launch."""
+    for func in funcs:
+        kernel = emit_kernel(packed(func, packing), target)
+        (launch,) = kernel.variants[0].config["launches"]
+        binary = kernel.binaries[launch["file"]]
+        assert binary.spills == 0 and binary.shared <= TARGETS[target].shared_limit
+        assert launch["constants"]["PTX"] == target.startswith("cuda")
+        if target == "cuda:sm_90":
+            assert "mma" not in binary.assembly
+            assert not re.search(r"cvt\.rn\.(f16x2|bf16x2)\.e\dm\d", binary.assembly)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_rows_load_weights_ahead_of_time(packing: str) -> None:
+    """Weights come to shared memory, 16 bytes a thread, and two are widened by one product."""
+    kernel = emit_kernel(packed(build.gemm_combine(2048, 768, 128, 8, torch.bfloat16, variants=(ROWS, FEW)), packing),
+                         "cuda:sm_90")  # fmt: skip
+    (launch,) = kernel.variants[0].config["launches"]
+    text = kernel.binaries[launch["file"]].assembly
+    weights = 16 * 8 * 128 // 128  # of a tile, by thread
+    assert text.count("fma.rn.bf16x2") == weights // 2
+    assert "prefetch.global.L2" in text.split("griddepcontrol.wait")[0]
+    size = {"fp8": 1, "mxfp4": 2}[packing]
+    steps = 4 - 1 + 1  # that are asked for before the loop, and in it
+    assert len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10", text)) == steps * weights // 16 // size
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_decode_takes_rows(packing: str) -> None:
+    """A token or two of a layer of many experts: no sum of rows is launched, and the kernels compile as meant."""
+    op = packed(build.gemm_combine(2048, 768, 128, 8, torch.bfloat16), packing).body.ops[0]
+    variants = gpu_variants(op, chip("cuda:sm_90"))
+    assert variants[0]["kernel"] == "rows" and variants[0]["up_to"] >= 4
+    assert variants[-1]["kernel"] == "tiles"
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+def test_bytes_that_are_widened_together_are_of_one_column(warps: int) -> None:
+    narrow = {**MANY, "num_warps": warps, "block_m": 16, "block_n": 16}
+    few = {**ROWS, "num_warps": warps, "block_n": 4}
+    func = packed(build.gather_gemm(silu, 256, 256, 8, 2, torch.bfloat16, variants=(few, narrow)), "mxfp4")
+    assert [schedule.entries[0].num_warps for schedule in sketch_kernel(func).schedules] == [1, 4]
 
 
 @pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
