@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar, get_args
 
 from sparsec.diagnostics import CompileError
@@ -42,8 +43,8 @@ class PlaceExperts(Pass):
     expert is in which slot is said at run time, by the buffers `placement/LAYER/slots` and `placement/LAYER/shares`.
 
     What tokens are sent once for, and the way they take, is what `passes/dispatch_choice.py` finds fastest, unless it
-    is given. The module's attributes `devices`, `width`, `slots`, `dispatch`, `algo` and `policy` come before the
-    options. A layer whose experts cannot be shared out stays whole on every rank, and a remark says why.
+    is given. Attributes of the module named like the options come before them. A layer whose experts cannot be shared
+    out stays whole on every rank, and a remark says why.
     """
 
     name: ClassVar[str] = "place-experts"
@@ -77,19 +78,23 @@ class PlaceExperts(Pass):
             ctx.changed("layers placed", placer.count)
 
 
-_CHECKED = ("devices", "width", "slots", "dispatch", "algo", "policy")
+_CHECKED = ("devices", "width", "slots", "dispatch", "algo", "policy", "inside", "outside")
 
 
 class _Chosen:
     """What was asked for, checked."""
 
     def __init__(self, options: PlaceExperts, given: dict[str, Any]) -> None:
-        self.options = options
+        self.tokens = options.tokens
         for name in ("devices", "width", "slots"):
             if type(given[name]) is not int or given[name] < (name == "devices"):
                 raise CompileError(f"'{name}' must be a whole number, not {given[name]!r}")
+        for name in ("inside", "outside"):
+            if not isinstance(given[name], int | float) or not 0 < given[name] < inf:
+                raise CompileError(f"'{name}' must be bytes/s, not {given[name]!r}")
         self.devices, self.slots = given["devices"], given["slots"]
         self.width = given["width"] or self.devices
+        self.links = Links(self.devices, self.width, float(given["inside"]), float(given["outside"]))
         if self.devices % self.width:
             raise CompileError(
                 f"{self.devices} devices do not make nodes of {self.width}: every node needs as many ranks"
@@ -105,12 +110,10 @@ class _Chosen:
 
     def way(self, k: int, row: int) -> Way:
         """The fastest way that was not ruled out; what was asked for and never pays is taken as it is."""
-        options = self.options
-        links = Links(self.devices, self.width, options.inside, options.outside)
-        for way in ways(links, k, row, options.tokens):
+        for way in ways(self.links, k, row, self.tokens):
             if self.dispatch in ("auto", way.dedup) and self.algo in ("auto", way.algo):
                 return way
-        return a_way(links, k, row, options.tokens, self.dispatch, self.algo)
+        return a_way(self.links, k, row, self.tokens, self.dispatch, self.algo)
 
 
 @dataclass
@@ -147,7 +150,7 @@ class _Placer:
             if not self.deriver.is_fixed(value):
                 yield f"{name} (%{value.name}) is no weight that stays as it is"
             for user in value.users:
-                if not isinstance(user, Experts):
+                if not isinstance(user, Experts | Local):
                     yield f"'{user.name}' reads {name} (%{value.name}) too"
 
     def slots(self, op: Experts) -> int:
@@ -239,7 +242,7 @@ class _Placer:
     def _told(self, op: Experts, slots: int, way: Way) -> str:
         once = {"none": "to each of its experts", "rank": "once to each rank", "node": "once to each node"}[way.dedup]
         by = "" if way.algo == "flat" else ", over the network first"
-        tokens = self.chosen.options.tokens
+        tokens = self.chosen.tokens
         return (
             f"{op.num_experts} experts on {self.chosen.devices} ranks of {slots} slots; a token goes {once}{by}; for "
             f"{tokens} tokens a rank sends {way.inside / 1e6:.3g} MB in its node and {way.outside / 1e6:.3g} MB to "

@@ -17,10 +17,14 @@ from sparsec.ir.parser import parse_module
 from tests.frontend.helpers import zoo_model
 
 SHARED = Path(__file__).parents[1] / "passes/overlap/shared.sparsec"
-SLOW = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "deepseek_v2", "granitemoe", "glm4_moe", "phimoe", "minimax_m2")
+FAMILIES = (
+    *("deepseek_v3", "mixtral", "olmoe", "qwen3_moe", "qwen2_moe"),
+    *("deepseek_v2", "granitemoe", "glm4_moe", "phimoe", "minimax_m2"),
+)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_two_devices_give_what_one_gives(family: str) -> None:
     """Each with tokens of its own, after every phase from `place` on."""
     from sparsec.frontend.capture import capture
@@ -75,6 +79,7 @@ def test_what_people_see_of_a_placed_module(tmp_path: Path) -> None:
         ({"devices": 2, "dispatch": "ranks"}, "'dispatch' is auto or none or rank or node, not 'ranks'"),
         ({"devices": 2, "dispatch": "node", "algo": "flat"}, "drop algo=flat, or dispatch=node"),
         ({"devices": 2, "policy": "dynamic"}, "'policy' is static or local or batch, not 'dynamic'"),
+        ({"devices": 2, "outside": 0.0}, "'outside' must be bytes/s, not 0.0"),
         ({"devices": 2, "chunks": 0}, "'chunks' must be a whole number from 1, not 0"),
     ],
 )
