@@ -2,10 +2,15 @@
 
 Everything here is a pure function of tables, counts and the rank, so that whoever knows them can repeat it.
 
-In two steps. First the rank's quotas: whole numbers, how many of its picks go to each slot. Then the deal: the picks of
-an expert, in the order of tokens and of picks in a token, are numbered n = 0..N-1. Number n takes place n * step mod N,
-with the step coprime to N and next to N over the golden ratio, and the places are given to the replicas in the order of
-their slots, to each as many as its quota says. So every stretch of tokens is spread over the replicas as the whole is.
+First the rank's quotas: whole numbers, how many of its picks go to each slot. They decide the load of every rank. Then
+the deal, within the quotas, which decides how many rows are sent:
+
+1. picks of experts that have one slot with a quota go there;
+2. picks that are left go to a slot on a rank, else on a node, that their token goes to already, first come first served
+   in the order of tokens and of picks in a token, as long as the slot's quota lasts;
+3. the rest is spread by a lattice: the picks of an expert that are left are numbered n = 0..N-1; number n takes place
+   n * step mod N, with the step coprime to N and next to N over the golden ratio; places are given to the replicas in
+   the order of their slots, to each as many as is left of its quota. So every stretch of tokens is spread as the whole.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("static", "local", "batch")
 GOLDEN = 0.6180339887498949
+ROUNDS = 4  #: of step 2: a pick whose slot was full tries the next
 TRIES = sorted(range(-24, 25), key=lambda d: (abs(d), -d))
 """How far from the golden ratio a step is looked for, nearest first; some of 40 in a row is coprime to any N < 1e8."""
 
@@ -79,15 +85,16 @@ def physical(
             f"{list(shares.shape)}"
         )
     slots = slots.long()
-    if counts is None:
-        if policy == "batch":
-            raise InputError("remap with policy 'batch' needs the counts of all ranks")
+    if policy != "batch":
         counts = count(ids, experts)
+    elif counts is None:
+        raise InputError("remap with policy 'batch' needs the counts of all ranks")
     placed = torch.bincount(slots, minlength=experts) > 0
     lost = (counts.view(-1, experts).sum(0) > 0) & ~placed
     if bool(lost.any()):
         raise InputError(f"expert {int(lost.nonzero()[0])} was picked but has no slot: the placement lacks it")
-    return deal(ids, slots, quotas(counts, slots, shares, rank, ranks, width, policy), experts)
+    quota = quotas(counts, slots, shares, rank, ranks, width, policy)
+    return deal(ids, slots, quota, experts, ranks, width)
 
 
 def quotas(
@@ -100,9 +107,11 @@ def quotas(
         width: ranks per node.
     """
     if policy == "batch":
-        total = counts.sum(0).tolist()
-        amounts = torch.tensor(best_split(total, slots.tolist(), ranks), device=counts.device)
-        return nearest(counts, amounts, slots, rank, width)
+        total = counts.sum(0)
+        amounts = torch.tensor(best_split(total.tolist(), slots.tolist(), ranks), device=counts.device)
+        expert = torch.repeat_interleave(torch.arange(len(total), device=counts.device), counts[rank])
+        number = _number(expert, counts[rank]) + counts[:rank].sum(0)[expert]  # in line after the ranks before
+        return torch.bincount(_spread(expert, number, total, slots, amounts), minlength=len(slots))
     if policy == "local":
         shares = near(slots, shares, len(counts), rank, ranks, width)
     return by_shares(counts, slots, shares, rank)
@@ -149,51 +158,71 @@ def near(slots: Tensor, shares: Tensor, experts: int, rank: int, ranks: int, wid
     return torch.where(level == best[slots], shares, 0)
 
 
-def nearest(counts: Tensor, amounts: Tensor, slots: Tensor, rank: int, width: int) -> Tensor:
-    """[P] int64: a rank's quotas where the slots' tokens [P] are given; counts are [ranks, experts].
-
-    Slots first take tokens of their own rank, then what is left of their node, then of all: in each of these groups an
-    expert's tokens stand in line by rank, its slots' room in line by slot, and what is at the same place goes together.
-    """
-    ranks, experts = counts.shape
-    home = torch.arange(len(slots), device=slots.device) // (len(slots) // ranks)
-    out = torch.zeros_like(amounts)
-    for span in (1, width, ranks):
-        group = home // span
-        key = group * experts + slots
-        room = torch.zeros(ranks // span * experts, dtype=amounts.dtype, device=slots.device)
-        room.index_add_(0, key, amounts)
-        demand = counts.view(ranks // span, span, experts)
-        ahead = demand.cumsum(1) - demand
-        met = torch.minimum(demand.sum(1), room.view(-1, experts))
-        served = torch.minimum((met[:, None] - ahead).clamp_min(0), demand).view(ranks, experts)
-        order = torch.argsort(key, stable=True)
-        line = amounts[order].cumsum(0) - amounts[order]
-        first = line[torch.searchsorted(key[order], key[order])]
-        begin = torch.empty_like(line).index_copy_(0, order, line - first)
-        taken = torch.minimum((met.view(-1)[key] - begin).clamp_min(0), amounts)
-        mine = ahead.reshape(ranks, experts)[rank][slots]
-        both = torch.minimum(mine + served[rank][slots], begin + taken) - torch.maximum(mine, begin)
-        out += torch.where(group == rank // span, both.clamp_min(0), 0)
-        counts, amounts = counts - served, amounts - taken
-    return out
-
-
-def deal(ids: Tensor, slots: Tensor, quotas: Tensor, experts: int) -> Tensor:
-    """[T, k] int64: the slot of every pick, as many to each slot as its quota; P: skip."""
+def deal(ids: Tensor, slots: Tensor, quotas: Tensor, experts: int, ranks: int, width: int) -> Tensor:
+    """[T, k] int64: the slot of every pick, as many to each slot as its quota [P]; P: skip."""
+    total = len(slots)
     flat = ids.reshape(-1).long()
-    picked = (flat >= 0) & (flat < experts)
-    flat = torch.where(picked, flat, experts)
-    by_expert, order = torch.sort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=experts + 1)
-    start = counts.cumsum(0) - counts
-    n = torch.arange(len(flat), device=flat.device) - start[by_expert]
-    place = n * _steps(counts)[by_expert] % counts[by_expert].clamp_min(1)
+    token = torch.arange(len(flat), device=flat.device) // max(ids.shape[-1], 1)
+    rank_of = torch.arange(total, device=flat.device) // (total // ranks)
+    out = torch.full_like(flat, total)
+    goes = [torch.zeros(len(ids), places, dtype=torch.bool, device=flat.device) for places in (ranks, ranks // width)]
+    left = quotas.clone()
+
+    def give(picks: Tensor, to: Tensor) -> None:
+        out[picks] = to
+        goes[0][token[picks], rank_of[to]] = True
+        goes[1][token[picks], rank_of[to] // width] = True
+        left.sub_(torch.bincount(to, minlength=total))
+
+    def rest(picks: Tensor) -> Tensor:
+        expert = flat[picks]
+        counts = torch.bincount(expert, minlength=experts)
+        return _spread(expert, _number(expert, counts), counts, slots, left)
+
+    picks = torch.where((flat >= 0) & (flat < experts))[0]
+    choices = torch.bincount(slots[quotas > 0], minlength=experts)
+    has_choice = choices[flat[picks]] > 1
+    give(picks[~has_choice], rest(picks)[~has_choice])
+    picks = picks[has_choice]
+    replicas = _replicas(slots, experts)
+    for _ in range(ROUNDS if len(picks) else 0):
+        options = replicas[flat[picks]]
+        at = options.clamp_max(total - 1)
+        is_open = (options < total) & (left[at] > 0)
+        goes_to = goes[0][token[picks, None], rank_of[at]].long() + goes[1][token[picks, None], rank_of[at] // width]
+        best, index = (goes_to * is_open).max(1)
+        to = torch.where(best > 0, options.gather(1, index[:, None])[:, 0], total)
+        ordered, order = torch.sort(to, stable=True)
+        line = torch.arange(len(to), device=to.device) - torch.searchsorted(ordered, ordered)
+        served = order[(ordered < total) & (line < left[ordered.clamp_max(total - 1)])]
+        give(picks[served], to[served])
+        picks = picks[out[picks] == total]
+    give(picks, rest(picks))
+    return out.view(ids.shape)
+
+
+def _replicas(slots: Tensor, experts: int) -> Tensor:
+    """[experts, most replicas]: the slots of each expert, ascending; P where there are fewer."""
+    counts = torch.bincount(slots, minlength=experts)
+    order = torch.argsort(slots, stable=True)
+    table = slots.new_full((experts, int(counts.max())), len(slots))
+    table[slots[order], _number(slots[order], counts)] = order
+    return table
+
+
+def _number(expert: Tensor, counts: Tensor) -> Tensor:
+    """[n]: how many of the same expert come before. `counts`: [experts], of each in all."""
+    by_expert, order = torch.sort(expert, stable=True)
+    line = torch.arange(len(expert), device=expert.device) - (counts.cumsum(0) - counts)[by_expert]
+    return torch.empty_like(expert).index_copy_(0, order, line)
+
+
+def _spread(expert: Tensor, number: Tensor, counts: Tensor, slots: Tensor, amounts: Tensor) -> Tensor:
+    """[n]: by the lattice, the slot of pick `number` [n] of its expert's `counts` [experts]; to a slot its amount."""
+    place = number * _steps(counts)[expert] % counts[expert].clamp_min(1)
     by_slot = torch.argsort(slots, stable=True)
-    until = quotas[by_slot].cumsum(0)
-    found = torch.searchsorted(until, start[by_expert] + place, right=True).clamp_max(len(slots) - 1)
-    out = torch.empty_like(flat).index_copy_(0, order, by_slot[found])
-    return torch.where(picked, out, len(slots)).view(ids.shape)
+    found = torch.searchsorted(amounts[by_slot].cumsum(0), (counts.cumsum(0) - counts)[expert] + place, right=True)
+    return by_slot[found.clamp_max(len(slots) - 1)]
 
 
 def _steps(counts: Tensor) -> Tensor:

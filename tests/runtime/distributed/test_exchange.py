@@ -19,7 +19,7 @@ from sparsec.runtime.distributed import (
     dispatch_wait,
     remap,
 )
-from sparsec.runtime.distributed.remap import POLICIES, count, deal, quotas
+from sparsec.runtime.distributed.remap import POLICIES, count, physical
 from sparsec.runtime.distributed.transport import Collectives
 from sparsec.runtime.errors import InputError
 from tests.runtime.distributed.ranks import TIMEOUT, Ranks
@@ -106,8 +106,9 @@ def predicted_links(name: str, policy: str, dedup: str, algo: str) -> Tensor:
     counts = torch.stack([count(part, EXPERTS) for part in ids])
     links = torch.zeros(RANKS, RANKS, dtype=torch.int64)
     for rank, part in enumerate(ids):
-        given = counts if policy == "batch" else counts[rank]
-        where = deal(part, SLOTS, quotas(given, SLOTS, SHARES, rank, RANKS, 2, policy), EXPERTS)
+        where = physical(
+            part, SLOTS, SHARES, experts=EXPERTS, ranks=RANKS, width=2, rank=rank, policy=policy, counts=counts
+        )
         for token in where.tolist():
             targets = [slot // S for slot in token if slot < RANKS * S]
             targets = targets if dedup == "none" else sorted(set(targets))

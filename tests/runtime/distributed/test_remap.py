@@ -21,7 +21,6 @@ from sparsec.runtime.distributed.remap import (
     count,
     deal,
     near,
-    nearest,
     physical,
     quotas,
 )
@@ -60,7 +59,7 @@ def test_every_pick_goes_to_a_slot_of_its_expert(
         for rank, part in enumerate(ids):
             given = counts if policy == "batch" else counts[rank]
             quota = quotas(given, slots, shares, rank, ranks, width, policy)
-            where = deal(part, slots, quota, experts)
+            where = deal(part, slots, quota, experts, ranks, width)
             skipped = (part < 0) | (part >= experts)
             assert torch.equal(where == len(slots), skipped)
             assert torch.equal(slots[where[~skipped]], part[~skipped])
@@ -103,7 +102,7 @@ def test_shares_are_met_within_one_and_on_average() -> None:
 
 def test_a_stretch_of_tokens_is_spread_as_the_whole() -> None:
     slots, quota = torch.tensor([0, 0, 0, 0]), torch.tensor([500, 250, 150, 100])
-    where = deal(torch.zeros(1000, 1, dtype=torch.int64), slots, quota, 1)[:, 0]
+    where = deal(torch.zeros(1000, 1, dtype=torch.int64), slots, quota, 1, 4, 2)[:, 0]
     for start in range(0, 900, 50):
         part = torch.bincount(where[start : start + 100], minlength=4)
         assert ((part - quota / 10).abs() <= 4).all(), (start, part)
@@ -122,12 +121,25 @@ def test_local_takes_the_nearest_replica() -> None:
     assert near(slots, shares, 5, 3, 4, 2).nonzero()[:, 0].tolist() == [0, 2, 3, 4, 5, 7]
 
 
-def test_a_batch_keeps_picks_where_they_are() -> None:
-    """The own rank's slot is filled first, then the node's."""
-    slots = torch.tensor([0, 0, 0, 0])
-    counts, amounts = torch.tensor([[10], [0], [2], [4]]), torch.tensor([5, 3, 4, 4])
-    found = [nearest(counts, amounts, slots, rank, 2).tolist() for rank in range(4)]
-    assert found == [[5, 3, 2, 0], [0, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 4]]
+def test_picks_go_where_their_token_goes() -> None:
+    """Experts 0 and 1 are on one node each, expert 2 on both; expert 2's picks follow, as far as the quota lasts."""
+    slots = torch.tensor([0, 2, 1, 2])  # 4 ranks of 1, 2 nodes
+    ids = torch.tensor([[2, 0]] * 6 + [[2, 1]] * 4)
+    for quota, along in ((torch.tensor([6, 6, 4, 4]), 10), (torch.tensor([6, 3, 4, 7]), 7)):
+        where = deal(ids, slots, quota, 3, 4, 2)
+        assert torch.equal(torch.bincount(where.flatten(), minlength=4), quota)
+        assert int((where[:, 0] // 2 == where[:, 1] // 2).sum()) == along
+    slots = torch.tensor([0, 1, 2, 0, 1, 2])  # 2 ranks of 3 on one node: the same rank rather than the node
+    where = deal(torch.tensor([[0, 1, 2]] * 8), slots, torch.tensor([8, 4, 4, 0, 4, 4]), 3, 2, 2)
+    assert (where // 3).sum(1).tolist().count(0) == 4
+
+
+def test_a_batch_takes_from_all_ranks_alike() -> None:
+    slots = torch.tensor([0, 0, 0, 1])
+    counts = torch.tensor([[300, 0], [0, 0], [60, 9], [240, 0]])
+    found = torch.stack([quotas(counts, slots, torch.ones(4), rank, 4, 2, "batch") for rank in range(4)])
+    assert found.sum(0).tolist() == best_split([600, 9], slots.tolist(), 4)
+    assert ((found[:, :3] - counts[:, :1] / 3).abs() <= 3).all()
 
 
 def test_wrong_tables_are_refused() -> None:
