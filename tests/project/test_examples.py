@@ -50,6 +50,13 @@ def test_demo(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tinymoe.sparsec" / "plan.json").is_file()
 
 
+@pytest.mark.slow
+def test_expert_parallel() -> None:
+    pytest.importorskip("transformers")
+    printed = run("-m", "torch.distributed.run", "--nproc-per-node", "4", "examples/expert_parallel.py")
+    assert printed.count("steps of moving: True") == 4
+
+
 def test_the_guide_to_a_new_op(tmp_path: Path) -> None:
     """The op and its test in CONTRIBUTING.md work as they stand there."""
     blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text()))

@@ -33,12 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspect": COMPILER | {"runtime"},
     "simulate": {"ir", "passes", "runtime.distributed"},  # the best split of a batch: its rule is the runtime's
     "launch": {"ir", "runtime"},
-    "api": COMPILER | {"runtime"},
+    "devices": {"ir", "passes"},
+    "api": COMPILER | {"runtime", "devices"},
     "differentiable": COMPILER | {"launch"},
     "training": COMPILER | {"differentiable"},
     "backend": COMPILER | {"runtime", "api", "launch", "training"},
     "console": COMPILER,
-    "commands": COMPILER | {"runtime", "api", "console", "simulate"},
+    "commands": COMPILER | {"runtime", "api", "console", "simulate", "devices"},
     "cli": {"commands", "console", "runtime"},
     "runtime": set(),
 }
