@@ -160,26 +160,25 @@ def _local(share: Floats, sent: Floats, held: Ints, node: Ints, group: Ints) -> 
     total = np.zeros((groups, groups, len(share)))
     for one in range(int(node.max()) + 1):
         inside = np.flatnonzero(node == one)
-        mine, weight = has[:, inside], sent[:, inside]
-        near = mine.any(1)
-        whole = weight.sum(1, keepdims=True)
-        weight = np.where(whole > 0, weight / np.maximum(whole, 1e-300), mine / np.maximum(mine.sum(1), 1)[:, None])
-        own = share @ mine
+        mine, weight = has[:, inside].astype(np.float64), sent[:, inside]
+        copies, whole = mine.sum(1, keepdims=True), weight.sum(1, keepdims=True)
+        near = copies[:, 0] > 0
+        weight = np.divide(weight, whole, out=mine / np.maximum(copies, 1), where=whole > 0)
+        to, at = np.unique(group[inside], return_inverse=True)
+        number = np.bincount(at)
+        mine, weight = _grouped(mine, at, len(to)), _grouped(weight, at, len(to))
         shared = (share * near) @ weight
         taken = (share[:, None, :] * mine.T) @ weight  # what stays on its rank is not sent to the others
-        rows = shared[:, None, :] - taken + own[:, :, None] * np.eye(len(inside))
-        to = group[inside]
-        np.add.at(total, (to[:, None], to[None, :]), rows.transpose(1, 2, 0) / ranks)
-        np.add.at(total, to, ((share * ~near) @ anywhere).T / ranks)
+        own = (share @ mine)[:, :, None] * np.eye(len(to))
+        rows = number[:, None] * shared[:, None, :] - taken + own
+        total[to[:, None], to[None, :]] += rows.transpose(1, 2, 0) / ranks
+        total[to] += number[:, None, None] * ((share * ~near) @ anywhere).T / ranks
     return total.transpose(2, 0, 1)
 
 
 def _grouped(rows: Floats, group: Ints, groups: int) -> Floats:
     """[..., ranks] -> [..., groups], summed."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    made = np.zeros((groups, len(flat)))
-    np.add.at(made, group, flat.T)
-    return made.T.reshape(*rows.shape[:-1], groups)
+    return rows @ (group[:, None] == np.arange(groups)).astype(np.float64)
 
 
 def links(plan: Plan, matrix: Floats) -> dict[str, Any]:

@@ -74,7 +74,7 @@ const loads = {
 
   tell(row, column) {
     const { groups } = state.data, [was, now] = [this.values("before")[row][column], this.values("after")[row][column]];
-    say(el("b", {}, `${layerName(row)}, ${groups.names[column]}`), `${groups.single ? ` on node ${groups.node[column]}` : ", its fullest rank"}: ${times(was)} the mean before, ${times(now)} now`);
+    say(el("b", {}, `${layerName(row)}, ${groups.names[column]}`), `${groups.single ? `on node ${groups.node[column]}` : "by its fullest rank"}: ${times(was)} the mean before, ${times(now)} now`);
   },
 
   keep(row, column) {
@@ -101,7 +101,7 @@ const loads = {
     };
     this.one.replaceChildren(el("div", { class: "head" },
       el("h2", {}, layerName(at), el("small", {}, ` fullest ${groups.single ? "rank" : "group"} ${times(Math.max(...was))} before, ${times(Math.max(...now))} now; on the mean ${gapped(perLayer[at].gap)} above its bound`)),
-      choice("Order of the bars", [["rank", "By rank"], ["load", "By load"]], this.order, pick)),
+      choice("Order of the bars", [["rank", `By ${groups.names[0].split(" ")[0]}`], ["load", "By load"]], this.order, pick)),
     barChart(bars, top, 1000, (i) => (i < 0 ? this.point(-1, -1) : this.point(at, order[i])), (i) => this.keep(at, order[i])),
     el("p", { class: "caption" }, "Behind: before. The dashed line is the mean, the stronger bar the fullest rank."));
   },

@@ -34,6 +34,6 @@ const moves = {
     this.chart.mark(row, column);
     if (column < 0) return say(state.hint);
     const { moved, groups, slots, ranks } = state.data;
-    say(el("b", {}, `${layerName(row)}, ${groups.names[column]}`), `: ${grouped(moved.map[row][column])} experts to load anew${groups.single ? ` of ${digits(slots / ranks)}` : ""}`);
+    say(el("b", {}, `${layerName(row)}, ${groups.names[column]}`), `${grouped(moved.map[row][column])} experts to load anew${groups.single ? ` of ${digits(slots / ranks)}` : ""}`);
   },
 };

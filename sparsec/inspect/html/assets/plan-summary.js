@@ -38,7 +38,7 @@ const summary = {
   gaps() {
     const { perLayer, scenarios } = state.data, top = Math.max(...perLayer.map((one) => one.gap), 1e-4);
     const bars = perLayer.map((one) => ({ value: Math.max(one.gap, 0), label: `layer ${one.layer}: ${gapped(one.gap)} above the bound` }));
-    const said = (i) => i >= 0 && say(el("b", {}, layerName(i)), ` ${gapped(perLayer[i].gap)} above the bound of ${perLayer[i].bound.toFixed(3)}; ${perLayer[i].before.toFixed(3)} before, ${perLayer[i].load.toFixed(3)} now`);
+    const said = (i) => i >= 0 && say(el("b", {}, layerName(i)), `${gapped(perLayer[i].gap)} above the bound of ${perLayer[i].bound.toFixed(3)}; ${perLayer[i].before.toFixed(3)} before, ${perLayer[i].load.toFixed(3)} now`);
     return el("section", {}, el("h2", {}, "Gap to the lower bound ", el("small", {}, `a bar for each layer, ${scenarios[0].name}; the tallest is ${gapped(top)}`)),
       el("div", { class: "low" }, barChart(bars, top, null, said, openLayer)));
   },

@@ -7,7 +7,7 @@ const traffic = {
   by: "rank",
 
   show(host) {
-    const { groups: _, traffic: found } = state.data, pick = (name) => (value) => {
+    const { traffic: found } = state.data, pick = (name) => (value) => {
       this[name] = value;
       this.update();
     };
@@ -87,7 +87,7 @@ const traffic = {
 
   tell(from, to) {
     const { names, size, cells } = this.found;
-    say(el("b", {}, `${names[from]} → ${names[to]}`), ` ${this.amount(this.rows(from, to))}, ${times(cells[from][to] / (1000 * size[from] * size[to]))} the mean`);
+    say(el("b", {}, `${names[from]} → ${names[to]}`), `${this.amount(this.rows(from, to))}, ${times(cells[from][to] / (1000 * size[from] * size[to]))} the mean`);
   },
 
   table() {
@@ -103,7 +103,7 @@ const traffic = {
     }));
     links.sort((a, b) => b[0] - a[0]);
     const { row_bytes } = state.data, head = (...heads) => el("thead", {}, el("tr", {}, ...heads.map((one, i) => el("th", { scope: "col", class: i ? "num" : "" }, one))));
-    const cell = (rows) => [el("td", { class: "num" }, digits(1e6 * rows)), row_bytes ? el("td", { class: "num" }, quantity(1e6 * rows * row_bytes, "B")) : null];
+    const cell = (rows) => [el("td", { class: "num" }, 1e6 * rows >= 1000 ? grouped(1e6 * rows) : digits(1e6 * rows)), row_bytes ? el("td", { class: "num" }, quantity(1e6 * rows * row_bytes, "B")) : null];
     const unit = ["rows / M picks", ...(row_bytes ? ["bytes"] : [])];
     const names_ = { own: "stay on their rank", inside: single ? "to their node" : "stay in their node", outside: "to other nodes" };
     const where = Object.entries(kinds).filter(([kind]) => single || kind !== "own").map(([kind, rows]) =>

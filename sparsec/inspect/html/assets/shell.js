@@ -56,8 +56,8 @@ function makeTabs() {
 
 /** The other of light and dark; the system's own until someone asks. */
 function switchTheme() {
-  const root = document.documentElement, isDark = getComputedStyle(root).colorScheme.includes("dark");
-  root.dataset.theme = isDark ? "light" : "dark";
+  const root = document.documentElement, now = root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  root.dataset.theme = now === "dark" ? "light" : "dark";
   try {
     localStorage.setItem("sparsec-theme", root.dataset.theme);
   } catch { /* a page from a file may have no storage */ }
