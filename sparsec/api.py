@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sparsec.codegen.artifact import Progress
     from sparsec.inspect.accounting import ModelInfo
     from sparsec.inspect.quantised import LayerError
+    from sparsec.runtime.distributed import World
 
 
 class IRText(str):
@@ -424,8 +425,11 @@ def load(
     device: str | torch.device | None = None,
     trust_code: bool = False,
     huge_pages: bool = False,
+    world: World | None = None,
 ) -> LoadedModel:
     """Load an artifact. Every file's hash is checked; nothing is compiled.
+
+    Of a model for several devices, each process loads what its rank needs: see `docs/distributed.md`.
 
     Args:
         device: where to run; the default follows from the artifact's target.
@@ -433,11 +437,14 @@ def load(
             Without it those are run by PyTorch, more slowly.
         huge_pages: read large weights into huge pages on a CPU instead of leaving them in the mapped files: loading
             takes as long as reading them, and decoding is then up to 15 % faster.
+        world: the ranks that run a model for several devices (`sparsec.runtime.distributed.World`); by default all
+            processes that torch.distributed knows.
 
     Raises:
         ArtifactError: says in one sentence why the artifact cannot be run here.
     """
-    return LoadedModel(load_program(Path(path), device=device, trust_code=trust_code, huge_pages=huge_pages))
+    given: dict[str, Any] = {"trust_code": trust_code, "huge_pages": huge_pages, "world": world}
+    return LoadedModel(load_program(Path(path), device=device, **given))
 
 
 def _leaves(tree: Any, outputs: Sequence[Any]) -> Any:
