@@ -56,11 +56,11 @@ def run(
     """Simulate a plan, or a number of devices, and print. Raises: SparsecError."""
     if (plan is None) == (devices is None):
         raise SparsecError("name what is simulated\n  hint: --plan plan.json, or --devices 8..2048")
-    for name, given in (("--routing", routing), ("--policy", policy != "static")):
-        if given and plan is None:
+    for name, used in (("--routing", routing is not None), ("--policy", policy != "static")):
+        if used and plan is None:
             raise SparsecError(f"{name} is of a plan's layers\n  hint: --plan plan.json")
-    for name, given in (("--topology", topology), ("--slots", slots)):
-        if given and plan is not None:
+    for name, used in (("--topology", topology is not None), ("--slots", slots is not None)):
+        if used and plan is not None:
             raise SparsecError(f"{name} is of --devices: the plan has its own")
     algo = algo or ("two_level" if options["dedup"] == "node" else "flat")
     numbers = {key: options.pop(key) for key in NUMBERS}

@@ -37,6 +37,14 @@ class Experts:
             return best_split(self.slots[layer], counts, Ranks(self.rank_of_slot, self.speed.astype(np.float32)))[0]
         return counts[self.slots[layer]] * self.split[layer]
 
+    def split_of(self, layer: int, share: Floats, best: bool) -> Floats:
+        """[slots]: the split, or the one that is best when the experts have these shares of all tokens."""
+        if not best:
+            return self.split[layer]
+        rows = self.rows(layer, share, True)
+        held = share[self.slots[layer]]
+        return np.divide(rows, held, out=self.split[layer].copy(), where=held > 0)
+
 
 def of_plan(plan: Plan) -> Experts:
     """A plan's places and shares."""

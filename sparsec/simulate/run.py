@@ -11,6 +11,7 @@ from sparsec.passes.placement.scenarios import batches
 from sparsec.simulate.experts import Experts
 from sparsec.simulate.layer import Setup, Times, average, layer_times
 from sparsec.simulate.links import FITTED_RANKS, Rows, mean_rows, row_bytes, rows_of
+from sparsec.simulate.remap import Table, remap
 from sparsec.simulate.routing import tokens
 from sparsec.simulate.traffic import Traffic, traffic
 
@@ -109,20 +110,31 @@ def replay(setup: Setup, experts: Experts, where: list[Ints], home: Ints) -> Poi
 
 
 def sampled(setup: Setup, experts: Experts, layer: int, share: Floats, node: Ints, rng: np.random.Generator) -> Traffic:
-    """Rows of tokens that are drawn, as many on each rank; a replica is drawn by its share."""
+    """Rows of tokens that are drawn, as many on each rank, with replicas as the runtime chooses them."""
     ranks = len(node)
     routed = tokens(setup.model, share, ranks * -(-SAMPLE // ranks), rng)
-    split = experts.rows(layer, share * SAMPLE, setup.best)
-    slots = experts.slots[layer]
+    where = _replicas(experts, layer, experts.split_of(layer, share, setup.best), routed, node, rng)
+    home = np.arange(len(routed)) % ranks
+    return traffic(home, where, experts.rank_of_slot, node, setup.dedup, setup.algo)
+
+
+def _replicas(experts: Experts, layer: int, split: Floats, routed: Ints, node: Ints, rng: np.random.Generator) -> Ints:
+    """The slot of every pick, by the runtime's rule, as if one rank had all tokens.
+
+    The rule is for ranks and nodes that are alike; on others a replica is drawn by its share.
+    """
+    slots, ranks, width = experts.slots[layer], len(node), int(np.bincount(node)[0])
+    number = int(max(slots.max(), routed.max())) + 1
+    size = np.bincount(experts.rank_of_slot, minlength=ranks)
+    if (size == size[0]).all() and (node == np.arange(ranks) // width).all() and ranks % width == 0:
+        return remap(Table(slots, split, number, ranks, width), [routed])[0]
     order = np.argsort(slots, kind="stable")
     ends = np.cumsum(split[order])
-    last = np.searchsorted(slots[order], np.arange(setup.model.experts), side="right")
+    last = np.searchsorted(slots[order], np.arange(number), side="right")
     high = ends[last - 1]
     low = np.concatenate([[0.0], high[:-1]])
     at = low[routed] + rng.random(routed.shape) * (high - low)[routed]
-    where = order[np.minimum(np.searchsorted(ends, at, side="right"), last[routed] - 1)]
-    home = np.arange(len(routed)) % ranks
-    return traffic(home, where, experts.rank_of_slot, node, setup.dedup, setup.algo)
+    return order[np.minimum(np.searchsorted(ends, at, side="right"), last[routed] - 1)]
 
 
 def spread(sample: Traffic, load: Floats, node: Ints, algo: str) -> Rows:

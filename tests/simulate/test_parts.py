@@ -57,7 +57,7 @@ def test_rows_of_a_sample_stand_for_all_tokens(dedup: str, algo: str) -> None:
     for name in ("inside_out", "inside_in", "net_out", "net_in"):
         ours, drawn = getattr(found, name), getattr(exact, name)
         assert ours.sum() == pytest.approx(drawn.sum(), rel=0.02)
-        assert ours.max() == pytest.approx(drawn.max(), rel=0.12)
+        assert ours.max() == pytest.approx(drawn.max(), rel=0.15)
 
 
 def test_traffic_is_counted_on_both_hops() -> None:
