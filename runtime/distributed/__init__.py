@@ -23,7 +23,7 @@ from sparsec.runtime.distributed.exchange import (
     dispatch_start,
     dispatch_wait,
 )
-from sparsec.runtime.distributed.layer import experts_layer
+from sparsec.runtime.distributed.layer import experts_layer, same_gradients
 from sparsec.runtime.distributed.migrate import migrate
 from sparsec.runtime.distributed.remap import remap
 from sparsec.runtime.distributed.world import World
@@ -41,4 +41,5 @@ __all__ = [
     "experts_layer",
     "migrate",
     "remap",
+    "same_gradients",
 ]

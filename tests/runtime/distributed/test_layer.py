@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsec.runtime.distributed import Dispatch, World, experts_layer
+from tests.codegen.triton.gradients import Bank
 from tests.runtime.distributed.ranks import Ranks
 from tests.runtime.distributed.test_exchange import EXPERTS, RANKS, SHARES, SLOTS, VARIANTS, H, S, mine, tokens
 
@@ -90,6 +91,29 @@ def test_training_equals_one_process(ranks: Ranks, dedup: str, algo: str) -> Non
                 copies = found[expert == SLOTS]
                 assert all(torch.equal(copy, copies[0]) for copy in copies)
     assert len(SLOTS) == RANKS * S
+
+
+@pytest.mark.parametrize("tokens_here", [9, 0])
+def test_generated_kernels_as_the_local_bank(tokens_here: int) -> None:
+    """`sparsec::bank` in place of PyTorch operators; weights of skipped picks may be anything."""
+    bank = Bank(EXPERTS, K, 16, 24)
+    ids = torch.randint(-1, EXPERTS, (tokens_here, K), generator=torch.Generator().manual_seed(3))
+    given = bank.operands(ids)
+    slots, shares = torch.arange(EXPERTS), torch.ones(EXPERTS)
+
+    def generated(rows: Tensor, local: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.ops.sparsec.bank(rows, local, weights, up, down, None, None, **bank.options)[0]
+
+    found: list[list[Tensor]] = []
+    for run in (generated, None):
+        leaves = [tensor.clone().requires_grad_() for tensor in given.values() if tensor is not None]
+        x, weights, up, down = leaves
+        out = experts_layer(World.of(), x, ids, weights, up, down, slots, shares, experts=EXPERTS, run=run)
+        torch.cos(out).sum().backward()
+        found.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 5
+    for by_kernels, plain in zip(*found, strict=True):
+        assert torch.allclose(by_kernels, plain, rtol=1e-5, atol=1e-5)
 
 
 class _Noted(torch.autograd.Function):
