@@ -58,13 +58,15 @@ class Devices:
 
     def mark(self, module: Module, config: Config) -> None:
         """Make the module say what it is to be placed on (`place-experts`)."""
-        for name in ("devices", "width", "slots", "dispatch", "policy"):
+        for name in ("devices", "width", "slots", "dispatch", "policy", "inside", "outside"):
             module.attrs.pop(name, None)
         if self.ranks > 1:
             module.attrs.update(devices=self.ranks, width=self.width)
             module.attrs.update(dispatch=config.dispatch, policy=config.policy)
             if self.plan is not None:
-                module.attrs["slots"] = self.plan.size[0]
+                ranks = self.plan.topology.ranks
+                inside, outside = min(rank.inside for rank in ranks), min(rank.outside for rank in ranks)
+                module.attrs.update(slots=self.plan.size[0], inside=inside, outside=outside)
 
     def tables(self, module: Module) -> dict[str, Tensor]:
         """The tables of a placed module by their source.

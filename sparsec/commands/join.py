@@ -27,3 +27,11 @@ def joined() -> Iterator[tuple[int, int]]:
         yield distributed.get_rank(), size
     finally:
         distributed.destroy_process_group()
+
+
+def wait_for_all(size: int) -> None:
+    """Wait until all processes are here, however long they take to load."""
+    if size > 1:
+        from torch import distributed
+
+        distributed.barrier()

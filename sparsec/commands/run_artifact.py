@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from sparsec.commands.join import joined
+from sparsec.commands.join import joined, wait_for_all
 from sparsec.console import err
 from sparsec.runtime.generate import Generator, Stats
 
@@ -34,6 +34,7 @@ def run(
     with joined() as (rank, size):
         given = _own(prompt or [_ids(text) for text in prompt_ids], rank, size)
         generator = Generator.load(artifact, trust_code=trust_code, huge_pages=huge_pages)
+        wait_for_all(size)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(DEFAULT_TOKENS, generator.max_len - len(generator.encode(given))))
         tokens, texts = list[int](), list[str]()
