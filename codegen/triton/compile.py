@@ -244,18 +244,29 @@ def load_module(name: str, path: Path) -> ModuleType:
 
 
 def _usage_cuda(image: bytes, symbol: str) -> tuple[int | None, int | None]:
-    """Registers and spilled bytes that ptxas recorded in a cubin; None where the tool that reads it is missing."""
+    """Registers, and bytes of the stack where the code uses it; None where the tools that read a cubin are missing.
+
+    ptxas leaves a stack of a few bytes in programs that neither store nor load there: those spill nothing.
+    """
+    found = re.search(rf"Function {re.escape(symbol)}:\s+REG:(\d+) STACK:(\d+)", _read_cubin(image, "-res-usage"))
+    if found is None:
+        return None, None
+    registers, stack = int(found[1]), int(found[2])
+    code = _read_cubin(image, "-sass") if stack else ""
+    return registers, stack if not code or re.search(r"\b(STL|LDL)\b", code) else 0
+
+
+def _read_cubin(image: bytes, what: str) -> str:
+    """What cuobjdump says of a cubin; "" where it is missing."""
     import triton
 
     tool = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
     if not tool.is_file():
-        return None, None
+        return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False)
-    found = re.search(rf"Function {re.escape(symbol)}:\s+REG:(\d+) STACK:(\d+)", done.stdout)
-    return (int(found[1]), int(found[2])) if found else (None, None)
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=False).stdout
 
 
 def _usage_hip(assembly: str) -> tuple[int | None, int | None]:
