@@ -57,7 +57,7 @@ def read_array(path: Path, keys: Sequence[str]) -> Found:
         data = _bytes(path, LARGEST)
         return Found(_array(io.BytesIO(data), len(data), str(path)), [])
     try:
-        with zipfile.ZipFile(_file(path, LARGEST)) as archive:
+        with zipfile.ZipFile(io.BytesIO(_bytes(path, LARGEST))) as archive:
             return _of_zip(archive, path, keys)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise SparsecError(f"{path}: cannot be read: {error}\n  hint: write it again with numpy.savez") from None
@@ -115,9 +115,9 @@ def _array(file: IO[bytes], size: int, where: str) -> NDArray[Any]:
         raise SparsecError(f"{where}: its shape is {str(shape)[:80]}, which is none")
     needed, there = math.prod(sizes) * dtype.itemsize, size - 8 - wide - length
     if needed > there or needed > LARGEST:
-        raise SparsecError(
-            f"{where}: says that it is {_shown(sizes)} of {dtype}, but only {there} bytes of it are there"
-        )
+        raise SparsecError(f"{where}: says that it is {_shown(sizes)} of {dtype}, but has only {there} bytes of that")
+    if not needed:
+        raise SparsecError(f"{where}: is empty, of shape [{_shown(sizes)}]")
     data = file.read(needed)
     if len(data) < needed:
         raise SparsecError(f"{where}: ends after {len(data)} of {needed} bytes\n  hint: copy or write it again")

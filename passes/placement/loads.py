@@ -230,7 +230,7 @@ def _trace(path: Path, data: dict[str, Any]) -> tuple[tuple[int, ...], list[dict
 
 # ------------------------------------------------------------------------------------------------------------- names
 def _known(path: Path) -> Path:
-    if path.suffix not in (".npy", ".npz"):
+    if path.suffix not in (".npy", ".npz") and not path.is_dir():
         raise SparsecError(f"{path}: is of no known kind\n  hint: .json, .npy or .npz")
     return path
 
