@@ -107,7 +107,7 @@ def same_gradients(world: World, slots: Tensor, *banks: Tensor) -> tuple[Tensor,
     table = slots.tolist()
     copies = {expert: [slot for slot, other in enumerate(table) if other == expert] for expert in set(table)}
     several = sorted(mine for mine in copies.values() if len(mine) > 1)
-    if not several or world.size == 1:
+    if not several:
         return banks
     return tuple(_SameGradient.apply(world, several, per_rank, bank) for bank in banks)
 
@@ -135,21 +135,17 @@ def sum_replicas(world: World, grad: Tensor, several: Sequence[Sequence[int]], p
     Their first rank is to the others what a token's rank is to those of its experts: what they have is combined there,
     and the sum is dispatched.
     """
-    me = world.rank
-    here = [mine for mine in several if mine[0] // per_rank == me]
-    pairs = sorted((slot // per_rank, row, slot) for row, mine in enumerate(here) for slot in mine)
-    held = [slot for mine in sorted(several, key=lambda mine: mine[0] // per_rank) for slot in mine]
-    home = {slot: mine[0] // per_rank for mine in several for slot in mine}
-    held = sorted((slot for slot in held if slot // per_rank == me), key=lambda slot: home[slot])
-    send, receive = [0] * world.size, [0] * world.size
-    for rank, _, _ in pairs:
-        send[rank] += 1
-    for slot in held:
-        receive[home[slot]] += 1
-    index = torch.tensor([(rank, row) for rank, row, _ in pairs], dtype=torch.int64, device=grad.device).view(-1, 2)
-    none = index[:, :1] >= 0
-    legs = [Leg(world, "whole", Split((len(here), 1), index[:, 0], index[:, 1], none, index[:, 1]), send, receive)]
-    at = torch.tensor([slot % per_rank for slot in held], dtype=torch.int64, device=grad.device)
+    here = [mine for mine in several if mine[0] // per_rank == world.rank]
+    pairs = sorted((slot // per_rank, row) for row, mine in enumerate(here) for slot in mine)
+    by_home = sorted(several, key=lambda mine: mine[0] // per_rank)
+    held = [(mine[0] // per_rank, slot) for mine in by_home for slot in mine if slot // per_rank == world.rank]
+    send, receive = ([sum(rank == other for other, _ in rows) for rank in range(world.size)] for rows in (pairs, held))
+    index = torch.tensor(pairs, dtype=torch.int64, device=grad.device).view(-1, 2)
+    split = Split(
+        (len(here), 1), index[:, 0], index[:, 1], torch.ones_like(index[:, :1], dtype=torch.bool), index[:, 1]
+    )
+    legs = [Leg(world, "whole", split, send, receive)]
+    at = torch.tensor([slot % per_rank for _, slot in held], dtype=torch.int64, device=grad.device)
     total = back_wait(legs, back_start(legs, grad[at]))
     out = grad.clone()
     out[at] = forth_wait(legs, forth_start(legs, total))

@@ -24,7 +24,8 @@ class Watch:
         self.rank, self.size = rank, size
         self.failed = threading.Event()
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store: Any = dist.PrefixStore(f"sparsec/{name}", store.clone())  # a connection of its own
+        self._store: Any = store.clone()  # a connection of its own
+        self._key = f"sparsec/{name}"
         self._looking: threading.Thread | None = None
 
     def wait(self, work: Any, timeout: float, slice: float) -> None:
@@ -57,11 +58,11 @@ class Watch:
         asked = threading.Event()
 
         def tell() -> None:
-            self._store.set("failed", what)
-            self._store.set(f"alive/{self.rank}", what)
+            self._store.set(f"{self._key}/failed", what)
+            self._store.set(f"{self._key}/alive/{self.rank}", what)
             end = time.monotonic() + seconds
             while len(heard) < self.size and time.monotonic() < end:
-                heard.update(other for other in range(self.size) if self._store.check([f"alive/{other}"]))
+                heard.update(r for r in range(self.size) if self._store.check([f"{self._key}/alive/{r}"]))
                 asked.set()
                 time.sleep(0.02)
 
@@ -77,7 +78,7 @@ class Watch:
         return f"ranks {', '.join(map(str, silent))} do not answer: they are dead, hang or are busy elsewhere"
 
     def _look(self) -> None:
-        if self._store.check(["failed"]):
+        if self._store.check([f"{self._key}/failed"]):
             self.failed.set()
 
 

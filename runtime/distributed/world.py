@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from sparsec.runtime.distributed.transport import Collectives, Transport, missing
 from sparsec.runtime.distributed.watch import Watch
@@ -91,7 +92,7 @@ class World:
             if width not in (None, 1):
                 raise InputError(f"a lone process is a world of 1 rank, not of nodes of {width}: start it by torchrun")
             return cls(0, 1, 1, timeout)
-        if isinstance(group, dist.DeviceMesh):
+        if isinstance(group, DeviceMesh):
             ranks = sorted(group.mesh.flatten().tolist())
             width = width or (group.size(1) if group.ndim == 2 else None)
         else:
