@@ -59,7 +59,7 @@ def test_rows_between_ranks_are_those_of_the_rules(seed: int, topology: str, slo
 
 def test_the_runtime_deals_tokens_out_as_expected() -> None:
     torch = pytest.importorskip("torch")
-    from sparsec.runtime.distributed.remap import count, deal, quotas
+    from sparsec.runtime.distributed.remap import physical
 
     found, loads = made("2x2", 4, 12, 3)
     share = loads.counts[0, 0] / loads.counts[0, 0].sum()
@@ -71,7 +71,7 @@ def test_the_runtime_deals_tokens_out_as_expected() -> None:
         rows = np.zeros((4, 4))
         for rank in range(4):
             ids = torch.tensor(rng.choice(12, (20_000, 1), p=share))
-            where = deal(ids, slots, quotas(count(ids, 12), slots, shares, rank, 4, 2, policy), 12)
+            where = physical(ids, slots, shares, experts=12, ranks=4, width=2, rank=rank, policy=policy)
             rows[rank] = np.bincount(found.rank_of_slot[where.numpy().ravel()], minlength=4) / ids.numel() / 4
         assert np.allclose(rows, traffic(only, one, policy)[0], atol=0.004)
 
