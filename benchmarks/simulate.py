@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from benchmarks.published_ep import (
 )
 from sparsec.passes.placement import parse_topology, read_loads
 from sparsec.passes.placement.scenarios import batches
-from sparsec.simulate import Device, Experts, MoE, Setup, in_order, simulate
-from sparsec.simulate.links import LOW_LATENCY, THROUGHPUT, Kernel, Rows, link_seconds, row_bytes
+from sparsec.simulate import Device, Experts, MoE, Point, Setup, in_order, simulate
+from sparsec.simulate.links import LOW_LATENCY, THROUGHPUT, Kernel, link_seconds, row_bytes
 from sparsec.simulate.routing import histogram
 
 Floats = NDArray[np.float64]
@@ -89,21 +90,26 @@ def setup_of(row: Exchange) -> Setup:
     return Setup(model, topology, Device("cuda:sm_90"), row.tokens, *variant, payload="fp8")
 
 
-def exchange(row: Exchange) -> tuple[float, float]:
-    """Dispatch and combine in the unit in which they were published."""
+@cache
+def uniform(row: Exchange) -> tuple[Setup, Point]:
+    """The exchange, simulated."""
     setup = setup_of(row)
     experts, share = even(setup.model, row.ranks)
-    point = simulate(setup, experts, share, np.random.default_rng(0), count=1, noise=False)
-    sent = point.nodes if row.unit == "net" else point.reached
-    return _in_unit(row, setup, sent, point.times.dispatch, point.times.combine)
+    return setup, simulate(setup, experts, share, np.random.default_rng(0), count=1, noise=False)
 
 
-def _in_unit(row: Exchange, setup: Setup, sent: float, dispatch: float, combine: float) -> tuple[float, float]:
-    """`sent`: rows of a token, those that stay on its node (in a node: on its rank) included."""
+def exchange(row: Exchange) -> tuple[float, float]:
+    """Dispatch and combine in the unit in which they were published."""
+    setup, point = uniform(row)
+    return _in_unit(row, setup, point, point.times.dispatch, point.times.combine)
+
+
+def _in_unit(row: Exchange, setup: Setup, point: Point, dispatch: float, combine: float) -> tuple[float, float]:
+    """Seconds as published. Bandwidths count all rows of a token, those that stay on its node or rank included."""
     if row.unit == "us":
         return dispatch * 1e6, combine * 1e6
     out, back = row_bytes(setup.model, "fp8")
-    rows = row.tokens * sent
+    rows = row.tokens * (point.nodes if row.unit == "net" else point.reached)
     return rows * out / dispatch / 1e9, rows * back / combine / 1e9
 
 
@@ -185,21 +191,13 @@ def rows(prefill: Floats, decode: Floats) -> Iterator[Row]:
 def fit() -> dict[str, tuple[float, ...]]:
     """The constants of `links.py` from `EXCHANGES`: latency in us, then shares."""
 
-    def bare(row: Exchange) -> tuple[Setup, float, Rows]:
-        setup = setup_of(row)
-        experts, share = even(setup.model, row.ranks)
-        point = simulate(setup, experts, share, np.random.default_rng(0), count=1, noise=False)
-        return setup, point.nodes if row.unit == "net" else point.reached, point.rows
-
-    found = [(row, *bare(row)) for row in EXCHANGES]
-
     def errors(which: str, way: int, make: Callable[[Floats], Kernel], x: Floats) -> Iterator[float]:
-        for row, setup, sent, links in found:
+        for row in EXCHANGES:
             if (row.unit == "us") == (which == "us"):
-                sizes = row_bytes(setup.model, "fp8")
-                seconds = link_seconds(make(x), (links, links.back)[way], sizes[way], setup.topology)
-                got = _in_unit(row, setup, sent, seconds, seconds)[way]
-                yield got / (row.dispatch, row.combine)[way] - 1
+                setup, point = uniform(row)
+                links, size = (point.rows, point.rows.back)[way], row_bytes(setup.model, "fp8")[way]
+                seconds = link_seconds(make(x), links, size, setup.topology)
+                yield _in_unit(row, setup, point, seconds, seconds)[way] / (row.dispatch, row.combine)[way] - 1
 
     def both(x: Floats) -> float:
         return sum(e**8 for way in (0, 1) for e in errors("net", way, lambda x: Kernel(x[0] * 1e-6, x[1], x[2]), x))

@@ -46,9 +46,9 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_sweep() -> None:
-    found = simulate("--devices", "8..32,512", *NUMBERS, "--schedule", "shared", "--shared", "1")
-    assert [point["ranks"] for point in found["points"]] == [8, 16, 32, 512]
-    assert [point["extrapolated"] for point in found["points"]] == [False, False, False, True]
+    found = simulate("--devices", "8..16,512", *NUMBERS, "--schedule", "shared", "--shared", "1")
+    assert [point["ranks"] for point in found["points"]] == [8, 16, 512]
+    assert [point["extrapolated"] for point in found["points"]] == [False, False, True]
     assert "nothing is published beyond EP256" in found["origin"]["*"]
     assert found["origin"]["dispatch, combine"].startswith("fitted")
     assert found["origin"]["links"].startswith("data sheet")
@@ -58,8 +58,11 @@ def test_sweep() -> None:
         parts = us["rest"] + us["shared"] + us["dispatch"] + us["experts"] + us["combine"] - us["hidden"]
         assert us["total"] == pytest.approx(parts)
         assert point["step_ms"] == pytest.approx(us["total"] * 6 / 1e3)
-    assert simulate("--devices", "8", *NUMBERS) == simulate("--devices", "8", *NUMBERS)
-    assert simulate("--devices", "8", *NUMBERS) != simulate("--devices", "8", *NUMBERS, "--seed", "1")
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    once, again, other = (simulate("--devices", "8", *NUMBERS, "--seed", seed) for seed in (0, 0, 1))
+    assert once == again != other
 
 
 def test_table_says_where_figures_come_from() -> None:
