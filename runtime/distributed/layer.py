@@ -139,7 +139,7 @@ def sum_replicas(world: World, grad: Tensor, several: Sequence[Sequence[int]], p
     pairs = sorted((slot // per_rank, row) for row, mine in enumerate(here) for slot in mine)
     by_home = sorted(several, key=lambda mine: mine[0] // per_rank)
     held = [(mine[0] // per_rank, slot) for mine in by_home for slot in mine if slot // per_rank == world.rank]
-    send, receive = ([sum(rank == other for other, _ in rows) for rank in range(world.size)] for rows in (pairs, held))
+    send, receive = ([sum(other == to for other, _ in rows) for to in range(world.size)] for rows in (pairs, held))
     index = torch.tensor(pairs, dtype=torch.int64, device=grad.device).view(-1, 2)
     split = Split(
         (len(here), 1), index[:, 0], index[:, 1], torch.ones_like(index[:, :1], dtype=torch.bool), index[:, 1]

@@ -45,7 +45,7 @@ class World:
         links: [size, size] int64 on the CPU, rows that this rank sent by dispatches since `reset_links`: its own row of
             the matrix from -> to, rows that stay on the rank included. A combine sends the same rows back. Of a
             two-level dispatch both hops count, the second one from the rank in between. What autograd sends backward
-            does not count.
+            and what `migrate` moves does not count.
     """
 
     rank: int

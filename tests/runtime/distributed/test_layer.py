@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsec.runtime.distributed import Dispatch, World, experts_layer
+from sparsec.runtime.distributed import Dispatch, World, experts_layer, same_gradients
 from tests.codegen.triton.gradients import Bank
 from tests.runtime.distributed.ranks import Ranks
 from tests.runtime.distributed.test_exchange import EXPERTS, RANKS, SHARES, SLOTS, VARIANTS, H, S, mine, tokens
@@ -114,6 +114,14 @@ def test_generated_kernels_as_the_local_bank(tokens_here: int) -> None:
     assert len(found[0]) == len(found[1]) == 5
     for by_kernels, plain in zip(*found, strict=True):
         assert torch.allclose(by_kernels, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_replicas_on_one_rank_get_the_same_gradient() -> None:
+    bank = torch.ones(3, 2, requires_grad=True)
+    (same,) = same_gradients(World.of(), torch.tensor([0, 1, 0]), bank)
+    (same * torch.tensor([[1.0], [2.0], [4.0]])).sum().backward()
+    assert bank.grad is not None
+    assert bank.grad.tolist() == [[5, 5], [2, 2], [5, 5]]
 
 
 class _Noted(torch.autograd.Function):
