@@ -41,6 +41,7 @@ def write_plan_page(path: Path, plan: Plan, loads: Loads, old: Plan | None = Non
     Raises: SparsecError if the three are not of one model; OSError.
     """
     write_atomic(path, render(name or path.stem, page_data(plan, loads, old), SCRIPTS, STYLES))
+    path.chmod(0o644)
 
 
 def page_data(plan: Plan, loads: Loads, old: Plan | None = None) -> dict[str, Any]:
