@@ -257,6 +257,7 @@ def compile(
     plan: str | os.PathLike[str] | None = None,
     dispatch: str | None = None,
     policy: str | None = None,
+    chunks: int | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -284,7 +285,7 @@ def compile(
     """
     captured = capture(model, args, kwargs, dynamic=dynamic)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
-    given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
+    given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy, "chunks": chunks}
     return compile_captured(captured, target, **given, dump=dump, instruments=instruments)
 
 
@@ -299,6 +300,7 @@ def compile_captured(
     plan: str | os.PathLike[str] | None = None,
     dispatch: str | None = None,
     policy: str | None = None,
+    chunks: int | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -306,6 +308,7 @@ def compile_captured(
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
     given |= {"devices": devices, "plan": Path(plan) if plan else None, "dispatch": dispatch, "policy": policy}
+    given["chunks"] = chunks
     config = Config.read(target=target, **given, dump=Path(dump) if dump else None)
     parsed, placed = Target.parse(config.target), Devices.of(config)
     module = stored_as(config, with_structure(captured).module)
@@ -333,6 +336,7 @@ def compile_language_model(
     plan: str | os.PathLike[str] | None = None,
     dispatch: str | None = None,
     policy: str | None = None,
+    chunks: int | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -345,13 +349,14 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
-        weights, activations, invariant, devices, plan, dispatch, policy: as of `compile`.
+        weights, activations, invariant, devices, plan, dispatch, policy, chunks: as of
+            `compile`.
 
     Raises: CompileError.
     """
     captured = capture_language_model(model, max_length)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
-    given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
+    given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy, "chunks": chunks}
     return compile_captured(captured, target, **given, dump=dump, name=name, instruments=instruments)
 
 

@@ -39,6 +39,7 @@ class Config:
     devices: str = "1"  #: how many devices run the model together, or nodes x devices of each: 8, 2x4
     plan: Path | None = None  #: a plan of `sparsec plan`: which of the devices holds which experts
     dispatch: str = "auto"  #: a token is sent once for each pick (none), each rank or each node; or auto
+    chunks: int = 1  #: parts that the tokens of a layer travel in, one while another is computed
     policy: str = "static"  #: which replica of an expert gets a token: static (the plan's shares), local or batch
 
     @classmethod
@@ -56,6 +57,8 @@ class Config:
         for name, choices in (("dispatch", DISPATCHES), ("policy", POLICIES)):
             if (value := values.get(name, choices[0])) not in choices:
                 raise SparsecError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+        if values.get("chunks", 1) < 1:
+            raise SparsecError(f"tokens travel in at least one chunk, not in {values['chunks']}")
         values["devices"] = str(values.get("devices", "1"))
         return cls(**values)
 
@@ -88,6 +91,10 @@ class Knob:
         """The value that a variable's text means. Raises: SparsecError."""
         if self.default is None:
             return Path(text)
+        if type(self.default) is int:
+            if not text.isdecimal():
+                raise SparsecError(f"{self.env}={text!r} is no number")
+            return int(text)
         if isinstance(self.default, bool):
             if text.lower() not in _BOOLS:
                 raise SparsecError(f"{self.env}={text!r} is neither true nor false: write 1 or 0")

@@ -20,6 +20,12 @@ def test_order_of_precedence() -> None:
 def test_an_unreadable_variable_is_an_error() -> None:
     with pytest.raises(SparsecError, match="SPARSEC_VERIFY='maybe' is neither true nor false"):
         Config.read({"SPARSEC_VERIFY": "maybe"})
+    with pytest.raises(SparsecError, match="SPARSEC_CHUNKS='two' is no number"):
+        Config.read({"SPARSEC_CHUNKS": "two"})
+    with pytest.raises(SparsecError, match="in at least one chunk, not in 0"):
+        Config.read({"SPARSEC_CHUNKS": "0"})
+    with pytest.raises(SparsecError, match="policy is one of static, local, batch, not 'best'"):
+        Config.read({}, policy="best")
 
 
 def test_every_knob_has_a_flag_a_variable_and_a_meaning() -> None:

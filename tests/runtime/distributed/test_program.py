@@ -25,6 +25,7 @@ from sparsec.runtime.distributed import World
 from sparsec.runtime.errors import ArtifactError, InputError, RankError
 from sparsec.runtime.executor import Program
 from sparsec.runtime.generate import Generator
+from sparsec.runtime.plan import Exchange
 from tests.runtime.distributed.ranks import Ranks
 from tests.ways_in.tiny import ids
 
@@ -101,12 +102,16 @@ def close(found: list[Any], wanted: list[torch.Tensor]) -> None:
         assert mine is None or torch.allclose(mine, right, rtol=0, atol=1e-5), f"rank {rank}"
 
 
-@pytest.mark.parametrize(("dispatch", "policy"), [("none", "static"), ("node", "local"), ("auto", "batch")])
+@pytest.mark.parametrize(
+    ("dispatch", "policy", "chunks"), [("none", "static", 1), ("node", "local", 3), ("auto", "batch", 1)]
+)
 def test_every_way_to_send_gives_what_one_process_gives(
-    ranks: Ranks, model: Any, folder: Path, wanted: list[torch.Tensor], dispatch: str, policy: str
+    ranks: Ranks, model: Any, folder: Path, wanted: list[torch.Tensor], dispatch: str, policy: str, chunks: int
 ) -> None:
     plan = placement(PLACED, folder / "plan.json")
-    compiled = sparsec.compile_language_model(model, plan=plan, dispatch=dispatch, policy=policy)
+    compiled = sparsec.compile_language_model(model, plan=plan, dispatch=dispatch, policy=policy, chunks=chunks)
+    starts = sum(isinstance(s, Exchange) and s.op == "dispatch_start" for s in compiled.emitted.plan.steps)
+    assert starts == LAYERS * chunks
     path = compiled.save(folder / f"{dispatch}-{policy}")
     close(ranks.run(run_prompts, path), wanted)
     close(ranks.run(run_prompts, path, 1), wanted)
