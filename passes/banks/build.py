@@ -9,6 +9,7 @@ from typing import Any
 from sparsec.dialects.moe import Experts, GroupedLinear
 from sparsec.ir.core import Attr, Block, Value
 from sparsec.ir.opdef import OpDef
+from sparsec.ir.ranks import Alone
 from sparsec.ir.types import Dim, DType, Sym, TensorType
 from sparsec.passes.banks.match import Bank, Matrix, NoBank, columns_of, dtype_of
 from sparsec.passes.banks.terms import (
@@ -96,6 +97,8 @@ def _keeps_zero(activation: Block) -> bool:
 
 class _OneRow:
     """Evaluates pointwise ops, which ask for no sizes."""
+
+    peers = Alone()
 
     def dim(self, dim: Dim) -> int:
         return 1

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsec.dialects.moe import gather_gemm_reference, gemm_combine_reference, group_reference
 from sparsec.frontend import region
 from sparsec.ir.core import Block
+from sparsec.ir.ranks import Alone
 from sparsec.ir.types import Dim, evaluate
 
 SCHEMA = (
@@ -64,6 +65,8 @@ def reference(
 
 class Rows:
     """Evaluates an activation region; the only size that it may ask for is the number of rows."""
+
+    peers = Alone()
 
     def __init__(self, rows: int) -> None:
         self.sizes = {str(region.ROWS): rows}

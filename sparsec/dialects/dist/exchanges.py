@@ -91,7 +91,10 @@ class DispatchStart(OpDef, name="dist.dispatch_start"):
         if self.dedup == "node" and self.algo != "two_level":
             yield 'dedup = "node" sends a token once to a node, so it needs algo = "two_level"'
         remap = self.where.op
-        if isinstance(remap, Remap) and (remap.ranks, remap.slots.type) != (self.ranks, table_type(self.ranks, self.slots)):
+        if isinstance(remap, Remap) and (remap.ranks, remap.slots.type) != (
+            self.ranks,
+            table_type(self.ranks, self.slots),
+        ):
             yield (
                 f"where comes from a dist.remap for {remap.ranks} ranks and a table {remap.slots.type}; "
                 f"this is for {self.ranks} ranks of {self.slots} slots"
@@ -218,11 +221,11 @@ class CombineWait(OpDef, name="dist.combine_wait"):
     pure = False
 
     def infer(self) -> tuple[Type, ...]:
-        combine_ = _start(self.handle, CombineStart)
-        start = combine_ and _start(combine_.dispatched, DispatchStart)
-        if combine_ is None or start is None:
+        begun = _start(self.handle, CombineStart)
+        start = _start(begun.dispatched, DispatchStart) if begun is not None else None
+        if begun is None or start is None:
             raise TypeError(_no_start(CombineStart))
-        rows = combine_.rows.tensor
+        rows = begun.rows.tensor
         return (TensorType((start.x.tensor.shape[0], *rows.shape[1:]), rows.dtype),)
 
     def verify(self) -> Iterator[str]:
