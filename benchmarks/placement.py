@@ -1,64 +1,39 @@
-"""Placements beside DeepSeek's published EPLB: `python -m benchmarks.placement LOADS.npz [--ranks 32] [--slots 9]`.
+"""Placements beside DeepSeek's published EPLB: `python -m benchmarks.placement LOADS.npz [--routing ROUTED.npz]`.
 
-Prints the table of static balance, and, where the file has scenarios whose names begin alike (`decode_...`,
-`prefill_...`), plans on some families and measures on the one that was held out.
+LOADS has scenarios of one model, named `prefill_in4096`, `decode_in1000out500`; ROUTED has a real model's tokens.
+Writes `results/placement.json` and `.md`. Loads are of the fullest rank, over the mean of the ranks; lower is better.
+What chance decides is measured for several seeds; figures are the mean of the seeds, with the least and the most.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.eplb import eplb, hierarchical
+from benchmarks.placement_routing import tokens_like
 from sparsec.passes.placement import Loads, Options, best_split, parse_topology, plan, read_loads
+from sparsec.passes.placement.affinity import Dispatch, best_place, dispatch
 from sparsec.passes.placement.bound import lower_bound
+from sparsec.passes.placement.loads import read_routing
+from sparsec.passes.placement.scenarios import batches
 from sparsec.passes.placement.search import Ranks
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Row = list[str | float]
+Table = tuple[str, list[str], list[Row]]
 
-
-def eplb(loads: Floats, ranks: int, slots: int) -> Ints:
-    """The global policy of EPLB: replicate whoever is hottest per replica, then pack, heaviest first.
-
-    It may put two replicas of one expert on one rank, as the original does.
-
-    Args:
-        loads: [layers, experts].
-        slots: of each rank.
-
-    Returns:
-        [layers, ranks * slots]: the expert in each slot.
-    """
-    layers, experts = loads.shape
-    result = np.empty((layers, ranks * slots), np.int64)
-    for layer, load in enumerate(loads):
-        expert = list(range(experts))
-        counts = np.ones(experts, np.int64)
-        while len(expert) < ranks * slots:
-            hottest = int((load / counts).argmax())
-            expert.append(hottest)
-            counts[hottest] += 1
-        weight = (load / counts)[expert]
-        held: list[list[int]] = [[] for _ in range(ranks)]
-        total = np.zeros(ranks)
-        for item in np.argsort(-weight, kind="stable"):
-            rank = min((rank for rank in range(ranks) if len(held[rank]) < slots), key=lambda rank: total[rank])
-            held[rank].append(expert[item])
-            total[rank] += weight[item]
-        result[layer] = [one for some in held for one in some]
-    return result
-
-
-def best_fullest(slots: Ints, load: Floats, devices: Ranks) -> float:
-    """The same when replicas share as well as they can."""
-    return best_split(slots, load, devices)[1]
+STATIC = ((16, 16), (32, 9), (32, 10), (64, 5), (72, 4), (128, 3))
+ROBUST = ((32, 9), (64, 5))
 
 
 def fullest(slots: Ints, load: Floats, ranks: int) -> float:
@@ -67,43 +42,16 @@ def fullest(slots: Ints, load: Floats, ranks: int) -> float:
     return float(share[slots].reshape(ranks, -1).sum(1).max())
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("loads")
-    parser.add_argument("--every", type=int, default=10, help="use every n-th layer for held-out families")
-    parser.add_argument("--rounds", type=int, default=Options.rounds)
-    args = parser.parse_args()
-    loads = read_loads([args.loads])
-    console = Console()
-    console.print(_static(loads))
-    console.print(_held_out(loads, args.every, args.rounds))
+def devices(ranks: int, slots: int) -> Ranks:
+    """Equal ones."""
+    return Ranks(np.repeat(np.arange(ranks), slots), np.ones(ranks, np.float32))
 
 
-def _shares(counts: Floats, ranks: int) -> Floats:
-    return counts / counts.sum(-1, keepdims=True) * ranks
-
-
-def _static(loads: Loads) -> Table:
-    table = Table("ranks", "slots", "EPLB over bound", "sparsec over bound", "worse layers", "seconds", box=None)
-    for ranks, slots in ((16, 16), (32, 9), (32, 10), (64, 5), (72, 4), (128, 3)):
-        theirs: list[float] = []
-        ours: list[float] = []
-        seconds = 0.0
-        for scenario in (0, len(loads.counts) - 1):
-            one = Loads(loads.counts[scenario][None], loads.names[:1], loads.layers)
-            share = _shares(loads.counts[scenario], ranks)
-            bound = lower_bound(share, np.full(ranks, slots), np.ones(ranks))
-            start = time.process_time()
-            made = plan(one, parse_topology(f"1x{ranks}"), Options(slots))
-            seconds = max(seconds, time.process_time() - start)
-            ours += [layer["load"] / layer["bound"] for layer in made.report["layers"]]
-            packed = eplb(share, ranks, slots)
-            theirs += [fullest(row, share[i], ranks) / bound[i] for i, row in enumerate(packed)]
-        worse = sum(a > b * (1 + 1e-9) for a, b in zip(ours, theirs, strict=True))
-        row = (f"{np.mean(theirs) - 1:.2%}", f"{np.mean(ours) - 1:.2%}", str(worse), f"{seconds:.2f}")
-        table.add_row(str(ranks), str(slots), *row)
-    return table
+def picked(loads: Loads, scenarios: Sequence[int], every: int, first: int = 0) -> Loads:
+    """Some scenarios, and every so many layers."""
+    layers = range(first, len(loads.layers), every)
+    names = tuple(loads.names[index] for index in scenarios)
+    return Loads(loads.counts[list(scenarios)][:, layers], names, tuple(loads.layers[index] for index in layers))
 
 
 def families(names: tuple[str, ...]) -> dict[str, list[int]]:
@@ -122,32 +70,202 @@ def families(names: tuple[str, ...]) -> dict[str, list[int]]:
     return found
 
 
-def _held_out(loads: Loads, every: int, rounds: int) -> Table:
-    table = Table("held out", "ranks", "EPLB", "EPLB + LP split", "sparsec + split", "seconds", box=None)
-    picked = range(0, len(loads.layers), every)
-    for ranks, slots in ((32, 9), (64, 5)):
-        for name, out in families(loads.names).items():
-            kept = [index for index in range(len(loads.names)) if index not in out]
-            known = Loads(
-                loads.counts[kept][:, picked],
-                tuple(loads.names[index] for index in kept),
-                tuple(loads.layers[index] for index in picked),
-            )
-            share = _shares(loads.counts[out][:, picked], ranks)
-            packed = eplb(_shares(known.counts, ranks).mean(0), ranks, slots)
+def static(loads: Loads, scenarios: Sequence[int]) -> Table:
+    """One histogram, planned and measured on itself."""
+    rows: list[Row] = []
+    for ranks, slots in STATIC:
+        theirs: list[float] = []
+        ours: list[float] = []
+        seconds = 0.0
+        for scenario in scenarios:
+            one = picked(loads, [scenario], 1)
+            share = _shares(one.counts[0], ranks)
+            bound = lower_bound(share, np.full(ranks, slots), np.ones(ranks))
             start = time.process_time()
-            made = plan(known, parse_topology(f"{ranks // 8}x8"), Options(slots, rounds=rounds))
-            seconds = time.process_time() - start
-            devices = Ranks(made.rank_of_slot, np.ones(ranks, np.float32))
-            equal = _mean(share, packed, partial(fullest, ranks=ranks))
-            split = partial(best_fullest, devices=devices)
-            lp, ours = _mean(share, packed, split), _mean(share, made.slots, split)
-            table.add_row(name, str(ranks), *(f"{value:.3f}" for value in (equal, lp, ours)), f"{seconds:.1f}")
-    return table
+            made = plan(one, parse_topology(f"1x{ranks}"), Options(slots))
+            seconds = max(seconds, time.process_time() - start)
+            ours += [layer["load"] / layer["bound"] for layer in made.report["layers"]]
+            theirs += [fullest(row, share[i], ranks) / bound[i] for i, row in enumerate(eplb(share, ranks, slots))]
+        worse = sum(a > b * (1 + 1e-9) for a, b in zip(ours, theirs, strict=True))
+        gaps = (f"{np.mean(theirs) - 1:.2%}", f"{np.mean(ours) - 1:.2%}", f"{np.max(ours) - 1:.2%}")
+        rows.append([f"{ranks} x {slots}", *gaps, worse, round(seconds, 2)])
+    head = ["ranks x slots", "EPLB over the bound", "sparsec", "sparsec, worst layer", "worse layers", "CPU s"]
+    return f"One histogram, {len(loads.layers)} layers", head, rows
+
+
+def held_out(loads: Loads, every: int, first: int, seeds: int) -> Table:
+    """Planned on all families but one, measured on that one."""
+    rows: list[Row] = []
+    for ranks, slots in ROBUST:
+        total: list[tuple[float, float, list[float]]] = []
+        for name, out in families(loads.names).items():
+            known = picked(loads, [index for index in range(len(loads.names)) if index not in out], every, first)
+            share = _shares(picked(loads, out, every, first).counts, ranks)
+            packed = eplb(_shares(known.counts, ranks).mean(0), ranks, slots)
+            split = partial(_best, ranks=devices(ranks, slots))
+            ours: list[float] = []
+            for seed in range(seeds):
+                made = plan(known, parse_topology(f"{ranks // 8}x8"), Options(slots, seed=seed, seconds=1000))
+                ours.append(_mean(share, made.slots, split))
+            total.append((_mean(share, packed, partial(fullest, ranks=ranks)), _mean(share, packed, split), ours))
+            rows.append([name, ranks, round(total[-1][0], 3), round(total[-1][1], 3), _spread(ours)])
+        means = [float(np.mean([one[at] for one in total])) for at in (0, 1)]
+        ours = np.mean([one[2] for one in total], axis=0).tolist()
+        rows.append(["mean of families", ranks, *(round(value, 3) for value in means), _spread(ours)])
+    head = ["held out", "ranks", "EPLB", "EPLB + best split", "sparsec + best split"]
+    return f"A workload family that was held out, {len(range(first, len(loads.layers), every))} layers", head, rows
+
+
+def noise(loads: Loads, every: int, seeds: int, picks: int = 4096 * 8) -> Table:
+    """Planned on one scenario for its batches, measured on batches that were drawn anew."""
+    ranks, slots = 32, 9
+    one = picked(loads, [4], every)
+    packed = eplb(_shares(one.counts[0], ranks), ranks, slots)
+    fresh = _shares(batches(one.counts, 8, picks, np.random.default_rng(99)), ranks)
+    split = partial(_best, ranks=devices(ranks, slots))
+    ours = [
+        _mean(fresh, plan(one, parse_topology("4x8"), Options(slots, batch=picks, seed=seed)).slots, split)
+        for seed in range(seeds)
+    ]
+    theirs = (_mean(fresh, packed, partial(fullest, ranks=ranks)), _mean(fresh, packed, split))
+    row: Row = [f"{ranks} x {slots}", *(round(value, 3) for value in theirs), _spread(ours)]
+    head = ["ranks x slots", "EPLB", "EPLB + best split", "sparsec + best split"]
+    return f"Batches of {picks} picks, {len(one.layers)} layers", head, [row]
+
+
+def traffic(loads: Loads, layers: Sequence[int], tokens: int) -> Table:
+    """Tokens made like a layer's histogram under DeepSeek-V3's rule of groups; half plan, the others measure."""
+    ranks, slots, node = 64, 5, np.arange(64) // 8
+    rows: list[Row] = []
+    for topics in (0, 16):
+        found: list[list[float]] = []
+        for layer in layers:
+            rng = np.random.default_rng(layer)
+            routed = tokens_like(loads.counts[4, layer], 2 * tokens, rng, topics=topics)
+            found.append(_compared(routed[:tokens], routed[tokens:], loads.counts.shape[2], slots, node, 8))
+        rows.append([f"{ranks} x {slots}, {topics} topics", *_traffic_cells(np.array(found))])
+    head = ["ranks x slots", "EPLB hierarchical", "EPLB", "EPLB, near replica", "sparsec"]
+    return f"Load / nodes per token, 8 nodes, {len(layers)} layers, {tokens} tokens", head, rows
+
+
+def recorded(routed: Ints, experts: int, seeds: int) -> Table:
+    """The same of tokens that a model has routed: [tokens, k]."""
+    half, node = len(routed) // 2, np.arange(12) // 3
+    ways = {
+        "first half plans": (routed[:half], routed[half:]),
+        "second half plans": (routed[half:], routed[:half]),
+        "every second token plans": (routed[::2], routed[1::2]),
+    }
+    for seed in range(seeds):
+        mixed = np.random.default_rng(seed).permutation(routed)
+        ways[f"a half by chance, {seed}"] = (mixed[:half], mixed[half:])
+    rows: list[Row] = []
+    for name, (known, unseen) in ways.items():
+        rows.append([name, *_traffic_cells(np.array([_compared(known, unseen, experts, 6, node, 0)]))])
+    head = ["12 x 6", "EPLB hierarchical", "EPLB", "EPLB, near replica", "sparsec"]
+    return "Load / nodes per token, 4 nodes, recorded tokens", head, rows
+
+
+def whole(loads: Loads) -> Table:
+    """A robust plan of all layers and scenarios."""
+    rows: list[Row] = []
+    for ranks, slots in ROBUST:
+        start, wall = time.process_time(), time.monotonic()
+        made = plan(loads, parse_topology(f"{ranks // 8}x8"), Options(slots, seconds=1000))
+        spent, wall = time.process_time() - start, time.monotonic() - wall
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        rows.append(
+            [f"{ranks} x {slots}", round(spent, 1), round(wall, 1), round(most, 2), str(made.report["cut_short"])]
+        )
+    head = ["ranks x slots", "mean of scenarios, best split", "CPU s", "wall s", "most memory so far, GB"]
+    return f"A robust plan of {len(loads.layers)} layers and {len(loads.names)} scenarios, one process", head, rows
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("loads", help="recorded loads")
+    parser.add_argument("--routing", help="recorded routing, [tokens, 1, k]")
+    parser.add_argument("--experts", type=int, default=60, help="of the recorded routing")
+    parser.add_argument("--every", type=int, default=7, help="every n-th layer for held-out families and noise")
+    parser.add_argument("--first", type=int, default=1, help="the first of those layers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "placement")
+    args = parser.parse_args()
+    loads = read_loads([args.loads])
+    measures: list[Callable[[], Table]] = [
+        lambda: whole(loads),
+        lambda: static(loads, (0, 4, len(loads.names) - 1)),
+        lambda: held_out(loads, args.every, args.first, args.seeds),
+        lambda: noise(loads, args.every, args.seeds),
+        lambda: traffic(loads, range(3, len(loads.layers), 14), args.tokens),
+    ]
+    if args.routing:
+        routed = read_routing(args.routing, [0], args.experts)[:, 0]
+        measures.append(lambda: recorded(routed, args.experts, args.seeds))
+    tables: list[Table] = []
+    for measure in measures:
+        tables.append(measure())
+        print(_markdown(tables[-1]), flush=True)
+        kept = [{"title": title, "columns": head, "rows": rows} for title, head, rows in tables]
+        args.output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+        text = "# Placements beside EPLB\n\n" + "\n".join(map(_markdown, tables))
+        args.output.with_suffix(".md").write_text(text)
+
+
+def _compared(known: Ints, unseen: Ints, experts: int, slots: int, node: Ints, groups: int) -> list[float]:
+    """Load and nodes of EPLB hierarchical (0 where there are no groups), EPLB, EPLB near, and the planner."""
+    ranks = devices(len(node), slots)
+    weight = np.bincount(known.ravel(), minlength=experts) / known.size * len(node)
+    packed = eplb(weight[None], len(node), slots)[0]
+    placed, _ = best_place(known, weight, ranks, node)
+    sent: list[Dispatch | None] = [None]
+    if groups:
+        sent = [_dealt(hierarchical(weight[None], len(node), slots, int(node[-1]) + 1, groups)[0], unseen, ranks, node)]
+    sent += [_dealt(packed, unseen, ranks, node), dispatch(packed, unseen, ranks, node)]
+    sent.append(dispatch(placed, unseen, ranks, node))
+    return [value for one in sent for value in ((one.load.max(), one.nodes) if one else (0.0, 0.0))]
+
+
+def _dealt(slots: Ints, routed: Ints, ranks: Ranks, node: Ints) -> Dispatch:
+    """Replicas that take turns, whatever else their tokens need."""
+    chosen = np.empty(routed.size, np.int64)
+    flat = routed.ravel()
+    for expert in range(int(slots.max()) + 1):
+        at, homes = np.flatnonzero(flat == expert), np.flatnonzero(slots == expert)
+        chosen[at] = homes[np.arange(len(at)) % len(homes)]
+    chosen = chosen.reshape(routed.shape)
+    load = np.bincount(ranks.of_slot[chosen].ravel(), minlength=len(node)) / routed.size * len(node)
+    visited = np.sort(node[ranks.of_slot[chosen]], axis=1)
+    return Dispatch(chosen, load, 1 + float((np.diff(visited, axis=1) > 0).sum(1).mean()))
+
+
+def _traffic_cells(found: Floats) -> list[str | float]:
+    mean = found.mean(0).reshape(-1, 2)
+    return [f"{load:.3f} / {nodes:.2f}" if load else "" for load, nodes in mean]
+
+
+def _shares(counts: Floats, ranks: int) -> Floats:
+    return counts / counts.sum(-1, keepdims=True) * ranks
+
+
+def _best(slots: Ints, load: Floats, ranks: Ranks) -> float:
+    return best_split(slots, load, ranks)[1]
 
 
 def _mean(share: Floats, slots: Ints, measure: Callable[[Ints, Floats], float]) -> float:
     return float(np.mean([measure(slots[layer], one[layer]) for one in share for layer in range(len(slots))]))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _markdown(table: Table) -> str:
+    title, head, rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return f"## {title}\n\n" + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ Floats = NDArray[np.float64]
 CAP = 1.05
 """How full, over the mean, a rank may get before a token goes to another replica than the nearest."""
 
+CHANCE = 1.0
+"""How many standard deviations above its count an expert without replicas weighs: no other rank can take more of it."""
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -34,6 +37,8 @@ class Dispatch:
 def dispatch(slots: Ints, routed: Ints, ranks: Ranks, node: Ints, cap: float = CAP) -> Dispatch:
     """Send every pick to a replica: to a node that the token goes to anyway, else to the least loaded rank.
 
+    The batch's counts are known before: what has one replica only is counted as there from the start.
+
     Args:
         slots: [slots], the expert in each slot.
         routed: [tokens, k], experts.
@@ -42,22 +47,30 @@ def dispatch(slots: Ints, routed: Ints, ranks: Ranks, node: Ints, cap: float = C
     """
     homes = [np.flatnonzero(slots == expert).tolist() for expert in range(int(max(slots.max(), routed.max())) + 1)]
     rank_of, node_of = ranks.of_slot.tolist(), node[ranks.of_slot].tolist()
+    nodes_of = [{node_of[slot] for slot in some} for some in homes]
     speed = ranks.speed.astype(np.float64)
     limit = (cap * routed.size * speed / speed.sum()).tolist()
-    load = [0.0] * len(speed)
+    single = np.array([some[0] if len(some) == 1 else -1 for some in homes])[routed]
+    load = np.bincount(ranks.of_slot[single[single >= 0]], minlength=len(speed)).astype(float).tolist()
     chosen = np.empty(routed.shape, np.int64)
     total = 0
     for token, row in enumerate(routed.tolist()):
         order = sorted(range(len(row)), key=lambda pick: len(homes[row[pick]]))
         used: set[int] = set()
-        for pick in order:
+        for place, pick in enumerate(order):
             options = homes[row[pick]]
             if len(options) > 1:
                 options = [slot for slot in options if load[rank_of[slot]] < limit[rank_of[slot]]] or options
-                options = [slot for slot in options if node_of[slot] in used] or options
-            slot = min(options, key=lambda slot: load[rank_of[slot]] / limit[rank_of[slot]])
+                near = [slot for slot in options if node_of[slot] in used]
+                if not near and place + 1 < len(order):  # a node that later picks can go to as well
+                    later = [nodes_of[row[other]] for other in order[place + 1 :]]
+                    shared = [sum(node_of[slot] in some for some in later) for slot in options]
+                    near = [slot for slot, count in zip(options, shared, strict=True) if count == max(shared)]
+                slot = min(near or options, key=lambda slot: load[rank_of[slot]] / limit[rank_of[slot]])
+                load[rank_of[slot]] += 1
+            else:
+                slot = options[0]
             chosen[token, pick] = slot
-            load[rank_of[slot]] += 1
             used.add(node_of[slot])
         total += len(used)
     rows = np.array(load) / speed
@@ -115,6 +128,7 @@ class _Nodes:
         self.experts, self.nodes = len(weight), int(node.max()) + 1
         self.used = np.zeros((len(routed), self.experts), np.float32)
         self.used[np.arange(len(routed))[:, None], routed] = 1
+        self.spare = 1 + CHANCE / np.sqrt(np.maximum(self.used.sum(0), 1.0))
         size = np.bincount(ranks.of_slot, minlength=len(node))
         self.room = np.bincount(node, size, self.nodes).astype(np.int64)
         share = np.bincount(node, ranks.speed, self.nodes)
@@ -213,10 +227,31 @@ class _Nodes:
             free = {int(rank): np.flatnonzero(self.ranks.of_slot == rank).tolist() for rank in ranks}
             load = dict.fromkeys(free, 0.0)
             items = np.repeat(np.arange(self.experts), self.hosts[:, node])
-            for expert in items[np.lexsort((items, -each[items, node], -self.hosts[items, node]))].tolist():
+            weight = each[:, node] * np.where(self.hosts.sum(1) == 1, self.spare, 1.0)
+            for expert in items[np.lexsort((items, -weight[items], -self.hosts[items, node]))].tolist():
                 open_ = [rank for rank, some in free.items() if some]
                 apart = [rank for rank in open_ if expert not in slots[self.ranks.of_slot == rank]]
                 rank = min(apart or open_, key=lambda rank: load[rank])
                 slots[free[rank].pop(0)] = expert
-                load[rank] += each[expert, node] / float(self.ranks.speed[rank])
+                load[rank] += float(weight[expert]) / float(self.ranks.speed[rank])
+            self._level(slots, np.flatnonzero(self.node[self.ranks.of_slot] == node), weight)
         return slots
+
+    def _level(self, slots: Ints, at: Ints, weight: Floats) -> None:
+        """Swap experts between the ranks of a node, of which `at` are the slots, as long as its fullest rank gains."""
+        rank, speed = self.ranks.of_slot[at], self.ranks.speed.astype(np.float64)
+        for _ in range(4 * len(at)):
+            held = weight[slots[at]]
+            load = np.bincount(rank, held, len(speed)) / speed
+            hot = int(load.argmax())
+            mine = np.flatnonzero(rank == hot)
+            moved = held[mine][:, None] - held[None, :]
+            after = np.maximum(load[hot] - moved / speed[hot], load[rank] + moved / speed[rank])
+            together = slots[at][:, None] == slots[at][None, :]
+            on = together @ (rank[:, None] == np.arange(len(speed)))
+            after[on[mine][:, rank] | on[:, hot][None, :] | (moved <= 0)] = np.inf
+            i, j = divmod(int(after.argmin()), len(at))
+            if after[i, j] >= load[hot] * (1 - 1e-6):
+                return
+            first, second = at[mine[i]], at[j]
+            slots[[first, second]] = slots[[second, first]]

@@ -55,7 +55,7 @@ def pack(loads: Floats, counts: Ints, rank_of_slot: Ints, speed: Floats) -> Ints
     load = np.zeros((layers, ranks))
     free = np.tile(np.bincount(rank_of_slot, minlength=ranks), (layers, 1))
     first = np.searchsorted(rank_of_slot, np.arange(ranks))
-    holds = np.zeros((layers, ranks, experts), np.bool_)
+    holds = np.zeros((layers, experts, ranks), np.bool_)
     size = free.copy()
     result = np.full((layers, slots), -1, np.int64)
     for step in range(slots):
@@ -63,13 +63,13 @@ def pack(loads: Floats, counts: Ints, rank_of_slot: Ints, speed: Floats) -> Ints
         weight = share[rows, item]
         after = load + weight[:, None] / speed
         after[(free == 0)] = np.inf
-        twice = after + np.where(holds[rows, :, item], 1e30, 0.0)
+        twice = after + np.where(holds[rows, item], 1e30, 0.0)
         rank = twice.argmin(1)
         slot = first[rank] + size[rows, rank] - free[rows, rank]
         result[rows, slot] = item
         load[rows, rank] += weight / speed[rank]
         free[rows, rank] -= 1
-        holds[rows, rank, item] = True
+        holds[rows, item, rank] = True
     return _untwine(result, rank_of_slot)
 
 

@@ -105,7 +105,7 @@ def plan(
         first = pack(hottest, number, ranks.of_slot, ranks.speed.astype(np.float64))
         slots, cut = _search(first, shares, ranks, rng, options, robust, deadline, say)
     else:
-        slots = balance(start, mean, ranks, bound, rng)
+        slots, cut = balance(start, mean, ranks, bound, rng, deadline)
     say("split")
     split = _shares(slots, mean, ranks, bound)
     if sent:

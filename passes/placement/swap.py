@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,13 +19,19 @@ CLOSE = 1e-3
 RESTARTS = 3
 
 
-def balance(start: Ints, loads: Floats, ranks: Ranks, bound: Floats, rng: np.random.Generator) -> Ints:
+def balance(
+    start: Ints, loads: Floats, ranks: Ranks, bound: Floats, rng: np.random.Generator, deadline: float
+) -> tuple[Ints, bool]:
     """Swap; where a layer stays far from its bound, pack anew as if its loads were a little different, and swap again.
 
     Args:
         start: [layers, slots].
         loads: [layers, experts].
         bound: [layers].
+        deadline: of `monotonic`, after which nothing is tried anew.
+
+    Returns:
+        [layers, slots], and whether time ran out.
     """
     speed = ranks.speed.astype(np.float64)
     slots = swap(start, loads, ranks, bound)
@@ -32,13 +40,15 @@ def balance(start: Ints, loads: Floats, ranks: Ranks, bound: Floats, rng: np.ran
         far = np.flatnonzero(least > bound * (1 + CLOSE))
         if not len(far):
             break
+        if monotonic() > deadline:
+            return slots, True
         other = loads[far] * np.exp(0.05 * rng.standard_normal((len(far), loads.shape[1])))
         packed = pack(other, replicas(other, slots.shape[1], len(ranks.speed)), ranks.of_slot, speed)
         tried = swap(packed, loads[far], ranks, bound[far])
         value = fullest(tried, split_of(tried, loads[far], ranks), loads[far], ranks)
         better = value < least[far]
         slots[far[better]], least[far[better]] = tried[better], value[better]
-    return slots
+    return slots, False
 
 
 def fullest(slots: Ints, split: Floats, loads: Floats, ranks: Ranks) -> Floats:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from benchmarks import placement as baseline
+from benchmarks.eplb import eplb
+from benchmarks.placement import fullest
 from sparsec.diagnostics import SparsecError
 from sparsec.passes.placement import (
     Loads,
@@ -71,8 +72,8 @@ def test_rules_bounds_and_never_worse_than_eplb(case: tuple[Floats, str, int]) -
         load = np.bincount(made.rank_of_slot, mean[layer][row] * made.split[layer], len(made.size)).max()
         bound = lower_bound(mean[layer], np.array(made.size), np.ones(len(made.size)))
         assert load >= bound * (1 - 1e-6)
-        greedy = baseline.eplb(mean[layer][None], len(made.size), slots)[0]
-        assert load <= baseline.fullest(greedy, mean[layer], len(made.size)) * (1 + 1e-6)
+        greedy = eplb(mean[layer][None], len(made.size), slots)[0]
+        assert load <= fullest(greedy, mean[layer], len(made.size)) * (1 + 1e-6)
 
 
 def test_the_same_seed_makes_the_same_plan() -> None:
