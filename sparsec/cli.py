@@ -319,7 +319,7 @@ def trace_command(**options: Any) -> None:
 @click.option("--expert-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one expert's weights.")
 @click.option("--row-bytes", type=click.FloatRange(min=0), default=0.0, help="Of one token that is sent.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=45.0, show_default=True, help="Time to search in.")
-@click.option("--rounds", type=click.IntRange(0, MOST), default=1200, show_default=True, help="Rounds of the search.")
+@click.option("--rounds", type=click.IntRange(0, MOST), default=300, show_default=True, help="Rounds of the search.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Processes that search.")
 @click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
