@@ -20,16 +20,16 @@ def table_type(ranks: int, slots: int) -> TensorType:
 
 
 def table_problems(table: Value, experts: int, ranks: int) -> Iterator[str]:
-    type = table.tensor
+    type, ranks = table.tensor, max(ranks, 1)
     size = type.shape[0] if type.rank == 1 else None
     if not isinstance(size, int) or type.dtype is not DType.i64:
         yield f"the table of slots is {type}, must be tensor<Pxi64>"
-    elif size % max(ranks, 1):
+    elif size % ranks:
         yield f"{size} slots cannot be shared out to {ranks} ranks: every rank needs as many"
     elif size < experts:
-        yield f"{size} slots cannot hold {experts} experts: {-(-experts // max(ranks, 1))} for each of {ranks} ranks can"
-    elif size // max(ranks, 1) > experts:
-        yield f"a rank has {size // max(ranks, 1)} slots for {experts} experts, and needs none twice"
+        yield f"{size} slots cannot hold {experts} experts: {-(-experts // ranks)} for each of {ranks} ranks can"
+    elif size // ranks > experts:
+        yield f"a rank has {size // ranks} slots for {experts} experts, and needs none twice"
 
 
 def collective_problems(op: OpDef) -> Iterator[str]:
