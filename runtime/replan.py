@@ -44,8 +44,8 @@ def replan(
     _agree(world, layers, tables, base)
     for layer in layers:
         slots, shares = tables[layer.name]
-        old = base[layer.slots].cpu()
-        for table in migrate(world, layer.banks(), old, slots, budget_bytes=budget_bytes):
+        old, banks = base[layer.slots].cpu(), layer.banks()
+        for table in migrate(world, banks, old, slots, budget_bytes=budget_bytes) if banks else ():
             first = world.rank * (len(table) // world.size)
             mine = range(first, first + len(table) // world.size)
             layer.put_back([slot - first for slot in mine if table[slot] != old[slot]])
@@ -54,6 +54,7 @@ def replan(
             old = table
             yield layer.name
         layer.unpacked.clear()
+        base[layer.slots] = slots.to(base[layer.slots].device)
         base[layer.shares] = shares.to(base[layer.shares].device)
 
 

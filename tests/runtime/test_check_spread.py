@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsec.runtime.check import check_plan
-from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.distributed import World
+from sparsec.runtime.errors import ArtifactError, InputError
+from sparsec.runtime.exchanges import Idle
 from sparsec.runtime.executor import Program
 from sparsec.runtime.plan import Arg, Call, Exchange, Free, Output, Plan, Spread, SpreadLayer, Tensor
 from sparsec.runtime.plan_json import from_json, to_json
@@ -141,3 +145,77 @@ def test_unfinished_exchange_is_refused() -> None:
     plan.outputs[0] = Output("output", 10)
     with pytest.raises(ArtifactError, match=r"ends with the exchange of slot 11 in the state 'combine started'"):
         check_plan(plan)
+
+
+TABLES = {"placement/0/slots": [0, 1, 2, 3, 4, 5, 0, 1], "placement/0/shares": [0.5, 0.5, 1, 1, 1, 1, 0.5, 0.5]}
+
+
+def loaded(plan: Plan | None = None, changes: dict[str, list[Any]] | None = None) -> Program:
+    given = TABLES | {f"placement/0/{name}": table for name, table in (changes or {}).items()}
+    dtypes = {"placement/0/slots": torch.int64, "placement/0/shares": torch.float64}
+    weights = {source: torch.tensor(table, dtype=dtypes[source]) for source, table in given.items()}
+    return Program(plan or spread_plan(), weights, world=World(0, RANKS, 2, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("a slot holds an expert that is none of the 6", {"slots": [0, 1, 2, 3, 4, 6, 0, 1]}),
+        ("expert 5 has no slot", {"slots": [0, 1, 2, 3, 4, 3, 0, 1]}),
+        ("rank 3 holds an expert twice", {"slots": [0, 1, 2, 3, 4, 5, 0, 0]}),
+        ("the shares of expert 0 do not sum to 1", {"shares": [0.5, 0.5, 1, 1, 1, 1, 0.25, 0.5]}),
+        ("shares are negative or no numbers", {"shares": [1.5, 0.5, 1, 1, 1, 1, -0.5, 0.5]}),
+        ("shares are negative or no numbers", {"shares": [float("nan"), 0.5, 1, 1, 1, 1, 0.5, 0.5]}),
+    ],
+)
+def test_tables_that_are_no_placement_are_refused(message: str, changes: dict[str, list[Any]]) -> None:
+    loaded()
+    with pytest.raises(ArtifactError, match=f"the tables of layer 0 are not sound: {message}"):
+        loaded(changes=changes)
+
+
+def test_rows_of_others_that_need_own_inputs() -> None:
+    """A rank without inputs cannot take part in such a plan."""
+    plan = spread_plan()
+    total = Call("aten.sum.default", [{"slot": 0}], {}, [20])
+    plan.steps[3:4] = [total, Call("aten.add.Tensor", [{"slot": 7}, {"slot": 20}], {}, [10])]
+    with pytest.raises(ArtifactError, match="depends on this rank's own inputs"):
+        Idle(plan, loaded(plan)._runner, torch.device("cpu"))
+    assert isinstance(loaded()._idle, Idle)
+
+
+def test_a_program_of_one_device_has_no_others() -> None:
+    plan = Plan([], [], [], {}, spread_plan().inputs, {"kind": "tuple", "items": []})
+    plan.inputs["args"]["items"] = []
+    program = Program(plan, {})
+    program.finish()
+    with pytest.raises(InputError, match="compiled for one device"):
+        program.replan("plan.json")
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ("is not JSON", "{"),
+        ("is no plan of format 'sparsec-placement'", {"format": "zip"}),
+        ("gives its ranks .* slots", {"slots_per_rank": [3, 3, 3, 3]}),
+        ("'layers' is not a list", {"layers": 0}),
+        ("has not one row", {"split": []}),
+        ("is for the layers 5, the program has 0", {"layers": [5]}),
+        ("slots and shares are not lists of numbers", {"split": [["a"] * 8]}),
+        ("slots and shares are not lists of numbers", {"physical_to_logical": [[True] * 8]}),
+        ("expert 5 has no slot", {"physical_to_logical": [[0, 1, 2, 3, 4, 3, 0, 1]]}),
+        ("there are 3 slots", {"physical_to_logical": [[0, 1, 2]]}),
+    ],
+)
+def test_plans_that_a_program_cannot_go_over_to(tmp_path: Path, message: str, content: Any) -> None:
+    sound: dict[str, Any] = {
+        "format": "sparsec-placement", "version": 1, "slots_per_rank": [2] * 4, "layers": [0],
+        "physical_to_logical": [TABLES["placement/0/slots"]], "split": [TABLES["placement/0/shares"]],
+    }  # fmt: skip
+    place = tmp_path / "plan.json"
+    place.write_text(content if isinstance(content, str) else json.dumps(sound | content))
+    with pytest.raises(InputError, match=message):
+        loaded().replan(place)
+    place.write_text(json.dumps(sound))
+    assert list(loaded().replan(place)) == []  # the tables are these already
