@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from benchmarks.eplb import eplb
+from benchmarks.eplb import eplb, hierarchical
 from benchmarks.placement import fullest
 from sparsec.diagnostics import SparsecError
 from sparsec.passes.placement import (
@@ -29,7 +29,7 @@ from sparsec.passes.placement import (
     write_plan,
 )
 from sparsec.passes.placement.bound import lower_bound
-from sparsec.passes.placement.search import Ranks
+from sparsec.passes.placement.search import GROWTH, Ranks, exposure
 
 Floats = NDArray[np.float64]
 
@@ -256,3 +256,20 @@ def test_experts_used_together_live_together() -> None:
     made = plan(loads_of(counts), topology, Options(5), routing=routed)
     assert made.report["nodes_per_token"] < 1.2
     assert made.report["load_of_routing"] < 1.1
+
+
+def test_whole_groups_of_experts_stay_on_a_node_under_the_hierarchical_policy() -> None:
+    loads = skewed(1, 2, 32)[0]
+    slots = hierarchical(loads, 4, 10, 2, 4)
+    for row in slots:
+        on_node = [set((row[:20] // 8).tolist()), set((row[20:] // 8).tolist())]
+        assert set(row.tolist()) == set(range(32))
+        assert [len(some) for some in on_node] == [2, 2] and not on_node[0] & on_node[1]
+
+
+def test_an_expert_that_is_alone_may_grow() -> None:
+    """Of the rank's 3.0 that live nowhere else, the largest, 2.0, may come to be 5.0."""
+    ranks = Ranks(np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2], np.float32))
+    most, alone = exposure(np.array([[0, 1, 2, 2, 3, 4]]), np.array([[1, 2, 7, 4, 0]], np.float32), ranks)
+    assert most.tolist() == [[1 + 2 * GROWTH, 4 * GROWTH / 2]]
+    assert alone.tolist() == [[1, 2, 0, 0, 4, 0]]
