@@ -22,7 +22,7 @@ from traceback import walk_tb
 import sparsec.dialects as _dialects
 import sparsec.passes as _passes
 from sparsec.diagnostics import CompileError, Diagnostic, Remark, SparsecError
-from sparsec.ir.core import Module, Op
+from sparsec.ir.core import Module, Op, Value
 from sparsec.ir.equal import clone_module, count_ops
 from sparsec.ir.loc import UNKNOWN, Loc
 from sparsec.ir.printer import print_module, print_op
@@ -64,6 +64,7 @@ class PassRecord:
     remarks: tuple[Remark, ...]
     made: dict[Op, str] = field(repr=False, compare=False, default_factory=dict[Op, str])  #: as of `Result`
     gone: dict[Op, str] = field(repr=False, compare=False, default_factory=dict[Op, str])  #: op -> rule that removed it
+    replaced: dict[Value, Value] = field(repr=False, compare=False, default_factory=dict[Value, Value])  #: new -> old
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,8 @@ class _Manager:
             self.verify(f"pass '{pass_}'", ctx)
         after = count_ops(self.module)
         made, remarks = dict(ctx.rewriter.made), tuple(ctx.remarks)
-        gone = dict(ctx.rewriter.gone)
-        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, remarks, made, gone)
+        gone, replaced = dict(ctx.rewriter.gone), dict(ctx.rewriter.replaced)
+        record = PassRecord(phase, str(pass_), ms, before, after, bool(counts), counts, remarks, made, gone, replaced)
         self.records.append(record)
         return record
 

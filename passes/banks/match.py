@@ -233,7 +233,7 @@ def _linear(product: Product, tokens: Axis, rows: Term, down: Matrix, out: Atom)
     allowed = frozenset((*tokens, *product.over))
     ids = expert_of(down.weight, {down.inner, out})
     if isinstance(ids, Var) or not ids.free <= allowed or not ids.free or any(f.chooses for f in product.factors):
-        raise NoBank("the expert's number does not depend on the token")
+        raise NoBank("the expert's number does not depend on the token, or more than two matrices follow each other")
     x, scales = _input(rows, allowed, down.inner)
     if scales and down.bias is not None:
         raise NoBank("rows are scaled in front of a linear layer with a bias")

@@ -21,8 +21,8 @@ from sparsec.inspect.culprit import describe
 from sparsec.inspect.dump import Dump
 from sparsec.targets import Target
 
-TOKENS = (5, 9, 17)
-"""Token counts of the inputs that are tried."""
+TOKENS = (5, 17, 150)
+"""Token counts of the inputs that are tried: few, and enough that experts of limited capacity are full."""
 
 
 def run(

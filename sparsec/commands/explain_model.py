@@ -51,9 +51,9 @@ def run(
         out.print(Text(name or "(the model itself)", "bold"))
         for one in group:
             out.print(render(one), soft_wrap=True)
-    counts = Counter(one.kind for one in chosen)
-    placed = f"{counts['placed']} placed, " if counts["placed"] else ""
-    out.print(f"{counts['fused']} fused, {placed}{counts['missed']} missed; gains on {on.name}")
+    counts = Counter(str(one.kind) for one in chosen)
+    kinds = [kind for kind in ("fused", "placed", "missed") if kind == "missed" or (counts[kind] and not missed)]
+    out.print(f"{', '.join(f'{counts[kind]} {kind}' for kind in kinds)}; gains on {on.name}")
 
 
 def _history(model: str, target: str | None, status: Status) -> tuple[History, str]:

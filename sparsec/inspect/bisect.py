@@ -32,6 +32,9 @@ from sparsec.pipeline import Instrument, PassRecord
 TOLERANCE = 1e-3
 """Largest error, relative to the largest value, that counts as right in f32."""
 
+INTERPRETED = 2
+"""For how many of the inputs, the first ones, Triton's interpreter runs the kernels: it is slow."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -91,7 +94,7 @@ def bisect(
     steps = tuple(watch.steps)
     say("kernels")
     if target != "cpu" and not torch.cuda.is_available():
-        kernels, culprit, why = interpreted_errors(lowered, known, given, tolerance)
+        kernels, culprit, why = interpreted_errors(lowered, known, given[:INTERPRETED], tolerance)
         return Report(steps, kernels, culprit, why)
     if any(arg.type != other.type for arg, other in zip(module.main.body.args, wide.main.body.args, strict=True)):
         lowered, known, given = pipeline.run(clone_module(module), target=target).module, dict(weights), list(inputs)
@@ -151,6 +154,11 @@ class _Watch(Instrument):
             evaluate_module(module, values, weights, observer=choices.observe)
             for values, choices in zip(inputs, self.choices, strict=True)
         ]
+        if any(isinstance(one, Tensor) and bool(one.isnan().any()) for results in self.right for one in results):
+            raise CompileError(
+                "the model itself gives NaN on random inputs: nothing can be told from its results",
+                hint="give it weights (--random-weights makes some up for a model of transformers)",
+            )
         self.steps: list[Step] = []
 
     def before(self, phase: str, pass_: Pass, module: Module) -> None:

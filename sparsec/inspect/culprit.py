@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import ndiff
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from sparsec.diagnostics import CompileError
 from sparsec.inspect.check import relative
 from sparsec.inspect.forced import Choices
 from sparsec.inspect.structural import partners
+from sparsec.inspect.unified import changed_lines
 from sparsec.ir.core import Func, Module, Op, Value
 from sparsec.ir.interp import evaluate_module
 from sparsec.ir.loc import UNKNOWN, Loc
@@ -109,7 +110,8 @@ def find_culprit(
         for v in (() if old is None else old.operands)
         if v.op is not None and v.op not in ops
     ]
-    made = [Piece(print_op(new), new.loc, record.made.get(new, "")) for new in _put_before(op, old_op)]
+    fine = _standing_for_equals(record, originals, wrong, right, tolerance)
+    made = [Piece(print_op(new), new.loc, record.made.get(new, "")) for new in _put_before(op, old_op, fine)]
     made += _derived(op, old, after, copy)
     was = "" if old is None or ends or print_op(old) == print_op(op) else print_op(old)
     pairs = [(wrong.get(v), right.get(old_value[v])) for v in op.results if v in old_value]
@@ -147,15 +149,31 @@ def _operands(
             yield f"%{after.name}, where it read %{before.name}, is wrong {_number(wrong[after], right[before])}"
 
 
-def _put_before(op: Op, kept: Mapping[Op, Op]) -> Iterator[Op]:
-    """The ops that the pass made and whose results `op` reads, directly or through others that it made."""
-    seen, open_ = dict[Op, None](), [op]
+def _standing_for_equals(
+    record: PassRecord,
+    originals: Mapping[Op, Op],
+    wrong: Mapping[Value, Any],
+    right: Mapping[Value, Any],
+    tolerance: float,
+) -> set[Value]:
+    """The values that a rule put in the place of others, and that are what those were."""
+    copies = {original: copy for copy, original in originals.items()}
+    pairs = [(new, old.index, copies.get(old.op)) for new, old in record.replaced.items() if old.op is not None]
+    olds = [(new, copy.results[index]) for new, index, copy in pairs if copy is not None]
+    return {new for new, old in olds if new in wrong and old in right and _off(new, old, wrong, right) <= tolerance}
+
+
+def _put_before(op: Op, kept: Mapping[Op, Op], fine: Container[Value]) -> Iterator[Op]:
+    """The ops that the pass made and whose results `op` reads, directly or through others that it made, in their order;
+    without those whose results are what they stand for."""
+    seen, open_ = set[Op](), [op]
     while open_:
         for value in open_.pop().operands:
-            if value.op is not None and value.op not in kept and value.op not in seen:
-                seen[value.op] = None
+            if value.op is not None and value.op not in kept and value.op not in seen and value not in fine:
+                seen.add(value.op)
                 open_.append(value.op)
-    yield from reversed(seen)
+    block = op.block
+    yield from (one for one in (block.ops if block is not None else ()) if one in seen and one.operands)
 
 
 def _derived(op: Op, old: Op | None, after: Module, before: Module) -> list[Piece]:
@@ -201,14 +219,13 @@ def describe(culprit: Culprit) -> str:
         lines += [f"  {culprit.value}"] if culprit.value else []
         return "\n".join(lines)
     lines.append(f"  the first wrong value{_at(culprit.at)}:")
-    shown = _changes(culprit.was, culprit.op) if culprit.was else culprit.op
-    lines += _indented(shown)
+    lines += [f"    {line}" for line in changed_lines(culprit.was or culprit.op, culprit.op)]
     lines += [f"    {culprit.value}"] if culprit.value else []
     lines += [f"  its operand {operand}" for operand in culprit.operands]
     for piece in culprit.gone:
         lines += [f"  it read{_at(piece.loc)}, removed{_by(piece)}:", *_indented(piece.text)]
-    for piece in culprit.made:
-        lines += [f"  it reads now{_at(piece.loc)}, made{_by(piece)}:", *_indented(piece.text)]
+    for head, pieces in groupby(culprit.made, key=lambda piece: f"{_at(piece.loc)}, made{_by(piece)}"):
+        lines += [f"  it reads now{head}:", *(line for piece in pieces for line in _indented(piece.text))]
     if culprit.rules:
         lines.append(f"  the pass did: {', '.join(f'{rule} {count}x' for rule, count in culprit.rules.items())}")
     return "\n".join(lines)
@@ -226,8 +243,3 @@ def _by(piece: Piece) -> str:
 
 def _indented(text: str) -> list[str]:
     return [f"    {line}" for line in text.splitlines()]
-
-
-def _changes(was: str, now: str) -> str:
-    """An op as it is, with lines that changed as they were."""
-    return "\n".join(line.rstrip() for line in ndiff(was.splitlines(), now.splitlines()) if not line.startswith("?"))

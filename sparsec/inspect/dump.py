@@ -37,7 +37,7 @@ MAX_RUNS = 9999
 SOURCES = (".py", ".cpp")
 """How names of kernels' sources end."""
 
-_BENCH = '''"""Times this run's kernels on this machine: python bench.py [--bench KERNEL ...] [--tokens N ...] [--json]."""
+_BENCH = '''"""Times this run's kernels here: python bench.py [--bench KERNEL ...] [--tokens N ...] [--json]."""
 
 from pathlib import Path
 

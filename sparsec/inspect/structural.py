@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal, TypeAlias
 
+from sparsec.inspect.unified import changed_lines
 from sparsec.ir.core import Block, Func, Module, Op, Value
 from sparsec.ir.equal import attr_key, attrs_key, block_key, func_key
 from sparsec.ir.printer import Printer, format_attr
@@ -39,7 +40,7 @@ class Change:
     loc: str = ""
 
     def __str__(self) -> str:
-        lines = [f"  {sign} {line}" for sign, text in (("-", self.before), ("+", self.after)) for line in _lines(text)]
+        lines = [f"  {line}" for line in changed_lines(self.before, self.after)]
         place = f"  ({self.loc})" if self.loc else ""
         return "\n".join([f"@{self.func}: {self.kind}{': ' if self.what else ''}{', '.join(self.what)}{place}", *lines])
 
@@ -184,7 +185,3 @@ def _reads_others(old: Op, new: Op, same: Mapping[Value, Value], kept: Container
 
 def _place(op: Op) -> str:
     return str(op.loc) if op.loc else ""
-
-
-def _lines(text: str) -> list[str]:
-    return text.split("\n") if text else []

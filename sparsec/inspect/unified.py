@@ -34,6 +34,17 @@ def diff_lines(a: Sequence[str], b: Sequence[str], before_name: str, after_name:
     return f"--- {before_name}\n+++ {after_name}\n{''.join(found)}" if found else ""
 
 
+def changed_lines(before: str, after: str) -> list[str]:
+    """A few lines as they are, each behind two spaces; those that went behind `- `, those that came behind `+ `."""
+    a, b, found = before.splitlines(), after.splitlines(), list[str]()
+    for tag, i, i_end, j, j_end in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag == "equal":
+            found += [f"  {line}" for line in a[i:i_end]]
+        else:
+            found += [*(f"- {line}" for line in a[i:i_end]), *(f"+ {line}" for line in b[j:j_end])]
+    return found
+
+
 def _range(start: int, stop: int) -> str:
     """Lines as the format wants them: an empty range names the line in front of it."""
     length = stop - start

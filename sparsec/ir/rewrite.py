@@ -71,12 +71,13 @@ class Rewriter:
     """What a rule may do.
 
     `made` remembers, for each op that a rule made, the rule and the ops it replaced; `gone`, for each op that a rule
-    removed or made another stand for, the rule.
+    removed or made another stand for, the rule; `replaced`, for each value that a rule put in place of another, that.
     """
 
     counts: Counter[Rule] = field(default_factory=Counter)
     made: dict[Op, str] = field(default_factory=dict)
     gone: dict[Op, str] = field(default_factory=dict)
+    replaced: dict[Value, Value] = field(default_factory=dict)
     current: Rule | None = None
     failed: tuple[Rule, Op] | None = None  #: the rule that raised an error, and the op that it was looking at
     _before: dict[Op, list[Op]] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Rewriter:
         """Let `values` stand for the results of `op`, and remove it."""
         for result, value in zip(op.results, values, strict=True):
             result.replace_by(value)
+            self.replaced[value] = self.replaced.get(result, result)
         self.erase(op)
 
     def replace_op(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsec import pipeline
+from sparsec.diagnostics import CompileError
 from sparsec.frontend.capture import Captured, capture
 from sparsec.inspect import kernel_errors
 from sparsec.inspect.bisect import Report, bisect, widened
@@ -250,3 +251,9 @@ def test_a_tie_that_falls_the_other_way_is_no_error(
     plant(monkeypatch, "raise", permute, "aten.topk")
     culprit = bisect(captured.module, captured.weights, [[torch.randn(count, 16)] for count in (5, 9)]).culprit
     assert (culprit is not None) == wrong
+
+
+def test_a_model_that_gives_nan_is_refused(captured: Captured) -> None:
+    weights = {name: value * float("nan") for name, value in captured.weights.items()}
+    with pytest.raises(CompileError, match="itself gives NaN"):
+        bisect(captured.module, weights, [[torch.randn(5, 32)]])

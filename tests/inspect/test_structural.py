@@ -91,3 +91,12 @@ def test_a_pass(module: Module) -> None:
         name for c in changes if c.kind == "removed" for name in ("moe.route(", "moe.experts(") if name in c.before
     }
     assert sum(c.kind == "added" for c in changes) == 3
+
+
+def test_of_a_changed_op_only_its_changed_lines_are_marked() -> None:
+    """A region shows once, with what went and what came where it stands."""
+    other = parse_module(LAYER.replace("aten.silu", "aten.relu"))
+    (change,) = compare(parse_module(LAYER), other)
+    marked = [line.split() for line in str(change).splitlines() if line[:4] in ("  - ", "  + ")]
+    assert [(words[0], words[3].partition("(")[0]) for words in marked] == [("-", "aten.silu"), ("+", "aten.relu")]
+    assert len(str(change).splitlines()) > len(marked) + 2
