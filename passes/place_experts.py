@@ -17,8 +17,10 @@ from sparsec.dialects.dist import (
     DispatchStart,
     DispatchWait,
     Local,
+    Payload,
     Policy,
     Remap,
+    row_bytes,
 )
 from sparsec.dialects.moe import Experts, GroupedLinear
 from sparsec.ir.core import Attr, Module, Op, Value
@@ -54,6 +56,7 @@ class PlaceExperts(Pass):
     dispatch: str = "auto"  #: what a token is sent once for: none (each expert), rank or node
     algo: str = "auto"  #: flat, or two_level: over the network first, then inside the node
     policy: str = "static"  #: how a replica is chosen: static, local or batch
+    payload: str = "model"  #: how rows travel to experts: as the model has them, bf16, or fp8 (with scales)
     tokens: int = 1024  #: of each rank, that the choice is made for
     inside: float = 450e9  #: bytes/s of a rank to others of its node
     outside: float = 50e9  #: bytes/s of a rank to other nodes
@@ -78,7 +81,15 @@ class PlaceExperts(Pass):
             ctx.changed("layers placed", placer.count)
 
 
-_CHECKED = ("devices", "width", "slots", "dispatch", "algo", "policy", "inside", "outside")
+_CHECKED = ("devices", "width", "slots", "dispatch", "algo", "policy", "payload", "inside", "outside")
+
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "dispatch": ("auto", *get_args(Dedup)),
+    "algo": ("auto", *get_args(Algo)),
+    "policy": get_args(Policy),
+    "payload": get_args(Payload),
+}
 
 
 class _Chosen:
@@ -99,12 +110,11 @@ class _Chosen:
             raise CompileError(
                 f"{self.devices} devices do not make nodes of {self.width}: every node needs as many ranks"
             )
-        for name, known in (("dispatch", ("auto", *get_args(Dedup))), ("algo", ("auto", *get_args(Algo)))):
+        for name, known in _WORDS.items():
             if given[name] not in known:
                 raise CompileError(f"'{name}' is {' or '.join(known)}, not '{given[name]}'")
-        if given["policy"] not in get_args(Policy):
-            raise CompileError(f"'policy' is {' or '.join(get_args(Policy))}, not '{given['policy']}'")
-        self.dispatch, self.algo, self.policy = str(given["dispatch"]), str(given["algo"]), str(given["policy"])
+        self.dispatch, self.algo = str(given["dispatch"]), str(given["algo"])
+        self.policy, self.payload = str(given["policy"]), str(given["payload"])
         if (self.dispatch, self.algo) == ("node", "flat"):
             raise CompileError("a token can go once to each node only by two levels: drop algo=flat, or dispatch=node")
 
@@ -171,8 +181,8 @@ class _Placer:
         remap = self.insert(op, Remap([op.ids, table, shares], None, {"experts": op.num_experts, **ranks, **policy}))
         width = x.shape[-1]
         assert isinstance(width, int)
-        way = chosen.way(op.k, width * x.dtype.itemsize)
-        how: dict[str, Attr] = {"dedup": way.dedup, "algo": way.algo}
+        way = chosen.way(op.k, row_bytes(width, x.dtype, chosen.payload))
+        how: dict[str, Attr] = {"dedup": way.dedup, "algo": way.algo, "payload": chosen.payload}
         plain = DispatchStart.fields().defaults
         how = {name: value for name, value in how.items() if plain[name] != value}
         start = self.insert(op, DispatchStart([op.x, remap.result, op.weights], None, {**ranks, "slots": slots, **how}))

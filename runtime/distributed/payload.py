@@ -29,6 +29,7 @@ def _encode_fp8(x: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(x.float(), (0, blocks * BLOCK - x.shape[1])).view(len(x), blocks, BLOCK)
     scale = padded.abs().amax(2).clamp_min(1e-12) / LARGEST
     values = (padded / scale[:, :, None]).clamp(-LARGEST, LARGEST).to(FP8).view(torch.uint8)
+    scale = scale.clone(memory_format=torch.contiguous_format)  # a view as bytes wants its strides, without rows too
     return torch.cat([values.flatten(1), scale.view(torch.uint8)], 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sparsec.diagnostics import SparsecError
+from sparsec.dialects.dist import CombineStart, DispatchStart
 from sparsec.inspect.costs import OpCost, Roof, op_costs, roof, sizes, total
 from sparsec.ir.core import Module, Op
 from sparsec.ir.printer import Printer, format_attr, print_module
@@ -58,7 +59,7 @@ def print_costs(module: Module, given: Mapping[str, int], on: Roof | None = None
         printer = Printer()
         printer.func(func)
         for op, (first, _) in printer.spans.items():
-            if comment := _comment(costs.get(op)):
+            if comment := ", ".join(filter(None, (_comment(costs.get(op)), _links(op, env)))):
                 printer.lines[first] = f"{printer.lines[first]:<{COLUMN}}  // {comment}"
         parts += ["", *printer.lines]
     return "\n".join(parts) + "\n"
@@ -75,6 +76,14 @@ def _comment(cost: OpCost | None) -> str:
         return ""
     text = f"{quantity(cost.bytes)}B, {quantity(cost.flops)}FLOP, {cost.intensity:.3g} FLOP/B"
     return f"{text}, {time(cost.us)} {cost.limiter}" if cost.limiter else text
+
+
+def _links(op: Op, env: Mapping[str, int]) -> str:
+    """What an exchange sends, with random routing: a chip's own roof does not count it."""
+    if not isinstance(op, DispatchStart | CombineStart):
+        return ""
+    inside, outside = op.sent(env)
+    return f"sends {quantity(inside)}B in its node, {quantity(outside)}B to others"
 
 
 def quantity(value: float) -> str:

@@ -63,7 +63,7 @@ def evaluate_module(
     Raises:
         CompileError: for inputs that do not fit the arguments, and where an op's result is not of its type.
     """
-    ranks = devices(module)
+    ranks = devices(module) if any(op.dialect == "dist" for op in module.main.body.ops) else 1
     if ranks == 1:
         return _evaluate(module, inputs, weights, observer, override, Alone())
     return run_together(

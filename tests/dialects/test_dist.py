@@ -9,13 +9,14 @@ import torch
 
 from sparsec import pipeline
 from sparsec.diagnostics import CompileError
-from sparsec.dialects.dist import ADJOINTS, rows_sent
+from sparsec.dialects.dist import ADJOINTS, row_bytes, rows_sent
 from sparsec.dialects.dist.references import Dispatched, combine, splits
 from sparsec.ir.core import Module
 from sparsec.ir.equal import clone_module
 from sparsec.ir.interp import DerivedWeights, evaluate_func, evaluate_module, evaluate_ranks
 from sparsec.ir.opdef import REGISTRY
 from sparsec.ir.parser import parse_module
+from sparsec.ir.types import DType
 from sparsec.ir.verify import verify_module
 
 RANKS, SLOTS, EXPERTS = 4, 3, 8
@@ -66,11 +67,23 @@ def inputs(k: int, counts: tuple[int, ...] = (5, 0, 9, 1)) -> list[list[torch.Te
     return given
 
 
-def placed(k: int, dedup: str, algo: str, policy: str = "static", to: str = "place") -> Module:
+def placed(k: int, dedup: str, algo: str, policy: str = "static", to: str = "place", target: str = "cpu") -> Module:
     module = parse_module(LAYER.replace("K", str(k)))
     module.attrs |= {"devices": RANKS, "width": 2, "slots": SLOTS}
     module.attrs |= {"dispatch": dedup, "algo": algo, "policy": policy}
-    return pipeline.run(module, to=to).module
+    return pipeline.run(module, to=to, target=target).module
+
+
+@pytest.mark.parametrize(("payload", "error"), [("bf16", 1e-2), ("fp8", 0.1)])
+def test_narrow_payloads_are_near_and_send_less(banks: dict[str, torch.Tensor], payload: str, error: float) -> None:
+    alone, given = parse_module(LAYER.replace("K", "2")), inputs(2)
+    module = parse_module(LAYER.replace("K", "2"))
+    module.attrs |= {"devices": RANKS, "width": 2, "slots": SLOTS, "payload": payload}
+    narrow = pipeline.run(module, to="place").module
+    for (y,), one in zip(evaluate_ranks(narrow, given, banks), given, strict=True):
+        (wanted,) = evaluate_module(alone, one, banks)
+        assert not wanted.numel() or 0 < (y - wanted).abs().max() < error * max(1.0, float(wanted.abs().max()))
+    assert row_bytes(300, DType.f32, payload) == {"bf16": 600, "fp8": 3 * (128 + 4)}[payload]
 
 
 @pytest.mark.parametrize(("dedup", "algo"), WAYS)
@@ -84,12 +97,12 @@ def test_every_way_equals_one_device(banks: dict[str, torch.Tensor], k: int, ded
         torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5, msg=f"rank {rank}")
 
 
-@pytest.mark.parametrize("policy", ["local", "batch"])
-def test_every_policy_and_phase_equals_one_device(banks: dict[str, torch.Tensor], policy: str) -> None:
+@pytest.mark.parametrize(("policy", "target"), [("local", "cpu"), ("batch", "cuda:sm_90")])
+def test_every_policy_and_phase_equals_one_device(banks: dict[str, torch.Tensor], policy: str, target: str) -> None:
     alone, given = parse_module(LAYER.replace("K", "2")), inputs(2)
     wanted = [evaluate_module(alone, one, banks)[0] for one in given]
     for to in ("place", "lower"):
-        module = placed(2, "auto", "auto", policy, to)
+        module = placed(2, "auto", "auto", policy, to, target)
         for (y,), one in zip(evaluate_ranks(module, given, banks), wanted, strict=True):
             torch.testing.assert_close(y, one, rtol=1e-5, atol=1e-5)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsec import pipeline
+from sparsec.inspect.cost_text import print_costs
 from sparsec.inspect.costs import op_costs, roof, sizes
 from sparsec.inspect.dump import Dump
 from sparsec.inspect.explain import explain, of_dump, of_result
@@ -69,6 +70,9 @@ def test_what_people_see_of_a_placed_module(tmp_path: Path) -> None:
     sent = 100 * 0.75 * (16 * 4 + 2 * 8)
     assert by_name["dist.dispatch_start"].bytes == 100 * (16 * 4 + 2 * 8 + 2 * 4) + sent
     assert by_name["dist.dispatch_wait"].bytes == 50 * (16 * 4 + 2 * 8 + 2 * 4)
+    text = print_costs(result.module, {"s0": 100, "u0": 50}, chip)
+    (begun,) = (line for line in text.splitlines() if "dist.dispatch_start" in line)
+    assert begun.endswith("sends 6 kB in its node, 0 B to others")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from sparsec.dialects.dist.exchanges import (
     DispatchStart,
     DispatchWait,
     Payload,
+    row_bytes,
 )
 from sparsec.dialects.dist.references import rows_sent
 from sparsec.dialects.dist.tables import Local, Migrate, Policy, Remap
@@ -42,5 +43,6 @@ __all__ = [
     "Payload",
     "Policy",
     "Remap",
+    "row_bytes",
     "rows_sent",
 ]

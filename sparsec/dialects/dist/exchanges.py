@@ -68,8 +68,7 @@ class DispatchStart(OpDef, name="dist.dispatch_start"):
         """Bytes that a rank sends to ranks of its node, and to other nodes."""
         columns = self.x.tensor.shape[-1]
         assert isinstance(columns, int)
-        blocks = -(-columns // 128)
-        row = {"fp8": blocks * (128 + 4), "bf16": 2 * columns}.get(self.payload, columns * self.x.tensor.dtype.itemsize)
+        row = row_bytes(columns, self.x.tensor.dtype, self.payload)
         chosen = (1 if self.dedup == "none" else self.k) * (4 + self.weights.tensor.dtype.itemsize)
         return _sent(self, row + chosen, env)
 
@@ -266,6 +265,12 @@ def _start(handle: Value, kind: type[DefT]) -> DefT | None:
 
 def _no_start(kind: type[OpDef]) -> str:
     return f"takes a handle that no '{kind.op_name}' gives"
+
+
+def row_bytes(columns: int, dtype: DType, payload: str) -> int:
+    """Bytes of a row on its way to experts."""
+    blocks = -(-columns // 128)
+    return {"fp8": blocks * (128 + 4), "bf16": 2 * columns}.get(payload, columns * dtype.itemsize)
 
 
 def _sent(start: DispatchStart, row_bytes: float, env: Mapping[str, int]) -> tuple[float, float]:
