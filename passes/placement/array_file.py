@@ -27,10 +27,11 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 @dataclass(frozen=True)
 class Found:
-    """An array of a file, and the scenarios' names where it has some."""
+    """An array of a file; the scenarios' names and the layers' numbers, where it has some."""
 
     array: NDArray[Any]
     names: list[str]
+    layers: Any = None
 
 
 def read_json(path: Path, largest: int = LARGEST, *, nan: bool = True) -> Any:
@@ -92,7 +93,7 @@ def _of_zip(archive: zipfile.ZipFile, path: Path, keys: Sequence[str]) -> Found:
     names = np.atleast_1d(read("workload")) if "workload" in members else np.array([], str)
     if names.dtype.kind != "U" or names.ndim != 1:
         raise SparsecError(f"{path}: 'workload' is a list of names, not {list(names.shape)} of {names.dtype}")
-    return Found(read(key), names.tolist())
+    return Found(read(key), names.tolist(), read("layers").tolist() if "layers" in members else None)
 
 
 def _array(file: IO[bytes], size: int, where: str) -> NDArray[Any]:

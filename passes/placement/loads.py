@@ -37,20 +37,22 @@ class Loads:
 
 @dataclass(frozen=True)
 class _File:
-    """One file: [scenarios, layers, experts], the scenarios' names, the layers' numbers."""
+    """One file: [scenarios, layers, experts], the scenarios' names, the layers' numbers, and whether it named them."""
 
     path: Path
     counts: NDArray[np.float64]
     names: list[str]
     layers: tuple[int, ...]
+    named: bool
 
 
 def read_loads(paths: Sequence[str | Path]) -> Loads:
     """Read .json, .npy or .npz files, whose scenarios are all planned for.
 
     An array is [layers, experts] or [scenarios, layers, experts]. In .npz it is named `logical_count`, `load`, `loads`
-    or `counts` (or is the only one), and `workload` may name the scenarios. JSON is the array as nested lists, an
-    object with such an entry, or a trace of `sparsec trace`, whose steps are added up to one scenario.
+    or `counts` (or is the only one), and `workload` may name the scenarios, `layers` give the layers' numbers. JSON is
+    the array as nested lists, an object with such entries, or a trace of `sparsec trace`, whose steps are added up to
+    one scenario. Where no file numbers its layers, dense ones (the first, or every n-th) may be there, without tokens.
 
     Raises:
         SparsecError: for what cannot be read, or is no load: says what and where.
@@ -73,7 +75,24 @@ def read_loads(paths: Sequence[str | Path]) -> Loads:
             f"{_file_of(files, int(scenario))}: scenario '{names[scenario]}': layer {first.layers[layer]} is missing "
             "(all its counts are zero), but others have it\n  hint: leave the scenario out, or record it again"
         )
+    lost = _lost(dense, any(file.named for file in files))
+    if lost is not None:
+        raise SparsecError(
+            f"{first.path}: layer {first.layers[lost]} is missing: it has no tokens in any scenario\n"
+            "  hint: record it again; if it is dense, leave it out and give the others' numbers as 'layers'"
+        )
     return Loads(counts[:, ~dense], tuple(names), tuple(np.array(first.layers)[~dense].tolist()))
+
+
+def _lost(dense: NDArray[np.bool_], named: bool) -> int | None:
+    """A layer without tokens that is not dense: layers with experts are every n-th from some layer on, unless named."""
+    kept = np.flatnonzero(~dense)
+    if named:
+        return int(np.flatnonzero(dense)[0]) if dense.any() else None
+    step = int(np.diff(kept).min(initial=len(dense)))
+    wanted = np.arange(kept[0], len(dense), step)
+    lost = np.setdiff1d(wanted, kept)
+    return int(lost[0]) if len(lost) else None
 
 
 def read_routing(path: str | Path, layers: Sequence[int], experts: int) -> NDArray[np.int64]:
@@ -109,7 +128,7 @@ def read_routing(path: str | Path, layers: Sequence[int], experts: int) -> NDArr
 
 
 def _read(path: Path) -> _File:
-    array, names, layers = _counts(path)
+    array, names, given = _counts(path)
     if array.dtype.kind not in "iuf":
         raise SparsecError(f"{path}: counts are numbers, and these are {_KINDS.get(array.dtype.kind, array.dtype)}")
     counts = array.astype(np.float64)
@@ -125,7 +144,7 @@ def _read(path: Path) -> _File:
         stem = path.stem
         names = [stem] if len(counts) == 1 else [f"{stem}[{index}]" for index in range(len(counts))]
     names = [_clean(name) for name in names]
-    layers = layers or tuple(range(counts.shape[1]))
+    layers = tuple(range(counts.shape[1])) if given is None else _numbers(path, given, counts.shape[1])
     low, high = RANGE
     for what, bad in (
         ("not a number", np.isnan(counts)),
@@ -139,7 +158,14 @@ def _read(path: Path) -> _File:
                 f"{path}: the count of expert {expert} in layer {layers[layer]} of scenario '{names[scenario]}' is "
                 f"{what}: {counts[scenario, layer, expert]:g}\n  hint: record it again, or leave the scenario out"
             )
-    return _File(path, counts, names, layers)
+    return _File(path, counts, names, layers, given is not None)
+
+
+def _numbers(path: Path, given: Any, count: int) -> tuple[int, ...]:
+    good = isinstance(given, list) and all(type(one) is int and 0 <= one < 1 << 31 for one in given)
+    if not good or len(given) != count or len(set(given)) != count:
+        raise SparsecError(f"{path}: 'layers' are not the numbers of {count} layers, each once")
+    return tuple(given)
 
 
 _KINDS = {"b": "true and false", "O": "not all numbers", "U": "texts"}
@@ -159,13 +185,13 @@ def _same(first: _File, file: _File) -> None:
         raise SparsecError(f"{file.path}: has layer {one} where {first.path} has layer {two}{hint}")
 
 
-def _counts(path: Path) -> tuple[NDArray[Any], list[str], tuple[int, ...]]:
+def _counts(path: Path) -> tuple[NDArray[Any], list[str], Any]:
     if path.suffix != ".json":
         found = read_array(_known(path), KEYS)
-        return found.array, found.names, ()
+        return found.array, found.names, found.layers
     data = read_json(path)
     if not isinstance(data, dict):
-        return as_array(data, str(path)), [], ()
+        return as_array(data, str(path)), [], None
     if "steps" in data:
         return _trace_counts(path, data)
     key = next((key for key in KEYS if key in data), None)
@@ -175,11 +201,11 @@ def _counts(path: Path) -> tuple[NDArray[Any], list[str], tuple[int, ...]]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SparsecError(f"{path}: 'workload' is a list of names")
-    return as_array(data[key], f"{path}: '{key}'"), names, ()
+    return as_array(data[key], f"{path}: '{key}'"), names, data.get("layers")
 
 
 # --------------------------------------------------------------------------------------- what `sparsec trace` records
-def _trace_counts(path: Path, data: dict[str, Any]) -> tuple[NDArray[Any], list[str], tuple[int, ...]]:
+def _trace_counts(path: Path, data: dict[str, Any]) -> tuple[NDArray[Any], list[str], list[int]]:
     layers, steps = _trace(path, data)
     total: NDArray[Any] | None = None
     for index, step in enumerate(steps):
@@ -191,7 +217,7 @@ def _trace_counts(path: Path, data: dict[str, Any]) -> tuple[NDArray[Any], list[
         total = counts.astype(np.float64) if total is None else total + counts
     if total is None:
         raise SparsecError(f"{path}: the trace has no step\n  hint: record one with sparsec trace")
-    return total, [], layers
+    return total, [], list(layers)
 
 
 def _routed(path: Path, data: Any) -> NDArray[Any]:

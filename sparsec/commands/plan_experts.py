@@ -72,6 +72,8 @@ def run(
     for table in tables(made, measured):
         out.print(table)
         out.print()
+    if read.layers[0]:
+        out.print(f"Layers before {read.layers[0]} have no tokens and are taken for dense.")
     if made.report["cut_short"]:
         out.print("The search ran out of time: another run may end elsewhere. More time: --seconds.")
     if any(rank.memory for rank in devices.ranks) and not options["expert_bytes"]:

@@ -124,6 +124,41 @@ def test_layers_that_differ_between_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "numbers", "words"),
+    [
+        ([0, 0, 1, 1, 1], None, (2, 3, 4)),  # the first are dense
+        ([0, 1, 0, 1, 0, 1], None, (1, 3, 5)),  # every other one is
+        ([0, 1, 0, 1, 0], None, (1, 3)),
+        ([1, 1, 0, 1], None, "layer 2 is missing: it has no tokens in any scenario"),
+        ([1, 1, 1, 0], None, "layer 3 is missing"),
+        ([0, 1, 0, 0, 0, 1, 0, 1], None, "layer 3 is missing"),
+        ([1, 1, 1], [1, 4, 5], (1, 4, 5)),
+        ([0, 1, 1], [1, 4, 5], "layer 1 is missing"),
+        ([1, 1], [1, 1], "'layers' are not the numbers of 2 layers, each once"),
+        ([1, 1], [1], "'layers' are not the numbers of 2 layers"),
+        ([1, 1], "ab", "'layers' are not the numbers of 2 layers"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "npz"])
+def test_a_layer_without_tokens_is_dense_or_missing(
+    tmp_path: Path, tokens: list[int], numbers: Any, words: str | tuple[int, ...], suffix: str
+) -> None:
+    path, held = tmp_path / f"load.{suffix}", {"load": [[count] * 4 for count in tokens]}
+    given = held | ({} if numbers is None else {"layers": numbers})
+    if suffix == "json":
+        path.write_text(json.dumps(given))
+    elif numbers is None:
+        np.savez(path, load=np.array(held["load"]))
+    else:
+        np.savez(path, load=np.array(held["load"]), layers=np.array(numbers))
+    if isinstance(words, tuple):
+        assert read_loads([path]).layers == words
+        return
+    with pytest.raises(SparsecError, match=words):
+        read_loads([path])
+
+
+@pytest.mark.parametrize(
     ("routed", "words"),
     [
         (np.zeros((4, 2, 0), int), "is empty"),
