@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from math import inf
 
 import pytest
 from hypothesis import given, settings
@@ -145,6 +146,29 @@ def test_a_tile_too_large_is_refused() -> None:
 def test_an_unknown_chip_is_an_error() -> None:
     with pytest.raises(CompileError, match=r"no target 'cuda:sm_75' \(there are: cpu, cuda:sm_80"):
         chip("cuda:sm_75")
+
+
+@pytest.mark.parametrize("packing", ["plain", "fp8", "mxfp4"])
+@pytest.mark.parametrize("target", sorted(CHIPS))
+def test_where_rows_are_to_have_the_same_bits_all_variants_add_in_one_order(target: str, packing: str) -> None:
+    """`invariant`: whatever that costs; on an H100 several families share the order of wgmma."""
+    families = set[str]()
+    for gemm in (*QWEN3.layer(packing=packing), *MIXTRAL.layer(packing=packing)):
+        orders = invariance(gemm, chip(target), inf).orders
+        chosen = [range_.chosen.variant for range_ in ranges(gemm, chip(target), orders)]
+        assert len(orders) == 1 and {variant.order(gemm, chip(target)) for variant in chosen} == orders
+        families |= {variant.kernel for variant in chosen}
+    if (target, packing) == ("cuda:sm_90", "plain"):
+        assert len(families) >= 3 and "rows" not in families
+
+
+def test_packed_banks_of_few_tokens_take_rows() -> None:
+    """A launch less, where a token's experts are streamed; with many tokens tensor cores have to widen."""
+    for shape in MODELS:
+        for packing in ("fp8", "mxfp4"):
+            down = shape.layer(packing=packing)[1]
+            assert best(down, 1, H100).variant.kernel == "rows"
+            assert best(down, 256, H100).variant.kernel == "tiles"
 
 
 @pytest.mark.parametrize("target", sorted(CHIPS))

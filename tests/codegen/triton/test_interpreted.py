@@ -13,9 +13,24 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("check_*.py")))
+NAMES = sorted(path.name for path in FOLDER.glob("check_*.py"))
+SOME_SLOW = [name for name in NAMES if "pytest.mark.slow" in (FOLDER / name).read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_interpreted(name: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "--tb=short", "--show-capture=no"]
+    run(name, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME_SLOW)
+def test_interpreted_at_length(name: str) -> None:
+    run(name, "slow")
+
+
+def run(name: str, which: str) -> None:
+    """Run the tests of a file that the expression `which` of marks selects."""
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "--tb=short", "--show-capture=no", "-m", which]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-o", "python_files=check_*.py", str(FOLDER / name)],
         cwd=FOLDER.parents[2],

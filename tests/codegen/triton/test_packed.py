@@ -13,9 +13,11 @@ from sparsec.codegen.triton.emit import TritonKernel, emit_kernel, sketch_kernel
 from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Func
 from sparsec.passes.chips import chip
+from sparsec.passes.cost import candidates
 from sparsec.passes.schedule import gpu_variants
 from tests.codegen.triton import build
 from tests.codegen.triton.packed import packed
+from tests.passes.published import QWEN3
 
 pytest.importorskip("triton")
 FEW = {"up_to": 64, "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4}
@@ -87,6 +89,38 @@ def check_rows(*funcs: Func, packing: str, target: str) -> None:
         if target == "cuda:sm_90":
             assert "mma" not in binary.assembly
             assert not re.search(r"cvt\.rn\.(f16x2|bf16x2)\.e\dm\d", binary.assembly)
+
+
+def loads_of_a_warp(ttgir: str) -> set[tuple[int, int]]:
+    """Of the tiles of bytes: how many along the inner dimension a thread has, and how many threads a warp has there."""
+    layout = r"#(\w+) = #ttg\.blocked<\{sizePerThread = \[\d+, \d+, (\d+)\], threadsPerWarp = \[\d+, \d+, (\d+)\]"
+    found = {name: (int(own), int(threads)) for name, own, threads in re.findall(layout, ttgir)}
+    tiles = re.findall(r"ttg\.local_load .*-> tensor<\d+x\d+x\d+xi8, #(\w+)>", ttgir)
+    return {found[name] for name in tiles}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_the_order_of_adding_is_one_for_all_tiles(packing: str) -> None:
+    """A row's terms are added by as many threads, each with as many, whatever the number of tokens chooses."""
+    for half, small, large in (("up", 16, 64), ("down", 4, 16)):
+        for n in (small, large):
+            gemm = next(gemm for gemm in QWEN3.layer(packing=packing) if gemm.half == half)
+            tiles = [v for v in candidates(gemm, chip("cuda:sm_90")) if v.kernel == "rows" and v.block_n == n]
+            tile = min(tiles, key=str, default=None)
+            if tile is None:  # more than a step
+                assert packing == "fp8" and n == large
+                continue
+            variants = ({**vars(tile), "up_to": 8}, FEW)
+            made = (
+                build.gather_gemm(silu, 2048, 768, 128, 8, torch.bfloat16, variants=variants)
+                if half == "up"
+                else build.gemm_combine(2048, 768, 128, 8, torch.bfloat16, variants=variants)
+            )
+            kernel = emit_kernel(packed(made, packing), "cuda:sm_90")
+            (launch,) = kernel.variants[0].config["launches"]
+            assert launch["num_warps"] == tile.num_warps
+            assert loads_of_a_warp(kernel.binaries[launch["file"]].ttgir) == {(16, 8 if packing == "fp8" else 2)}
 
 
 @pytest.mark.parametrize("packing", ["fp8", "mxfp4"])

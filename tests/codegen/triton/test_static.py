@@ -4,6 +4,7 @@ and multiply what the cost model counts."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,6 +108,8 @@ def check_instructions(binary: Binary, variant: Variant, gemm: Gemm, target: str
     text, direct = binary.assembly, variant.direct(gemm, CHIPS[target])
     if target == "cuda:sm_90":
         assert ("wgmma.mma_async" in text) == (direct and variant.kernel != "rows"), where
+        # 16 terms of a row are added at a time, in ascending order, whatever the family and its tile.
+        assert {*re.findall(r"wgmma\.mma_async\S*\.m64n\d+k(\d+)\.", text)} <= {"16"}, where
     if target == "cuda:sm_100":
         assert ("tcgen05.mma" in text) == (direct and variant.kernel != "rows"), where
     if target.startswith("cuda"):
