@@ -164,6 +164,8 @@ def test_the_load_maps_are_linked(page: Browser) -> None:
     before = page.text(".layer h2")
     page.press("]", "]")
     assert page.text(".layer h2").startswith("layer 5") and page.text(".layer h2") != before
+    page.press("l", "l")
+    assert page.text("#status").startswith("layer 5, rank 1") and page.count(".two.lit") == 1
     page.press("s", "b", "o")
     assert page.evaluate("document.querySelector('#scenario').value") == "1"
     order = page.evaluate("[...document.querySelectorAll('.two .front')].map(i => parseFloat(i.style.height))")

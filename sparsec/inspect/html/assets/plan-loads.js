@@ -2,7 +2,7 @@
 
 const loads = {
   title: "Load",
-  hint: "hover a cell · click keeps its layer and rank · [ ] layer · s S traffic · b split · o order",
+  hint: "hover a cell · click keeps its layer and rank · [ ] layer · h l rank · s S traffic · b split · o order",
   after: "best",
   order: "rank",
   scale: "shared",
@@ -114,6 +114,11 @@ const loads = {
     } else if (key === "o") {
       this.order = this.order === "rank" ? "load" : "rank";
       this.detail();
+    } else if (key === "h" || key === "l") {
+      const count = state.data.groups.names.length;
+      state.pinnedColumn = (state.pinnedColumn + (key === "l" ? 1 : state.pinnedColumn < 0 ? 0 : -1) + count) % count;
+      this.mark(state.layer, state.pinnedColumn);
+      this.tell(state.layer, state.pinnedColumn);
     } else if (key === "Escape") {
       state.pinnedColumn = -1;
       this.mark(state.layer, -1);

@@ -3,7 +3,7 @@
 launch({
   views: { summary, loads, traffic, replicas, moves },
   keys: [
-    ["1 – 5", "views"], ["[ ]", "layer"], ["s S", "next, previous traffic"], ["j k, → ←", "next, previous layer"], ["b", "load: the plan's split, or the best"],
+    ["1 – 5", "views"], ["[ ]", "layer"], ["s S", "next, previous traffic"], ["j k, → ←", "next, previous layer"], ["h l", "load: previous, next rank"], ["b", "load: the plan's split, or the best"],
     ["o", "load: order of the bars"], ["p", "traffic: policy"], ["n", "traffic: ranks or nodes"], ["/", "search experts and ranks"],
     ["click", "keep a cell"], ["Esc", "let go"], ["t", "light or dark"], ["?", "this"],
   ],

@@ -33,7 +33,7 @@ const replicas = {
       one.text = `expert ${one.expert} ${one.places.map((place) => `rank ${place.rank}`).join(" ")} `;
     }
     const twice = this.all.filter((one) => one.copies > 1).length;
-    this.total.replaceChildren(el("b", {}, `${grouped(found.slots[state.layer].length)} slots`), ` hold ${experts} experts; ${twice} of them more than once, at most ${Math.max(...this.all.map((one) => one.copies))} times${moved ? `; ${fresh.size} slots to load anew` : ""}`);
+    this.total.replaceChildren(el("b", {}, `${grouped(found.slots[state.layer].length)} slots`), ` hold ${experts} experts; ${twice} of them more than once, at most ${Math.max(...this.all.map((one) => one.copies))} times${moved ? `; ${fresh.size} slots to load anew, in yellow` : ""}`);
     this.sort();
   },
 
