@@ -35,7 +35,8 @@ class Exchange:
     def between(self, block: Block) -> list[Op]:
         """What is computed of the rows that came, and all that is sent back depends on."""
         ops = block.ops[block.ops.index(self.start) : block.ops.index(self.back)]
-        return [op for op in ops if op in depending(ops, self.start) and op not in (self.start, self.wait)]
+        after = depending(ops, self.start)
+        return [op for op in ops if op in after and op not in (self.start, self.wait)]
 
 
 def exchanges(block: Block) -> list[Exchange]:
