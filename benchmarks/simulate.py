@@ -183,9 +183,9 @@ def rows(prefill: Floats, decode: Floats) -> Iterator[Row]:
             what = f"{row.what}, standard deviation"
             yield Row(5, what, "rows", DEVIATION, deviation, 0.1, False, True, TRTLLM)
     for schedule in ("two-batch", "sum"):
-        for one, ours in zip(WHOLES, wholes(prefill, decode, schedule), strict=True):
-            what = f"{one.what}, schedule {schedule}"
-            yield Row(one.point, what, one.unit, one.value, ours, one.tolerance, False, False, one.source)
+        for whole, rate in zip(WHOLES, wholes(prefill, decode, schedule), strict=True):
+            what = f"{whole.what}, schedule {schedule}"
+            yield Row(whole.point, what, whole.unit, whole.value, rate, whole.tolerance, False, False, whole.source)
 
 
 def fit() -> dict[str, tuple[float, ...]]:

@@ -32,6 +32,8 @@ DRAWN = "drawn: a power law, groups of hot experts, batches around it, as record
 REPLAYED = "recorded tokens"
 
 
+PARTS = ("rest", "shared", "dispatch", "experts", "combine", "hidden", "total")
+LONG = 0.01  #: seconds of a layer from which it is told in milliseconds
 NUMBERS = ("hidden", "intermediate", "experts", "k", "layers", "dtype", "shared", "groups", "top_groups", "rest")
 
 
@@ -90,7 +92,9 @@ def run(
         found = [to_json(one) for one in points]
         print(json.dumps({"ok": True, "model": asdict(moe), "points": found, "unfit": unfit, "origin": notes}))
         return
-    out.print(table(points))
+    for table in tables(points):
+        out.print(table)
+        out.print()
     for what, why in (unfit | notes).items():
         out.print(f"{what}: {why}", style="dim")
 
@@ -165,24 +169,30 @@ def to_json(point: Point) -> dict[str, Any]:
     }
 
 
-def table(points: list[Point]) -> Table:
-    """A row for each point; times are of one layer."""
-    shown = Table(box=None, header_style="dim", pad_edge=False)
-    heads = ("ranks", "slots", "load", "nodes/\ntoken", "MB in\nnode", "MB to\nothers")
-    parts = ("rest", "shared", "dispatch", "experts", "combine", "hidden", "total")
-    for head in (*heads, *(f"{part}\nus" for part in parts), "step\nms", "tokens/s\n/rank"):
-        shown.add_column(head, justify="right")
+def tables(points: list[Point]) -> list[Table]:
+    """A row for each point: what is where and sent, then the times of a layer. Parts that nothing has are left out."""
+    balance = _table("ranks", "slots", "fullest rank/\nmean", "nodes/\ntoken", "MB/link\nin node", "MB/link\noutside")
+    parts = [part for part in PARTS if any(getattr(one.times, part) for one in points)]
+    unit, scale = ("us", 1e6) if max(one.times.total for one in points) < LONG else ("ms", 1e3)
+    times = _table("ranks", *(f"{part}\n{unit}" for part in parts), "step\nms", "tokens\n/s/rank")
     for one in points:
-        times = [getattr(one.times, part) * 1e6 for part in parts]
-        shown.add_row(
-            f"{one.ranks}{'*' if one.extrapolated else ''}",
-            str(one.slots),
-            f"{one.load:.3f}",
-            f"{one.nodes:.2f}",
-            f"{one.inside / 1e6:.1f}",
-            f"{one.net / 1e6:.1f}",
-            *(f"{-time if part == 'hidden' and time else time:.0f}" for part, time in zip(parts, times, strict=True)),
-            f"{one.step * 1e3:.2f}",
-            f"{one.rate:,.0f}",
+        ranks = f"{one.ranks}{'*' if one.extrapolated else ''}"
+        balance.add_row(
+            ranks, str(one.slots), f"{one.load:.3f}", *map(_short, (one.nodes, one.inside / 1e6, one.net / 1e6))
         )
+        signed = [getattr(one.times, part) * (-scale if part == "hidden" else scale) for part in parts]
+        times.add_row(ranks, *map(_short, signed), _short(one.step * 1e3), f"{one.rate:,.0f}")
+    return [balance, times]
+
+
+def _table(*heads: str) -> Table:
+    shown = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        shown.add_column(head, justify="right", no_wrap=True)
     return shown
+
+
+def _short(value: float) -> str:
+    """Three digits or more, in few columns."""
+    size = abs(value)
+    return f"{value:.2f}" if size < 9.995 else f"{value:.1f}" if size < 99.95 else f"{value:.0f}"

@@ -65,9 +65,25 @@ def test_the_same_seed_draws_the_same() -> None:
     assert once == again != other
 
 
-def test_table_says_where_figures_come_from() -> None:
-    shown = CliRunner().invoke(cli, ["simulate", "--devices", "512", *NUMBERS], env={"COLUMNS": "160"}).stdout
-    assert "512*" in shown
+@pytest.mark.parametrize(("tokens", "scale"), [("128", 1.0), ("500000", 1e-3)], ids=["us", "ms"])
+def test_tables_are_whole_on_a_narrow_terminal(tokens: str, scale: float) -> None:
+    """Every figure, and where it comes from, at 80 columns."""
+    args = ["--devices", "64,2048", *NUMBERS, "--shared", "1", "--rest", "9000000", "--schedule", "two-batch"]
+    found = simulate(*args, "--tokens", tokens)["points"]
+    shown = CliRunner().invoke(cli, ["simulate", *args, "--tokens", tokens], env={"COLUMNS": "80"}).stdout
+    rows = [line.replace(",", "").split() for line in shown.splitlines()]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for point in found:
+        name, us = f"{point['ranks']}{'*' if point['extrapolated'] else ''}", point["layer_us"]
+        first, second = (list(map(float, row[1:])) for row in rows if row[:1] == [name])
+        moved = [point["bytes"][side] / 1e6 for side in ("inside", "outside")]
+        whole = [point["slots_per_rank"], point["load"], point["nodes_per_token"], *moved]
+        assert first == pytest.approx(whole, rel=5e-3, abs=5e-3)
+        parts = ("rest", "shared", "dispatch", "experts", "combine", "hidden", "total")
+        times = [us[part] * (-scale if part == "hidden" else scale) for part in parts]
+        times += [point["step_ms"], point["tokens_per_second_per_rank"]]
+        assert second == pytest.approx(times, rel=5e-3, abs=5e-3)
     for said in ("fitted", "data sheet", "drawn", "extrapolated"):
         assert said in shown
 
