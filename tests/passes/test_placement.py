@@ -273,3 +273,11 @@ def test_an_expert_that_is_alone_may_grow() -> None:
     most, alone = exposure(np.array([[0, 1, 2, 2, 3, 4]]), np.array([[1, 2, 7, 4, 0]], np.float32), ranks)
     assert most.tolist() == [[1 + 2 * GROWTH, 4 * GROWTH / 2]]
     assert alone.tolist() == [[1, 2, 0, 0, 4, 0]]
+
+
+@pytest.mark.parametrize("scenarios", [1, 3])
+def test_a_plan_that_ran_out_of_time_says_so(scenarios: int) -> None:
+    loads, topology = loads_of(skewed(scenarios, 2, 48)), parse_topology("2x12")
+    cut, whole = (plan(loads, topology, Options(3, rounds=20, seconds=seconds)) for seconds in (0.0, 1000.0))
+    check_plan(cut)
+    assert cut.report["cut_short"] and not whole.report["cut_short"]
