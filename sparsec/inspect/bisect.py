@@ -94,11 +94,14 @@ def bisect(
     steps = tuple(watch.steps)
     say("kernels")
     if target != "cpu" and not torch.cuda.is_available():
-        kernels, culprit, why = interpreted_errors(lowered, known, given[:INTERPRETED], tolerance)
+        kernels, culprit, why = interpreted_errors(lowered, known, watch.inputs[:INTERPRETED], tolerance)
         return Report(steps, kernels, culprit, why)
-    if any(arg.type != other.type for arg, other in zip(module.main.body.args, wide.main.body.args, strict=True)):
-        lowered, known, given = pipeline.run(clone_module(module), target=target).module, dict(weights), list(inputs)
-    kernels, culprit = kernel_errors(lowered, known, given, target, tolerance)
+    plain = all(arg.type == other.type for arg, other in zip(module.main.body.args, wide.main.body.args, strict=True))
+    if plain:
+        kernels, culprit = kernel_errors(lowered, known, watch.inputs, target, tolerance)
+    else:
+        lowered = pipeline.run(clone_module(module), target=target).module
+        kernels, culprit = kernel_errors(lowered, weights, [inputs[i] for i in watch.taken], target, tolerance)
     return Report(steps, kernels, culprit)
 
 
@@ -148,12 +151,22 @@ class _Watch(Instrument):
         tolerance: float,
         say: Callable[[str], None],
     ) -> None:
-        self.weights, self.inputs, self.tolerance, self.say = weights, inputs, tolerance, say
-        self.choices = [Choices(module) for _ in inputs]
-        self.right = [
-            evaluate_module(module, values, weights, observer=choices.observe)
-            for values, choices in zip(inputs, self.choices, strict=True)
-        ]
+        self.weights, self.tolerance, self.say = weights, tolerance, say
+        self.taken, self.choices, self.right = list[int](), list[Choices](), list[list[Any]]()
+        problem: CompileError | None = None
+        for i, values in enumerate(inputs):
+            choices = Choices(module)
+            try:
+                right = evaluate_module(module, values, weights, observer=choices.observe)
+            except CompileError as error:
+                problem = error  # of a number of tokens that the model is not made for
+                continue
+            self.taken.append(i)
+            self.choices.append(choices)
+            self.right.append(right)
+        if problem is not None and not self.taken:
+            raise problem
+        self.inputs = [inputs[i] for i in self.taken]
         if any(isinstance(one, Tensor) and bool(one.isnan().any()) for results in self.right for one in results):
             raise CompileError(
                 "the model itself gives NaN on random inputs: nothing can be told from its results",

@@ -138,7 +138,8 @@ def _compared(
         name, op = call.func.name, call.func.body.ops[0]
         narrow = any(value.type.dtype in NARROW for value in op.results if isinstance(value.type, TensorType))
         allowed = NARROW_TOLERANCE if narrow else tolerance
-        ours, right = run(call), call.results
+        ours = run(call)
+        right: Sequence[Tensor] = call.results
         if _error(ours, right) > allowed:
             right = _with_choices_of(ours, call, NARROW_TOLERANCE if narrow else CLOSE)
         error = _error(ours, right)

@@ -257,3 +257,11 @@ def test_a_model_that_gives_nan_is_refused(captured: Captured) -> None:
     weights = {name: value * float("nan") for name, value in captured.weights.items()}
     with pytest.raises(CompileError, match="itself gives NaN"):
         bisect(captured.module, weights, [[torch.randn(5, 32)]])
+
+
+def test_numbers_of_tokens_that_the_model_does_not_take_are_left_out(captured: Captured) -> None:
+    narrow = [torch.randn(4, 31)]
+    report = bisect(captured.module, captured.weights, [narrow, [torch.randn(5, 32)]])
+    assert report.culprit is None and report.kernels
+    with pytest.raises(CompileError, match="size of 31"):
+        bisect(captured.module, captured.weights, [narrow])
