@@ -37,7 +37,10 @@ def require_world(plan: Plan, world: World | None) -> World | None:
 
         return World.of(width=width)
     if world.width != width:
-        raise ArtifactError(f"the model was compiled for nodes of {width} ranks, the world given has {world.width}")
+        raise ArtifactError(
+            f"the model was compiled for nodes of {width} ranks, the world given has nodes of {world.width}: "
+            f"make it by World.of(width={width}), or compile with --devices {world.nodes}x{world.width}"
+        )
     return world
 
 

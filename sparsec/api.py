@@ -258,6 +258,7 @@ def compile(
     dispatch: str | None = None,
     policy: str | None = None,
     chunks: int | None = None,
+    payload: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     instruments: Sequence[pipeline.Instrument] = (),
 ) -> CompiledModel:
@@ -286,6 +287,7 @@ def compile(
     captured = capture(model, args, kwargs, dynamic=dynamic)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
     given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy, "chunks": chunks}
+    given["payload"] = payload
     return compile_captured(captured, target, **given, dump=dump, instruments=instruments)
 
 
@@ -301,6 +303,7 @@ def compile_captured(
     dispatch: str | None = None,
     policy: str | None = None,
     chunks: int | None = None,
+    payload: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -308,7 +311,7 @@ def compile_captured(
     """Compile what `sparsec.capture` returned. Raises: CompileError."""
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
     given |= {"devices": devices, "plan": Path(plan) if plan else None, "dispatch": dispatch, "policy": policy}
-    given["chunks"] = chunks
+    given |= {"chunks": chunks, "payload": payload}
     config = Config.read(target=target, **given, dump=Path(dump) if dump else None)
     parsed, placed = Target.parse(config.target), Devices.of(config)
     module = stored_as(config, with_structure(captured).module)
@@ -337,6 +340,7 @@ def compile_language_model(
     dispatch: str | None = None,
     policy: str | None = None,
     chunks: int | None = None,
+    payload: str | None = None,
     dump: str | os.PathLike[str] | None = None,
     name: str = "model",
     instruments: Sequence[pipeline.Instrument] = (),
@@ -349,14 +353,15 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
-        weights, activations, invariant, devices, plan, dispatch, policy, chunks: as of
-            `compile`.
+        weights, activations, invariant, devices, plan, dispatch, policy, chunks, payload: as
+            of `compile`.
 
     Raises: CompileError.
     """
     captured = capture_language_model(model, max_length)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "invariant": invariant}
     given |= {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy, "chunks": chunks}
+    given["payload"] = payload
     return compile_captured(captured, target, **given, dump=dump, name=name, instruments=instruments)
 
 

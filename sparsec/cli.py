@@ -12,7 +12,7 @@ import click
 
 from sparsec import __version__
 from sparsec.commands.options import DTYPES, PHASES
-from sparsec.config import DISPATCHES, POLICIES
+from sparsec.config import DISPATCHES, PAYLOADS, POLICIES
 from sparsec.diagnostics import SparsecError
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -72,6 +72,7 @@ def cli() -> None:
 @click.option("--plan", type=click.Path(path_type=Path), help="Who holds which experts (`sparsec plan`); else evenly.")
 @click.option("--dispatch", type=click.Choice(DISPATCHES), help="Send a token once for each pick, rank or node.")
 @click.option("--policy", type=click.Choice(POLICIES), help="Which replica of an expert gets a token.")
+@click.option("--payload", type=click.Choice(PAYLOADS), help="How rows travel to experts.  [default: model, as is]")
 @click.option("--chunks", type=click.IntRange(min=1), help="Send a layer's tokens in parts, to compute meanwhile.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Positions of a language model's cache.")
 @click.option("--no-cache", is_flag=True, help="Compile a language model as it is, without a cache for generating.")

@@ -23,6 +23,7 @@ WEIGHTS = ("model", "int8", "int4", "fp8", "mxfp4")
 ACTIVATIONS = ("model", "int8")
 DISPATCHES = ("auto", "none", "rank", "node")
 POLICIES = ("static", "local", "batch")
+PAYLOADS = ("model", "bf16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Config:
     plan: Path | None = None  #: a plan of `sparsec plan`: which of the devices holds which experts
     dispatch: str = "auto"  #: a token is sent once for each pick (none), each rank or each node; or auto
     chunks: int = 1  #: parts that the tokens of a layer travel in, one while another is computed
+    payload: str = "model"  #: how rows travel to experts: model (as they are), bf16 or fp8
     policy: str = "static"  #: which replica of an expert gets a token: static (the plan's shares), local or batch
 
     @classmethod
@@ -54,7 +56,7 @@ class Config:
             raise SparsecError(f"weights are stored as {', '.join(WEIGHTS)}, not as {values['weights']!r}")
         if values.get("activations", "model") not in ACTIVATIONS:
             raise SparsecError(f"activations are {' or '.join(ACTIVATIONS)}, not {values['activations']!r}")
-        for name, choices in (("dispatch", DISPATCHES), ("policy", POLICIES)):
+        for name, choices in (("dispatch", DISPATCHES), ("policy", POLICIES), ("payload", PAYLOADS)):
             if (value := values.get(name, choices[0])) not in choices:
                 raise SparsecError(f"{name} is one of {', '.join(choices)}, not {value!r}")
         if values.get("chunks", 1) < 1:

@@ -58,11 +58,12 @@ class Devices:
 
     def mark(self, module: Module, config: Config) -> None:
         """Make the module say what it is to be placed on (`place-experts`)."""
-        for name in ("devices", "width", "slots", "dispatch", "policy", "chunks", "inside", "outside"):
+        for name in ("devices", "width", "slots", "dispatch", "policy", "chunks", "payload", "inside", "outside"):
             module.attrs.pop(name, None)
         if self.ranks > 1:
             module.attrs.update(devices=self.ranks, width=self.width)
-            module.attrs.update(dispatch=config.dispatch, policy=config.policy, chunks=config.chunks)
+            for name in ("dispatch", "policy", "chunks", "payload"):
+                module.attrs[name] = getattr(config, name)
             if self.plan is not None:
                 ranks = self.plan.topology.ranks
                 inside, outside = min(rank.inside for rank in ranks), min(rank.outside for rank in ranks)

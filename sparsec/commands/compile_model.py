@@ -52,6 +52,7 @@ def run(
     dispatch: str | None,
     policy: str | None,
     chunks: int | None,
+    payload: str | None,
     max_length: int | None,
     no_cache: bool,
     dump: Path | None,
@@ -62,7 +63,7 @@ def run(
     """Compile a model or go on from the text of a phase. Raises: SparsecError."""
     stored, held = _read_weights(weights)
     given: dict[str, Any] = {"devices": devices, "plan": plan, "dispatch": dispatch, "policy": policy}
-    given["chunks"] = chunks
+    given |= {"chunks": chunks, "payload": payload}
     config = Config.read(target=target, weights=stored, activations=activations, dump=dump, **given)
     placed, target = Devices.of(config), config.target
     Target.parse(target)
@@ -135,7 +136,7 @@ def _compiled(
     loaded: LoadedModel, config: Config, max_length: int | None, no_cache: bool, watch: Watch
 ) -> api.CompiledModel:
     given: dict[str, Any] = {"target": config.target, "weights": config.weights, "activations": config.activations}
-    given |= {name: getattr(config, name) for name in ("devices", "plan", "dispatch", "policy", "chunks")}
+    given |= {name: getattr(config, name) for name in ("devices", "plan", "dispatch", "policy", "chunks", "payload")}
     given |= {"dump": config.dump, "name": loaded.name, "instruments": [watch]}
     if _is_language_model(loaded, no_cache):
         return api.compile_language_model(loaded.model, max_length=max_length, **given)

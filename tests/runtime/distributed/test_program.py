@@ -117,6 +117,19 @@ def test_every_way_to_send_gives_what_one_process_gives(
     close(ranks.run(run_prompts, path, 1), wanted)
 
 
+def test_rows_in_fp8(ranks: Ranks, model: Any, folder: Path, wanted: list[torch.Tensor]) -> None:
+    path = sparsec.compile_language_model(model, devices="2x2", payload="fp8").save(folder / "fp8")
+    for rank, found in enumerate(ranks.run(run_prompts, path, 1)):
+        if found is not None:
+            error = (found - wanted[rank]).norm() / wanted[rank].norm()
+            assert 1e-5 < error < 0.1, f"rank {rank}"
+
+
+def test_a_world_of_other_nodes_is_refused(ranks: Ranks, model: Any, folder: Path) -> None:
+    path = sparsec.compile_language_model(model, devices=4).save(folder / "one-node")
+    assert all("World.of(width=4), or compile with --devices 2x2" in said for said in ranks.run(try_to_load, path))
+
+
 def test_a_rank_without_a_prompt_takes_part(ranks: Ranks, artifact: Path, wanted: list[torch.Tensor]) -> None:
     found = ranks.run(run_prompts, artifact, 2)
     assert found[2] is None
@@ -274,6 +287,7 @@ def test_one_process_is_told_to_use_torchrun(artifact: Path) -> None:
 def run_until_one_dies(world: World, path: Path) -> tuple[str, float]:
     """What a rank is told, and how many seconds after the last run."""
     program, began = load(path, world=world), 0.0
+    torch.distributed.barrier()  # loading may take one rank longer than the world's timeout
     try:
         for _ in range(1000 if world.rank != 2 else 3):
             began = time.monotonic()
