@@ -224,7 +224,7 @@ def _compared(known: Ints, unseen: Ints, experts: int, slots: int, node: Ints, g
     ranks = devices(len(node), slots)
     weight = np.bincount(known.ravel(), minlength=experts) / known.size * len(node)
     packed = eplb(weight[None], len(node), slots)[0]
-    placed, _ = best_place(known, weight, ranks, node)
+    placed, _, _ = best_place(known, weight, ranks, node)
     sent: list[Dispatch | None] = [None]
     if groups:
         sent = [_dealt(hierarchical(weight[None], len(node), slots, int(node[-1]) + 1, groups)[0], unseen, ranks, node)]

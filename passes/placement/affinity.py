@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ CAP = 1.05
 
 CHANCE = 1.0
 """How many standard deviations above its count an expert without replicas weighs: no other rank can take more of it."""
+
+
+SLACKS = (1.03, 1.06, 1.01, 1.1)
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,27 @@ def place(routed: Ints, weight: Floats, ranks: Ranks, node: Ints, slack: float =
     return best
 
 
-def best_place(routed: Ints, weight: Floats, ranks: Ranks, node: Ints) -> tuple[Ints, Dispatch]:
-    """The best of some slacks: fewest nodes per token, weighed with the load of the fullest rank."""
-    found = []
-    for slack in (1.01, 1.03, 1.06, 1.1):
+def best_place(
+    routed: Ints, weight: Floats, ranks: Ranks, node: Ints, seconds: float = float("inf")
+) -> tuple[Ints, Dispatch, bool]:
+    """The best of some slacks: fewest nodes per token, weighed with the load of the fullest rank.
+
+    Args:
+        seconds: after these no further slack is tried.
+
+    Returns:
+        [slots], where the tokens went, and whether time ran out.
+    """
+    deadline = monotonic() + seconds
+    found: list[tuple[float, Ints, Dispatch]] = []
+    for slack in SLACKS:
+        if found and monotonic() > deadline:
+            break
         slots = place(routed, weight, ranks, node, slack)
         sent = dispatch(slots, routed, ranks, node, 1.0)
         found.append((sent.nodes * max(1.02, float(sent.load.max())) ** 2, slots, sent))
     _, slots, sent = min(found, key=lambda one: one[0])
-    return slots, sent
+    return slots, sent, len(found) < len(SLACKS)
 
 
 class _Nodes:
@@ -158,7 +174,7 @@ class _Nodes:
         per_node = self.used @ np.eye(self.nodes, dtype=np.float32)[self.home]
         load = np.bincount(self.home, self.weight, self.nodes)
         for _ in range(rounds):
-            leave = (self.used * (per_node[:, self.home] == 1)).sum(0)
+            leave = (self.used.T @ (per_node == 1).astype(np.float32))[np.arange(self.experts), self.home]
             join = self.used.T @ (per_node == 0).astype(np.float32)
             out = leave[:, None] - join[:, self.home]  # e leaves for the node of f
             gain = out + out.T
@@ -174,12 +190,13 @@ class _Nodes:
                 e, f = divmod(int(flat), self.experts)
                 if gain[e, f] <= 0:
                     break
-                home = self.home.copy()
-                home[[e, f]] = home[[f, e]]
-                new = self.used @ np.eye(self.nodes, dtype=np.float32)[home]
-                if (new > 0).sum() < (per_node > 0).sum() or worse[e, f] < -1e-9:
-                    self.home, per_node, tried = home, new, True
-                    load = np.bincount(home, self.weight, self.nodes)
+                pair = self.home[[e, f]]
+                change = self.used[:, f] - self.used[:, e]
+                new = per_node[:, pair] + np.stack([change, -change], 1)
+                if (new > 0).sum() < (per_node[:, pair] > 0).sum() or worse[e, f] < -1e-9:
+                    self.home[[e, f]] = pair[::-1]
+                    per_node[:, pair], tried = new, True
+                    load = np.bincount(self.home, self.weight, self.nodes)
                     break
             if not tried:
                 break
@@ -191,13 +208,16 @@ class _Nodes:
         self.hosts[np.arange(self.experts), self.home] = 1
         room = self.room - self.hosts.sum(0)
         per_node = self.per_node.copy()
-        serving = np.where(self.used > 0, self.home[None, :], -1)
+        serving = self.home[self.routed]
+        tokens = np.arange(len(self.routed))
         limit = float(self.weight.sum()) / float(self.ranks.speed.sum())
         load = np.bincount(self.home, self.weight, self.nodes)
         while room.sum() > 0:
             number = self.hosts.sum(1)
-            alone = self.used * (np.take_along_axis(per_node, np.maximum(serving, 0), 1) == 1)
-            saved = alone.T @ (per_node > 0).astype(np.float32)
+            alone = per_node[tokens[:, None], serving] == 1
+            token, pick = np.nonzero(alone)
+            only, there = self.routed[token, pick], per_node[token] > 0
+            saved = np.stack([np.bincount(only, there[:, one], self.experts) for one in range(self.nodes)], 1)
             saved[np.arange(self.experts), self.home] = 0
             hot = self.weight / number
             score = saved / max(1.0, float(saved.max()))
@@ -211,10 +231,10 @@ class _Nodes:
             expert, node = divmod(int(score.argmax()), self.nodes)
             self.hosts[expert, node] += 1
             room[node] -= 1
-            moves = np.flatnonzero((alone[:, expert] > 0) & (per_node[:, node] > 0))
-            per_node[moves, serving[moves, expert]] -= 1
-            per_node[moves, node] += 1
-            serving[moves, expert] = node
+            token, pick = np.nonzero(alone & (self.routed == expert) & (per_node[:, node, None] > 0))
+            per_node[token, serving[token, pick]] -= 1
+            per_node[token, node] += 1
+            serving[token, pick] = node
             part = self.weight[expert] / self.hosts[expert].sum()
             load[node] += part
             load[self.home[expert]] -= part

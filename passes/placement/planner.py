@@ -95,8 +95,15 @@ def plan(
     sent: list[Dispatch] = []
     if routing is not None:
         node = np.array([rank.node for rank in topology.ranks])
-        found = [best_place(routing[:, layer], mean[layer], ranks, node) for layer in range(layers)]
-        slots, sent = np.stack([one for one, _ in found]), [one for _, one in found]
+        placed: list[Ints] = []
+        for layer in range(layers):
+            left = max(0.0, deadline - monotonic()) / (layers - layer)
+            row, one, short = best_place(routing[:, layer], mean[layer], ranks, node, left)
+            placed.append(row)
+            sent.append(one)
+            cut |= short
+            say(f"tokens: {layer + 1} of {layers} layers")
+        slots = np.stack(placed)
     elif options.moves is not None and old is not None:
         slots, cut = _search(old.slots, shares, ranks, rng, options, robust, deadline, say, old.slots)
     elif robust or options.batch:

@@ -104,7 +104,7 @@ def test_nodes_per_token_on_a_recorded_routing(way: str) -> None:
     known, unseen = planned_and_unseen(routed, way)
     ranks, node = Ranks(np.repeat(np.arange(12), 6), np.ones(12, np.float32)), np.arange(12) // 3
     weight, test = (np.bincount(some.ravel(), minlength=60) / some.size * 12 for some in (known, unseen))
-    slots, _ = best_place(known, weight, ranks, node)
+    slots, _, _ = best_place(known, weight, ranks, node)
     packed = eplb(weight[None], 12, 6)[0]
     near, ours = dispatch(packed, unseen, ranks, node), dispatch(slots, unseen, ranks, node)
     assert ours.nodes <= 2.15
@@ -123,7 +123,7 @@ def test_nodes_per_token_of_groups(topics: int) -> None:
         routed = tokens_like(loads.counts[4, layer], 16384, np.random.default_rng(layer), topics=topics)
         known, unseen = routed[:8192], routed[8192:]
         weight, test = (np.bincount(some.ravel(), minlength=256) / some.size * 64 for some in (known, unseen))
-        slots, _ = best_place(known, weight, ranks, node)
+        slots, _, _ = best_place(known, weight, ranks, node)
         ours = dispatch(slots, unseen, ranks, node)
         figures.append((ours.nodes, float(ours.load.max()), fullest(eplb(weight[None], 64, 5)[0], test, 64)))
     nodes, load, theirs = np.mean(figures, axis=0)
