@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.placement import eplb
+from benchmarks.eplb import eplb
 from benchmarks.published_ep import (
     DEVIATION,
     EXCHANGES,
