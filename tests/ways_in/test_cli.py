@@ -72,6 +72,28 @@ def test_compile_and_run(artifact: Path, model: Path, sparsec: Run) -> None:
     assert json.loads(found.out)["tokens"] == expected
 
 
+@pytest.mark.slow
+def test_several_devices(model: Path, sparsec: Run, tmp_path: Path) -> None:
+    """A text and an artifact for several devices, its accounts, and that one process cannot run it."""
+    text, placed = tmp_path / "lower.sparsec", tmp_path / "placed.sparsec"
+    found = sparsec("compile", model, "--devices", "2x2", "--dispatch", "node", "--to", "lower", "-o", text)
+    assert found.status == 0, found.err
+    assert 'dedup = "node"' in text.read_text() and "dist.combine_wait" in text.read_text()
+    assert sparsec("compile", model, "--devices", "2x2", "--dispatch", "node", "-o", placed).status == 0
+    assert len(list(placed.glob("weights/ranks/*"))) == 4
+    accounts = json.loads(sparsec("info", placed, "--json").out)
+    assert accounts["placed"]["devices"] == 4 and accounts["placed"]["slots"] == 1 and accounts["moe_layers"] == 2
+    found = sparsec("run", placed, "--prompt-ids", "3,4")
+    assert found.status == 1 and "torchrun --nproc-per-node 4" in found.err.replace("\n", " ")
+    again = sparsec("compile", text, "--weights", placed, "-o", tmp_path / "again.sparsec")
+    assert again.status == 0, again.err
+    for file in placed.glob("weights/**/*.safetensors"):
+        assert (tmp_path / "again.sparsec" / file.relative_to(placed)).read_bytes() == file.read_bytes()
+    found = sparsec("compile", text, "--devices", "4", "--weights", placed, "-o", tmp_path / "x.sparsec")
+    assert found.status == 1 and "experts are placed already: go on from 'raise'" in found.err.replace("\n", " ")
+    assert sparsec("run", placed, "--prompt-ids", "3", "--prompt-ids", "4").status == 2
+
+
 def test_check(model: Path, sparsec: Run) -> None:
     found = sparsec("check", model, "--tokens", "1,5", "--json")
     assert found.status == 0, found.err
