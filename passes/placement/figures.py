@@ -138,29 +138,33 @@ def traffic(plan: Plan, loads: Loads, policy: str, group: Ints | None = None, *,
     groups = int(group.max()) + 1
     share = loads.counts / loads.counts.sum(2, keepdims=True)
     share = np.concatenate([share.mean(0)[None], share[: 0 if mean_only else None]])
-    total = np.zeros((len(share), groups, groups))
     node = np.array([rank.node for rank in plan.topology.ranks])
+    column, near = np.zeros((len(share), groups)), np.zeros((groups, groups, len(share)))
     for layer, (slots, split) in enumerate(zip(plan.slots, plan.split, strict=True)):
-        sent = np.zeros((plan.experts, ranks))
+        sent, held = np.zeros((2, plan.experts, ranks))
         np.add.at(sent, (slots, plan.rank_of_slot), split)
         if policy == "static":
-            column = _grouped(share[:, layer] @ sent, group, groups)
-            total += np.bincount(group, minlength=groups)[None, :, None] / ranks * column[:, None, :]
+            column += _grouped(share[:, layer] @ sent, group, groups)
         else:
-            total += _local(share[:, layer], sent, np.bincount(slots * ranks + plan.rank_of_slot), node, group)
-    return total / len(plan.slots)
+            held[slots, plan.rank_of_slot] = 1
+            _add_local(near, share[:, layer], sent, held, node, group)
+    if policy == "static":
+        return np.bincount(group)[None, :, None] / ranks * column[:, None, :] / len(plan.slots)
+    return near.transpose(2, 0, 1) / (ranks * len(plan.slots))
 
 
-def _local(share: Floats, sent: Floats, held: Ints, node: Ints, group: Ints) -> Floats:
-    """[scenarios, from, to] of one layer, when near replicas are preferred."""
-    experts, ranks = sent.shape
-    groups = int(group.max()) + 1
-    has = np.pad(held, (0, experts * ranks - len(held))).reshape(experts, ranks) > 0
-    anywhere = _grouped(sent, group, groups)
-    total = np.zeros((groups, groups, len(share)))
+def _add_local(total: Floats, share: Floats, sent: Floats, held: Floats, node: Ints, group: Ints) -> None:
+    """Add the rows of one layer, times the number of ranks, when near replicas are preferred.
+
+    Args:
+        total: [from, to, scenarios].
+        sent: [experts, ranks], the shares.
+        held: [experts, ranks], 1 where the rank holds the expert.
+    """
+    anywhere = _grouped(sent, group, len(total))
     for one in range(int(node.max()) + 1):
         inside = np.flatnonzero(node == one)
-        mine, weight = has[:, inside].astype(np.float64), sent[:, inside]
+        mine, weight = held[:, inside], sent[:, inside]
         copies, whole = mine.sum(1, keepdims=True), weight.sum(1, keepdims=True)
         near = copies[:, 0] > 0
         weight = np.divide(weight, whole, out=mine / np.maximum(copies, 1), where=whole > 0)
@@ -171,13 +175,14 @@ def _local(share: Floats, sent: Floats, held: Ints, node: Ints, group: Ints) -> 
         taken = (share[:, None, :] * mine.T) @ weight  # what stays on its rank is not sent to the others
         own = (share @ mine)[:, :, None] * np.eye(len(to))
         rows = number[:, None] * shared[:, None, :] - taken + own
-        total[to[:, None], to[None, :]] += rows.transpose(1, 2, 0) / ranks
-        total[to] += number[:, None, None] * ((share * ~near) @ anywhere).T / ranks
-    return total.transpose(2, 0, 1)
+        total[to[:, None], to[None, :]] += rows.transpose(1, 2, 0)
+        total[to] += number[:, None, None] * ((share * ~near) @ anywhere).T
 
 
 def _grouped(rows: Floats, group: Ints, groups: int) -> Floats:
     """[..., ranks] -> [..., groups], summed."""
+    if len(group) == groups:
+        return rows
     return rows @ (group[:, None] == np.arange(groups)).astype(np.float64)
 
 
