@@ -72,21 +72,27 @@ def raised(layer: torch.nn.Module, *rows: Tensor, bank: int) -> Case:
 
 
 @cache
-def cases() -> dict[str, Case]:
+def routing(name: str) -> Case:
+    """A router by its name, captured when it is asked for: each takes a second."""
     torch.manual_seed(0)
-    found = {name: traced(router) for name, router in ROUTERS.items()}
-    for name in ("mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe", "phimoe", "deepseek_v4", "normed"):
-        found[f"{name}_bf16"] = traced(ROUTERS[name], torch.bfloat16)
-    for name, router in HANDWRITTEN.items():
-        found[name] = raised(Layer(router, router.experts, router.params), bank=router.experts)
-    found["joint"] = raised(Layer(joint, 10, ((8,),)), bank=8)
-    found["read_elsewhere"] = raised(Layer(read_elsewhere, 8), bank=8)
-    found["padding"] = raised(Layer(padded, 8), torch.rand(7) > 0.5, bank=8)
-    found["hash"] = raised(Hash(), torch.randint(0, 50, (7,)), bank=8)
-    found |= {
-        f"sizes_{experts}_{k}": traced(Router(cast(Any, every_op), experts, options={"k": k})) for experts, k in SIZES
-    }
-    return found
+    if name in HANDWRITTEN:
+        router = HANDWRITTEN[name]
+        return raised(Layer(router, router.experts, router.params), bank=router.experts)
+    if name.startswith("sizes_"):
+        experts, k = map(int, name.split("_")[1:])
+        return traced(Router(cast(Any, every_op), experts, options={"k": k}))
+    match name:
+        case "joint":
+            return raised(Layer(joint, 10, ((8,),)), bank=8)
+        case "read_elsewhere":
+            return raised(Layer(read_elsewhere, 8), bank=8)
+        case "padding":
+            return raised(Layer(padded, 8), torch.rand(7) > 0.5, bank=8)
+        case "hash":
+            return raised(Hash(), torch.randint(0, 50, (7,)), bank=8)
+        case _:
+            half = name.removesuffix("_bf16")
+            return traced(ROUTERS[half], torch.bfloat16 if half != name else None)
 
 
 SIZES = [(1, 1), (3, 2), (16, 1), (16, 16), (17, 9), (40, 33), (128, 8), (256, 1), (256, 256)]
@@ -103,11 +109,6 @@ def every_op(z: Tensor, k: int) -> tuple[Tensor, ...]:
     return ids, weights, kept, z.flip(-1), (z > 0).any(-1, keepdim=True), (z < 1).all(-1, keepdim=True), *extras
 
 
-@cache
-def results(isa: str) -> dict[str, list[Tensor]]:
-    return dict(zip(cases(), run(list(cases().values()), isa), strict=True))
-
-
 NAMES = [
     *ROUTERS, *(f"{name}_bf16" for name in ("mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoe", "phimoe",
                                              "deepseek_v4", "normed")),
@@ -121,19 +122,25 @@ ROWS_OF = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_router(name: str) -> None:
-    case, rows = cases()[name], ROWS_OF.get(name, slice(None))
-    got, count = results(BEST)[name], case.inputs[0].shape[0]
-    inputs = [given[rows] if given.shape[:1] == (count,) else given for given in case.inputs]
-    for one, other in zip(got, replace(case, inputs=inputs).wanted(), strict=True):
-        same(one[rows], other)
+def test_routers() -> None:
+    """All of them in one library, made once."""
+    wrong = list[str]()
+    for name, got in zip(NAMES, run(list(map(routing, NAMES)), BEST), strict=True):
+        made, rows = routing(name), ROWS_OF.get(name, slice(None))
+        count = made.inputs[0].shape[0]
+        inputs = [given[rows] if given.shape[:1] == (count,) else given for given in made.inputs]
+        try:
+            for one, other in zip(got, replace(made, inputs=inputs).wanted(), strict=True):
+                same(one[rows], other)
+        except AssertionError as error:
+            wrong.append(f"{name}: {error}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("isa", isas()[1:])
 def test_other_instruction_sets(isa: str) -> None:
     names = ["deepseek_v3", "mixtral_bf16", "two_levels", "sizes_17_9"]
-    chosen = [cases()[name] for name in names]
+    chosen = list(map(routing, names))
     for case, got in zip(chosen, run(chosen, isa), strict=True):
         for one, other in zip(got, case.wanted(), strict=True):
             same(one, other)
@@ -145,14 +152,13 @@ VALUES = [0.0, -0.0, 1.0, -1.0, 1e-45, -3e38, float("inf"), float("-inf"), float
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_values(data: st.DataObject) -> None:
-    sizes = [cases()[f"sizes_{e}_{k}"] for e, k in SIZES]
+    sizes = [routing(f"sizes_{e}_{k}") for e, k in SIZES]
     palette = data.draw(st.lists(st.sampled_from(VALUES) | st.floats(width=32), min_size=1, max_size=12))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     numbers = torch.tensor(palette)
     tried = list[Case]()
     for case in sizes:
-        shape = case.inputs[0].shape
-        picked = torch.randint(len(palette), shape, generator=generator)
+        picked = torch.randint(len(palette), case.inputs[0].shape, generator=generator)
         tried.append(replace(case, inputs=[numbers[picked]]))
     for case, got in zip(tried, run(tried, BEST), strict=True):
         for one, other in zip(got, case.wanted(), strict=True):
@@ -243,7 +249,7 @@ def test_under_sanitizers() -> None:
         "joint",
         "padding",
     ]
-    every = [*(cases()[name] for name in names), *tails()[::4]]
+    every = [*(routing(name) for name in names), *tails()[::4]]
     outs: list[sanitize.Result] = [(tuple(t.shape), t.dtype) for case in every for t in case.results()]
     ins = [tensor for case in every for tensor in case.inputs]
     found = sanitize.run(source(every), "avx2", tokens=1, ins=ins, outs=outs)
@@ -277,7 +283,7 @@ def test_more_than_the_stack_holds() -> None:
 
 def test_text_reads_like_the_model() -> None:
     """Values keep their names; ops element by element are one loop; the user's lines are comments."""
-    text = regions.router(cases()["mixtral"].block)
+    text = regions.router(routing("mixtral").block)
     assert "softmax<1, 8, 1>(" in text
     assert "top_k<1, 8, 1, 2, true>(" in text
     assert "// return self.fn(*args)   tests/codegen/triton/build.py" in text
