@@ -235,12 +235,12 @@ def _compared(known: Ints, unseen: Ints, experts: int, slots: int, node: Ints, g
 
 def _dealt(slots: Ints, routed: Ints, ranks: Ranks, node: Ints) -> Dispatch:
     """Replicas that take turns, whatever else their tokens need."""
-    chosen = np.empty(routed.size, np.int64)
+    dealt = np.empty(routed.size, np.int64)
     flat = routed.ravel()
     for expert in range(int(slots.max()) + 1):
         at, homes = np.flatnonzero(flat == expert), np.flatnonzero(slots == expert)
-        chosen[at] = homes[np.arange(len(at)) % len(homes)]
-    chosen = chosen.reshape(routed.shape)
+        dealt[at] = homes[np.arange(len(at)) % len(homes)]
+    chosen: Ints = dealt.reshape(routed.shape)
     load = np.bincount(ranks.of_slot[chosen].ravel(), minlength=len(node)) / routed.size * len(node)
     visited = np.sort(node[ranks.of_slot[chosen]], axis=1)
     return Dispatch(chosen, load, 1 + float((np.diff(visited, axis=1) > 0).sum(1).mean()))

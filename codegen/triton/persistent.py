@@ -77,7 +77,7 @@ class Persistent:
         for parameter in self.down.parameters:
             match parameter.name:
                 case "h":
-                    shape = [f"t * {gemm.k}", gemm.inner]
+                    shape: list[int | str] = [f"t * {gemm.k}", gemm.inner]
                     given.append(tensor_map("h", dtype, parameter.argument, shape, [gemm.inner, 1], block))
                 case "down":
                     given.append(self.streamed.map(parameter.argument, sizes))

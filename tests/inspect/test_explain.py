@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +128,12 @@ def test_a_dump_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
     compiled = list[str]()
     run = pipeline.run
-    monkeypatch.setattr(pipeline, "run", lambda *args, **kwargs: compiled.append("") or run(*args, **kwargs))
+
+    def counted(*args: Any, **kwargs: Any) -> pipeline.Result:
+        compiled.append("")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "run", counted)
     said = CliRunner().invoke(cli, ["explain", str(dump.folder)])
     assert said.exit_code == 0 and "works across tokens" in said.output and not compiled
     assert CliRunner().invoke(cli, ["explain", str(dump.folder), "--target", "cpu"]).exit_code == 0 and compiled

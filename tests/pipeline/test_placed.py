@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsec import pipeline
+from sparsec.diagnostics import CompileError
 from sparsec.inspect.cost_text import print_costs
 from sparsec.inspect.costs import op_costs, roof, sizes
 from sparsec.inspect.dump import Dump
@@ -90,7 +91,7 @@ def test_what_people_see_of_a_placed_module(tmp_path: Path) -> None:
 def test_what_cannot_be_placed_is_said(attrs: dict[str, int | str], message: str) -> None:
     module = shared()
     module.attrs |= attrs
-    with pytest.raises(pipeline.CompileError) as caught:
+    with pytest.raises(CompileError) as caught:
         pipeline.run(module, to="place")
     assert message in str(caught.value)
 

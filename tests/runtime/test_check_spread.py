@@ -16,7 +16,7 @@ from sparsec.runtime.distributed import World
 from sparsec.runtime.errors import ArtifactError, InputError
 from sparsec.runtime.exchanges import Idle
 from sparsec.runtime.executor import Program
-from sparsec.runtime.plan import Arg, Call, Exchange, Free, Output, Plan, Spread, SpreadLayer, Tensor
+from sparsec.runtime.plan import Arg, Call, Exchange, Free, Output, Plan, Spread, SpreadLayer, Step, Tensor
 from sparsec.runtime.plan_json import from_json, to_json
 
 RANKS, SLOTS, EXPERTS, WIDTH = 4, 2, 6, 4
@@ -44,7 +44,7 @@ def spread_plan() -> Plan:
         Arg("slots", 3, "buffer", TABLE, "placement/0/slots"),
         Arg("shares", 4, "buffer", SHARES, "placement/0/shares"),
     ]
-    steps = [
+    steps: list[Step] = [
         Exchange("remap", remap(), [1, 3, 4], [5], [IDS, TABLE, SHARES]),
         Exchange("dispatch_start", start(), [0, 5, 2], [6], [X, IDS, WEIGHTS]),
         Exchange("dispatch_wait", {}, [6], [7, 8, 9], [None], [(7, 0, "u0")]),
@@ -56,7 +56,7 @@ def spread_plan() -> Plan:
     spread = Spread(RANKS, 2, SLOTS, [SpreadLayer("0", EXPERTS, "placement/0/slots", "placement/0/shares", [])])
     leaves: list[dict[str, Any]] = [{"kind": "leaf", "index": i} for i in range(3)]
     tree = {"args": {"kind": "tuple", "items": leaves}, "kwargs": {"kind": "dict", "keys": [], "items": []}}
-    return Plan(args, list(steps), [Output("output", 12)], {}, tree, leaves[0], spread)
+    return Plan(args, steps, [Output("output", 12)], {}, tree, leaves[0], spread)
 
 
 def with_step(number: int, **changes: Any) -> Plan:
@@ -73,7 +73,9 @@ def without(number: int) -> Plan:
 
 def without_wait() -> Plan:
     plan = with_step(3, args=[{"slot": 0}, 2])
-    plan.steps[4] = replace(plan.steps[4], types=[X, None])
+    sent = plan.steps[4]
+    assert isinstance(sent, Exchange)
+    plan.steps[4] = replace(sent, types=[X, None])
     del plan.steps[2]
     return plan
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 TIMEOUT = 30.0
 
@@ -26,7 +27,7 @@ class Ranks:
     def __init__(self, size: int = 4, width: int = 2, timeout: float = TIMEOUT, holds_store: bool = False) -> None:
         context = get_context("forkserver")  # which imports PyTorch once for all of them
         context.set_forkserver_preload(["torch", "sparsec.runtime.distributed"])
-        self._store = None if holds_store else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = None if holds_store else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = _free_port() if self._store is None else self._store.port
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -82,7 +83,7 @@ def _serve(
     torch.set_num_threads(1)
     patience = timedelta(seconds=TIMEOUT)
     holder = holds_store and rank == 0
-    store = dist.TCPStore("127.0.0.1", port, is_master=holder, wait_for_workers=False, timeout=patience)
+    store = TCPStore("127.0.0.1", port, is_master=holder, wait_for_workers=False, timeout=patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     world = World.of(width=width, timeout=timeout)
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,9 +42,8 @@ def migrate_case(world: World, budget: int | None, in_inference: bool) -> tuple[
 
     moving = migrate(world, banks, SLOTS, NEW, budget_bytes=budget)
     while True:
-        world.exchange = counted
-        slots = next(moving, None)
-        world.exchange = exchange
+        with patch.object(world, "exchange", counted):
+            slots = next(moving, None)
         if slots is None:
             break
         tables.append(slots.tolist())
