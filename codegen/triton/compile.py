@@ -16,7 +16,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from sparsec.codegen.triton.launch import Entry
@@ -24,6 +24,11 @@ from sparsec.diagnostics import CompileError
 
 ALIGNMENT = 16
 """Bytes that every pointer is aligned to; the runtime sees to it."""
+
+MOST_REGISTERS = 65536
+"""Of a multiprocessor of NVIDIA's, shared out to the threads of a program."""
+
+NO_OPTIONS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,11 @@ def _fitting(source: str, entry: Entry, target: Target, what: str) -> Binary:
         stages -= 1
         binary = _compile(source, entry, target, stages, what)
     if binary.shared <= target.shared_limit:
+        if binary.spills and target.backend == "cuda":
+            # ptxas may spill far below what a thread can have; told how many registers there are, it does not.
+            most = min(255, MOST_REGISTERS // binary.threads // 8 * 8)
+            again = _compile(source, entry, target, stages, what, {"maxnreg": most})
+            binary = min(binary, again, key=lambda one: one.spills or 0)
         return binary
     raise CompileError(
         f"{what}: '{entry.name}' needs {binary.shared} bytes of shared memory, {target.name} has {target.shared_limit}",
@@ -133,7 +143,9 @@ def _fitting(source: str, entry: Entry, target: Target, what: str) -> Binary:
     )
 
 
-def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) -> Binary:
+def _compile(
+    source: str, entry: Entry, target: Target, stages: int, what: str, options: Mapping[str, int] = NO_OPTIONS
+) -> Binary:
     triton = _triton()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -150,7 +162,7 @@ def _compile(source: str, entry: Entry, target: Target, stages: int, what: str) 
             compiled = triton.compile(
                 src,
                 target=GPUTarget(target.backend, target.arch, target.warp_size),
-                options={"num_warps": entry.num_warps, "num_stages": stages},
+                options={"num_warps": entry.num_warps, "num_stages": stages, **options},
             )
         except (TritonError, RuntimeError) as error:
             raise CompileError(f"{what}: Triton cannot compile '{entry.name}' for {target.name}: {error}") from error
