@@ -165,7 +165,7 @@ def test_published_model(name: str) -> None:
         assert (routed.experts, routed.k, routed.layers) == (row.experts, row.k, row.layers[1])
     assert found.routed[0].shared_experts == row.shared
     config = getattr(transformers, row.config)(**row.options)
-    assert {routed.hidden for routed in found.routed} == {config.hidden_size}
+    assert {routed.hidden for routed in found.routed} == {config.get_text_config().hidden_size}
 
     total, active = row.published
     if total is not None:
