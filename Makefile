@@ -22,9 +22,9 @@ types: $(INSTALLED) $(MLIR)
 	$(BIN)/mypy -p sparsec
 	$(BIN)/mypy tests examples
 
-# One thread for each worker: more would wait for each other.
+# One thread for each worker, and threads that wait asleep: more would wait for each other.
 unit: $(INSTALLED) $(MLIR)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.ir
