@@ -10,7 +10,7 @@ what an activation takes lies side by side; a bank of one part has the columns 3
 beyond the bank.
 
     tiles   the values themselves, bit by bit: bf16 (V = 2) or f32 (V = 1)
-    int8    V = 4; scales f32 [E, NB, G, 2, 16], G groups of up to 2048 values of a column
+    int8    V = 4; scales f32 [E, NB, 1, 2, 16], one per column
     int4    uint8 [E, NB, G, 2, 16, 16, 4], G groups of 128 values of a column: a byte is (q0 + 8) | (q1 + 8) << 4 with
             q0 of the group's first 64 values and q1 of its last; scales f32 [E, NB, G, 2, 16]
 
@@ -26,11 +26,8 @@ from torch._subclasses import FakeTensor
 
 from sparsec.runtime import huge_pages
 
-GROUPS = {"int8": 2048, "int4": 128}
-"""Values of a column that share a scale; the last group of int8 may be shorter."""
-
-STEPS = {"int8": 64, "int4": 128}
-"""Values of a column that are packed together, zeros beyond the last."""
+GROUP = 128
+"""Values of a column that share a scale in int4."""
 
 PACKINGS = ("tiles", "int8", "int4")
 
@@ -64,7 +61,7 @@ def pack(
     experts, columns, inner = _sizes(weight, transposed)
     lane = weight.dtype if packing == "tiles" else torch.int8 if packing == "int8" else torch.uint8
     values = 4 // lane.itemsize
-    step = STEPS.get(packing, 16 * values)
+    step = GROUP if packing == "int4" else 16 * values
     blocks = -(-columns // parts // (32 // parts))
     shape = (experts, blocks, -(-inner // step), 2, 16, 16, values)
     if _has_no_values(weight):
@@ -89,7 +86,7 @@ def find_scales(
 
     Args: as of `pack`.
 
-    Returns: f32 [E, NB, G, 2, 16], as above.
+    Returns: f32 [E, NB, G, 2, 16]; G is 1 for int8.
 
     Raises: ValueError, as of `pack`.
     """
@@ -97,19 +94,19 @@ def find_scales(
     if packing == "tiles":
         raise ValueError("tiles hold the values themselves: they have no scales")
     experts, columns, inner = _sizes(weight, transposed)
-    blocks, groups = -(-columns // parts // (32 // parts)), -(-inner // GROUPS[packing])
+    blocks, groups = -(-columns // parts // (32 // parts)), -(-inner // GROUP) if packing == "int4" else 1
     out = weight.new_empty((experts, blocks, groups, 2, 16), dtype=torch.float32)
     for e in range(0 if _has_no_values(weight) else experts):
-        block = _block(weight[e], parts, transposed, interleaved, STEPS[packing])
-        for group, values in enumerate(block.split(GROUPS[packing], -1)):
-            rows = values.reshape(-1, values.shape[-1])
-            found = rows.new_empty(rows.shape[0], dtype=torch.float32)
-            chunk = max(1, _CHUNK // rows.shape[-1])
-            for place, part in zip(found.split(chunk), rows.split(chunk), strict=True):
-                place.copy_(_best_scales(part.float(), packing))
-            if not found.isfinite().all():
-                raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
-            out[e, :, group] = found.reshape(block.shape[:-1])
+        block = _block(weight[e], parts, transposed, interleaved, GROUP if packing == "int4" else 64)
+        block = block.unflatten(-1, (groups, -1))
+        rows = block.reshape(-1, block.shape[-1])
+        found = rows.new_empty(rows.shape[0], dtype=torch.float32)
+        chunk = max(1, _CHUNK // rows.shape[-1])
+        for place, part in zip(found.split(chunk), rows.split(chunk), strict=True):
+            place.copy_(_best_scales(part.float(), packing))
+        if not found.isfinite().all():
+            raise ValueError(f"expert {e} has weights that are not finite: they cannot be {packing}")
+        out[e] = found.reshape(block.shape[:-1]).permute(0, 3, 1, 2)
     return out
 
 
@@ -221,22 +218,18 @@ def _best_scales(rows: Tensor, packing: str) -> Tensor:
 
 def _quantised(block: Tensor, scales: Tensor, packing: str) -> Tensor:
     """[NB, 2, 16, K] by scales [NB, G, 2, 16]: int8 of the same shape, or half as many bytes of two int4."""
+    groups = block.unflatten(-1, (scales.shape[1], -1))
     low, high = _RANGE[packing]
-    q = (block / _each(scales, packing, block.shape[-1])).round_().clamp_(low, high).to(torch.int8)
+    q = (groups / scales.permute(0, 2, 3, 1).unsqueeze(-1)).round_().clamp_(low, high)
     if packing == "int8":
-        return q
-    first, last = (q.unflatten(-1, (-1, GROUPS[packing])) + 8).view(torch.uint8).chunk(2, -1)
+        return q.to(torch.int8).flatten(-2)
+    first, last = (q.to(torch.int8) + 8).view(torch.uint8).chunk(2, -1)
     return (first | last << 4).flatten(-2)
 
 
 def _restored(block: Tensor, scales: Tensor, packing: str) -> Tensor:
     """What `_quantised` was given, rounded: [NB, 2, 16, K], f32."""
+    groups = block.unflatten(-1, (scales.shape[1], -1))
     if packing == "int4":
-        groups = block.unflatten(-1, (scales.shape[1], -1))
-        block = (torch.cat([groups & 15, groups >> 4], -1).view(torch.int8) - 8).flatten(-2)
-    return block.float() * _each(scales, packing, block.shape[-1])
-
-
-def _each(scales: Tensor, packing: str, inner: int) -> Tensor:
-    """Scales [NB, G, 2, 16] for each of `inner` values: [NB, 2, 16, inner]."""
-    return scales.permute(0, 2, 3, 1).repeat_interleave(GROUPS[packing], -1)[..., :inner]
+        groups = torch.cat([groups & 15, groups >> 4], -1).view(torch.int8) - 8
+    return (groups.float() * scales.permute(0, 2, 3, 1).unsqueeze(-1)).flatten(-2)

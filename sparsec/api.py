@@ -272,7 +272,7 @@ def compile(
         target: `cpu` (default), `cuda:sm_80`, `cuda:sm_90`, `cuda:sm_100`, `hip:gfx942`,
             `hip:gfx950`; see `sparsec targets`.
         weights: how experts' weights are stored: `model` (default, as they are); on a CPU `int8` (a scale for each
-            2048 values of a column) or `int4` (for each 128); on a GPU `fp8` (a scale for each block of 128 x 128) or
+            column) or `int4` (a scale for each 128 values); on a GPU `fp8` (a scale for each block of 128 x 128) or
             `mxfp4` (a power of two for each 32 values); see `CompiledModel.weight_errors`.
         activations: what `int8` and `int4` weights are multiplied by: `model` (default, rows as they are) or `int8`
             (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).

@@ -96,9 +96,7 @@ def _config(op: ExpertBank) -> str:
     }
     flags = {"early": op.weight_on == "input", "has_router": isinstance(op, Layer), "has_tail": op.tail is not None}
     second = "p1" * (op.parts - 1)
-    scales = [value for value in (op.up_scale, op.down_scale) if value is not None]
-    is_long = op.packing == "int8" and any(value.tensor.shape[2] != 1 for value in scales)
-    weights_of = "LongInt8" if is_long else WEIGHTS[op.packing]
+    weights_of = WEIGHTS[op.packing]
     lines = [
         "struct Config {",
         f"  typedef {_name(op.x, ELEMENTS)} Elem;",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsec.runtime.tiles import GROUPS, find_scales, pack, pack_bias, unpack
+from sparsec.runtime.tiles import GROUP, find_scales, pack, pack_bias, unpack
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def test_quantised_values_are_the_nearest_there_are(shape: Shape, packing: str) 
     back = unpack(packed, scales, packing, shape.parts, shape.columns, shape.inner)
     exact = shape.sorted(bank).float()
     low, high = (-127, 127) if packing == "int8" else (-8, 7)
-    group = GROUPS[packing]
+    group = shape.inner if packing == "int8" else GROUP
     blocks, groups = packed.shape[1], math.ceil(shape.inner / group)
     assert scales.shape == (shape.experts, blocks, groups, 2, 16)
     for b in range(blocks):
@@ -119,7 +119,7 @@ def test_quantised_values_are_the_nearest_there_are(shape: Shape, packing: str) 
 
 
 @pytest.mark.parametrize(
-    ("packing", "inner", "most"), [("int8", 1024, 0.0084), ("int8", 14336, 0.0086), ("int4", 2048, 0.1)]
+    ("packing", "inner", "most"), [("int8", 1024, 0.009), ("int8", 4096, 0.009), ("int4", 2048, 0.1)]
 )
 def test_error_on_normal_weights(packing: str, inner: int, most: float) -> None:
     bank = 0.02 * torch.randn(1, 128, inner, generator=torch.Generator().manual_seed(0))
@@ -127,18 +127,10 @@ def test_error_on_normal_weights(packing: str, inner: int, most: float) -> None:
     back = unpack(pack(bank, packing=packing, scales=scales), scales, packing, 1, 128, inner)
     error = (back - bank).norm() / bank.norm()
     assert error < most
-    farthest = bank.abs().unflatten(-1, (-1, min(inner, GROUPS[packing]))).amax(-1, keepdim=True)
+    farthest = bank.abs().unflatten(-1, (-1, inner if packing == "int8" else GROUP)).amax(-1, keepdim=True)
     step = farthest / (127 if packing == "int8" else 7)
     plain = (bank.unflatten(-1, (*step.shape[-2:-1], -1)) / step).round() * step
     assert error < (plain.flatten(-2) - bank).norm() / bank.norm()  # the search pays
-
-
-def test_the_last_group_of_a_long_column_is_shorter() -> None:
-    bank = torch.cat([torch.full((1, 33, 2048), 1.0), torch.full((1, 33, 130), 100.0)], -1)
-    scales = find_scales(bank, packing="int8")
-    assert scales.shape == (1, 2, 2, 2, 16)
-    back = unpack(pack(bank, packing="int8", scales=scales), scales, "int8", 1, 33, 2178)
-    torch.testing.assert_close(back, bank, rtol=1e-5, atol=0)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:

@@ -9,7 +9,7 @@ template <class Format>
 struct ByInt8 {
   template <class Elem>
   using Held = int8_t;
-  static constexpr int STEPS = Format::COUNT / 2, SPAN = Format::SPAN;
+  static constexpr int STEPS = Format::COUNT / 2;
   static constexpr bool grouped = Format::grouped;
 };
 

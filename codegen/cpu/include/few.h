@@ -69,13 +69,13 @@ struct FewRows {
         const int32_t* sum = sums + (first + m) * 2 * groups + s;
         high_off[m] += Weights::OFFSET * sum[0], low_off[m] += Weights::OFFSET * sum[groups];
       }
-      if (s + 1 < packed && !(Weights::grouped && (s + 1) % Weights::SPAN == 0)) continue;
+      if (!Weights::grouped && s + 1 < packed) continue;
       for (int m = 0; m < rows; ++m) {
         for (int j = 0; j < 2; ++j) {
           const __m512 h = _mm512_cvtepi32_ps(_mm512_sub_epi32(high_sum[m][j], _mm512_set1_epi32(high_off[m])));
           const __m512 l = _mm512_cvtepi32_ps(_mm512_sub_epi32(low_sum[m][j], _mm512_set1_epi32(low_off[m])));
           const __m512 sum = _mm512_fmadd_ps(h, _mm512_set1_ps(128), l);
-          const float* by = scales + ((Weights::grouped ? s / Weights::SPAN * 2 : 0) + j) * LANES;
+          const float* by = scales + (Weights::grouped ? (s * 2 + j) * LANES : j * LANES);
           total[m][j] = _mm512_fmadd_ps(sum, _mm512_loadu_ps(by), total[m][j]);
           high_sum[m][j] = low_sum[m][j] = _mm512_setzero_si512();
         }

@@ -29,18 +29,15 @@ struct Layer {
   static constexpr int64_t UP_GROUP = NARROW ? GROUP / UP_COLUMNS : 1;  // panels that cannot be parted
   static constexpr int64_t DOWN_BLOCKS = ceil_div(Config::columns, 2 * LANES), COLUMNS = DOWN_BLOCKS * 2 * LANES;
   static constexpr int64_t UP_PANEL = UP_STEPS / Weights::STEPS * PAIR, DOWN_PANEL = DOWN_STEPS / Weights::STEPS * PAIR;
-  static constexpr int64_t SPAN = Weights::SPAN * Weights::STEPS;  // steps of one scale of a column
-  static constexpr int64_t UP_SCALES = 2 * LANES * (Weights::grouped ? ceil_div(UP_STEPS, SPAN) : 1);
-  static constexpr int64_t DOWN_SCALES = 2 * LANES * (Weights::grouped ? ceil_div(DOWN_STEPS, SPAN) : 1);
+  static constexpr int64_t UP_SCALES = 2 * LANES * (Weights::grouped ? UP_STEPS / Weights::STEPS : 1);
+  static constexpr int64_t DOWN_SCALES = 2 * LANES * (Weights::grouped ? DOWN_STEPS / Weights::STEPS : 1);
 
   // A chunk's rows fill most of a 2 MB second-level cache, or a slice of its activations half of it, not both at a time.
   // Weights of an expert that has more rows are read once for each of its chunks.
   static constexpr int MOST_ROWS = most(32, least(MOST_ROWS_SWEPT, int((3 << 19) / (UP_STEPS * 64) / 32 * 32)));
   // Steps that cannot be parted.
-  static constexpr int64_t UNIT = most<int64_t>(NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S),
-                                                Weights::grouped && DOWN_STEPS > SPAN ? SPAN : 1);
-  static constexpr int64_t SLICES =
-      ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (1 << 20) / (MOST_ROWS * 64) / UNIT * UNIT));
+  static constexpr int64_t UNIT = NARROW ? GROUP_STEPS : most(Weights::STEPS, UP_COLUMNS / S);
+  static constexpr int64_t SLICES = ceil_div(DOWN_STEPS, most<int64_t>(UNIT, (1 << 20) / (MOST_ROWS * 64)));
   static constexpr int64_t SLICE = ceil_div(ceil_div(DOWN_STEPS, SLICES), UNIT) * UNIT;
   static constexpr int CHUNK_TILES = MOST_ROWS / ROWS;
 
@@ -153,9 +150,9 @@ struct Layer {
             scales_of<Config::up_scale>(first * UP_SCALES), UP_SCALES};
   }
   Panels down_panels(int expert, int64_t begin, int64_t end, int64_t step) const {
-    const int64_t first = expert * DOWN_BLOCKS + begin, packed = step / Weights::STEPS, scale = step / SPAN;
+    const int64_t first = expert * DOWN_BLOCKS + begin, packed = step / Weights::STEPS;
     return {(const char*)call->in[Config::down] + first * DOWN_PANEL + packed * PAIR, DOWN_PANEL, end - begin,
-            scales_of<Config::down_scale>(first * DOWN_SCALES + (Weights::grouped ? scale * 2 * LANES : 0)),
+            scales_of<Config::down_scale>(first * DOWN_SCALES + (Weights::grouped ? packed * 2 * LANES : 0)),
             DOWN_SCALES};
   }
   template <int place>

@@ -57,13 +57,13 @@ struct Sweep<Gemm, ByInt8<Format>, kind> {
   template <int tiles, bool cold>
   SPARSEC_INLINE void scaled(const char* a, int64_t stride, const char* row_scales, const char* panel, int steps,
                              int rows, const float* scales, Sums* sums) {
-    constexpr int shared = Weights::SPAN * Weights::STEPS;  // steps of one scale of a column
-    const int span = kind == Rows::activated ? GROUP_STEPS : Weights::grouped ? shared : steps;
+    constexpr bool parted = kind == Rows::activated || Weights::grouped;
+    const int span = parted ? GROUP_STEPS : steps;
     Counts counts[2];
-    for (int s = 0; s < steps; s += span) {
+    for (int s = 0, group = 0; s < steps; s += span, ++group) {
       Gemm::template multiply<tiles, cold>(a + s * TILE, stride, panel + s * PAIR, least(span, steps - s), rows, counts);
-      const float* of_columns = scales + (Weights::grouped ? s / shared * 2 * LANES : 0);
-      const char* of_rows = row_scales + (kind == Rows::activated ? s / GROUP_STEPS * ROWS * 4 : 0);
+      const float* of_columns = scales + (Weights::grouped ? group * 2 * LANES : 0);
+      const char* of_rows = row_scales + (kind == Rows::activated ? group * ROWS * 4 : 0);
       const F32 column[2] = {load(of_columns), load(of_columns + LANES)};
       for (int r = 0; r < rows; ++r) {
         const float row = ((const float*)(of_rows + r / ROWS * stride))[r % ROWS];

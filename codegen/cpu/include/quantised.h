@@ -1,5 +1,5 @@
-// Quantised weights, to be multiplied by bf16 activations: int8 with a scale for each 2048 values of a column, int4 with
-// one for each 128. Where a column has one scale, values become bf16 without rounding, and their sum is multiplied by it.
+// Quantised weights, to be multiplied by bf16 activations: int8 with a scale for each column, int4 with one for each 128
+// values of a column. Both become bf16 without rounding; what is multiplied by the scale is a sum.
 //
 // A packed step is 2 KB: two tiles of 16 rows of 64 bytes, as of `moe.pack`. A row expands to COUNT rows of bf16 tiles.
 #pragma once
@@ -9,16 +9,14 @@ struct Unquantised {
   template <class Elem>
   using Held = Elem;  // what rows are multiplied as
   static constexpr int STEPS = 1;  // steps of the activations that a packed step covers
-  static constexpr int SPAN = 1;   // packed steps that share a scale, where columns are grouped
   static constexpr bool grouped = false;
 };
 
-template <bool LONG>
-struct Int8Of {
+struct Int8 {
   template <class Elem>
   using Held = Elem;
-  static constexpr int STEPS = 2, COUNT = 2, SPAN = 32;
-  static constexpr bool grouped = LONG;  // whether columns have more than one scale
+  static constexpr int STEPS = 2, COUNT = 2;
+  static constexpr bool grouped = false;  // one scale for each column
 
 #if defined(__AVX512F__)
   // The values of 64 k's, OFFSET added, as unsigned bytes.
@@ -35,14 +33,11 @@ struct Int8Of {
   }
 };
 
-typedef Int8Of<false> Int8;
-typedef Int8Of<true> LongInt8;
-
 struct Int4 {
   template <class Elem>
   using Held = Elem;
-  static constexpr int STEPS = 4, COUNT = 4, SPAN = 1;
-  static constexpr bool grouped = true;
+  static constexpr int STEPS = 4, COUNT = 4;
+  static constexpr bool grouped = true;  // one scale for each packed step
 
 #if defined(__AVX512F__)
   static constexpr int OFFSET = 8;
@@ -97,7 +92,7 @@ static void expand_panel(const char* b, const float* scales, int packed, char* t
   for (int s = 0; s < packed; ++s, b += PAIR, to += Weights::STEPS * PAIR) {
     ask_ahead(b);
     for (int j = 0; j < 2; ++j) {
-      const F32 scale = Weights::grouped ? load(scales + (s / Weights::SPAN * 2 + j) * LANES) : splat(1.0f);
+      const F32 scale = Weights::grouped ? load(scales + (s * 2 + j) * LANES) : splat(1.0f);
       for (int r = 0; r < ROWS; ++r) {
         U32 rows[Weights::COUNT];
         Weights::expand(load_bits(b + j * TILE + r * 64), rows);

@@ -51,7 +51,7 @@ def scale_type(packing: str, parts: int, experts: int, n: int, k: int) -> Tensor
         return TensorType((experts, -(-k // 128), n, 4), DType.ui8)
     if packing not in ("int8", "int4"):
         return None
-    groups = -(-k // (2048 if packing == "int8" else 128))
+    groups = 1 if packing == "int8" else -(-k // 128)
     return TensorType((experts, _blocks(parts, n), groups, 2, 16), DType.f32)
 
 

@@ -121,7 +121,7 @@ class Scales(_OfBank, name="moe.scales"):
 
         %s = moe.scales(%down) {packing = "int8"} : tensor<8x2x1x2x16xf32>
 
-    int8 has one scale for each 2048 values of a column, int4 one for each 128; those may be negative. fp8 has one for
+    int8 has one scale for each column, int4 one for each 128 values of a column; those may be negative. fp8 has one for
     each block of 128 x 128 values, mxfp4 a power of two for each 32 values of a column, its exponent plus 127.
     """
 
