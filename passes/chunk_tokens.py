@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from sparsec.ir.core import Attr, Block, Op, Value
+from sparsec.ir.core import Block, Op, Value
 from sparsec.ir.equal import ValueMap, clone_op
 from sparsec.ir.opdef import OpDef, make
-from sparsec.ir.types import Dim, Sym, TensorType, Type, dims_of, symbols
+from sparsec.ir.types import Dim, Sym, TensorType, dims_of, symbols
 from sparsec.passes.exchange import Exchange
-from sparsec.passes.rules import substitute
+from sparsec.passes.rules import renamers
 
 
 def cut(block: Block, exchange: Exchange, chunks: int) -> None:
@@ -35,7 +35,7 @@ def cut(block: Block, exchange: Exchange, chunks: int) -> None:
             piece = _slice(value, first, last, start)
             values[value] = piece.result
             starts.append(piece)
-        map_type, map_attr = _renamed(exchange.rows, fresh)
+        map_type, map_attr = renamers(exchange.rows, next(fresh))
         begun = clone_op(start, values)
         starts.append(begun)
         ops: list[Op] = [clone_op(op, values, map_type, map_attr) for op in (exchange.wait, *between, exchange.back)]
@@ -101,20 +101,3 @@ def _unbacked(block: Block) -> Iterator[Sym]:
     while True:
         yield Sym(f"u{number}")
         number += 1
-
-
-def _renamed(rows: Dim, fresh: Iterator[Sym]) -> tuple[Callable[[Type], Type], Callable[[Attr], Attr]]:
-    """Types and attributes with a size of their own for the rows of one part."""
-    new = next(fresh)
-
-    def map_type(type: Type) -> Type:
-        if not isinstance(type, TensorType):
-            return type
-        return TensorType(tuple(substitute(dim, rows, new) for dim in type.shape), type.dtype)
-
-    def map_attr(value: Attr) -> Attr:
-        if isinstance(value, Sym):
-            return substitute(value, rows, new)
-        return tuple(map_attr(item) for item in value) if isinstance(value, tuple) else value
-
-    return map_type, map_attr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,11 +24,11 @@ from sparsec.ir.core import Attr, Block, Func, Module, Op, Value
 from sparsec.ir.equal import Key, ValueMap, clone_op, func_key
 from sparsec.ir.opdef import OpDef
 from sparsec.ir.rewrite import Rewriter, rule
-from sparsec.ir.types import Dim, Sym, TensorType, Type
+from sparsec.ir.types import Dim, Sym
 from sparsec.passes.base import Pass, PassContext, register
 from sparsec.passes.capacity import spell_capacity
 from sparsec.passes.fuse import bank_rules
-from sparsec.passes.rules import substitute
+from sparsec.passes.rules import renamers
 
 TOKENS = Sym("t")  #: the number of tokens inside kernel functions
 
@@ -108,7 +107,7 @@ def token_dim(op: OpDef) -> Dim:
 def outline(op: OpDef, backend: str) -> Func:
     """A function that holds a copy of `op`, with its tokens called `t` where their number is not fixed."""
     tokens = token_dim(op)
-    map_type, map_attr = _renamers(tokens)
+    map_type, map_attr = renamers(tokens, TOKENS)
     operands = list(dict.fromkeys(op.operands))
     names = dict(zip(op.arguments, op.fields().operands, strict=False))
     body = Block([map_type(value.type) for value in operands], [names.get(value, value.name) for value in operands])
@@ -120,19 +119,3 @@ def outline(op: OpDef, backend: str) -> Func:
     body.append(Return(list(inner.results), loc=op.loc))
     attrs: dict[str, Attr] = {"backend": backend, "tokens": TOKENS if isinstance(tokens, Sym) else tokens}
     return Func("", body, attrs, op.loc)
-
-
-def _renamers(tokens: Dim) -> tuple[Callable[[Type], Type], Callable[[Attr], Attr]]:
-    def map_type(type: Type) -> Type:
-        if not isinstance(type, TensorType):
-            return type
-        return TensorType(tuple(substitute(dim, tokens, TOKENS) for dim in type.shape), type.dtype)
-
-    def map_attr(value: Attr) -> Attr:
-        if isinstance(value, Sym):
-            return substitute(value, tokens, TOKENS)
-        if isinstance(value, tuple):
-            return tuple(map_attr(item) for item in value)
-        return value
-
-    return map_type, map_attr

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from sparsec.dialects import aten
 from sparsec.ir.core import Attr, Op, Value
-from sparsec.ir.types import Dim, Sym, TensorType, product
+from sparsec.ir.types import Dim, Sym, TensorType, Type, product
 
 
 @cache
@@ -152,3 +152,19 @@ def substitute(dim: Dim, old: Dim, new: Sym) -> Dim:
             return Sym(ast.unparse(ast.BinOp(c, sign, d)).replace(" ", ""))
         case _:
             return dim
+
+
+def renamers(old: Dim, new: Sym) -> tuple[Callable[[Type], Type], Callable[[Attr], Attr]]:
+    """What `clone_op` maps types and attributes with, to call the size `old` `new`, as of `substitute`."""
+
+    def map_type(type: Type) -> Type:
+        if not isinstance(type, TensorType):
+            return type
+        return TensorType(tuple(substitute(dim, old, new) for dim in type.shape), type.dtype)
+
+    def map_attr(value: Attr) -> Attr:
+        if isinstance(value, Sym):
+            return substitute(value, old, new)
+        return tuple(map_attr(item) for item in value) if isinstance(value, tuple) else value
+
+    return map_type, map_attr

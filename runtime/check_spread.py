@@ -128,8 +128,9 @@ class Handles:
             raise ArtifactError(f"{where} has the attributes {sorted(attrs)}, it takes {sorted(rule.attrs)}")
         for name, wanted in rule.attrs.items():
             value: Any = attrs[name]
-            if type(value) is not int if wanted is int else value not in wanted:  # type: ignore[operator]
-                said = "a number" if wanted is int else " or ".join(wanted)  # type: ignore[arg-type]
+            fits = value in wanted if isinstance(wanted, tuple) else type(value) is wanted
+            if not fits:
+                said = " or ".join(wanted) if isinstance(wanted, tuple) else "a number"
                 raise ArtifactError(f"{where} has {name} = {value!r}, which must be {said}")
         for name, value in (("ranks", spread.ranks), ("width", spread.width), ("slots", spread.slots)):
             if attrs.get(name, value) != value:

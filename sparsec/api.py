@@ -278,6 +278,13 @@ def compile(
             (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).
         invariant: on a GPU, give a row the same bits in whatever batch it comes, whatever that costs. Without it that
             is so where it costs less than 3 % by the cost model; see `sparsec schedule`.
+        devices: how many devices run the model together (8, or "2x4": two nodes of four), each with some of the
+            experts; those of the plan by default.
+        plan: a placement of `sparsec plan`; experts are spread evenly without one.
+        dispatch: what a token is sent once for: `none` (each pick), `rank`, `node`, or `auto` (by the cost model).
+        policy: which replica of an expert gets a token: `static` (the plan's shares), `local` or `batch`.
+        chunks: parts that the tokens of a layer travel in.
+        payload: how rows travel to experts: `model` (as they are), `bf16` or `fp8`.
         dump: a folder for numbered IR texts, diffs, remarks, kernels and a page to read them (`index.html`).
         instruments: further watchers of the pipeline.
 
@@ -353,8 +360,7 @@ def compile_language_model(
 
     Args:
         max_length: positions that the cache has; by default what the model was made for, at most 4096.
-        weights, activations, invariant, devices, plan, dispatch, policy, chunks, payload: as
-            of `compile`.
+        weights, activations, invariant, devices, plan, dispatch, policy, chunks, payload: as of `compile`.
 
     Raises: CompileError.
     """

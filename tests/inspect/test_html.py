@@ -19,7 +19,7 @@ from sparsec.inspect.html.page import write_index
 from sparsec.inspect.html.read_dump import diff_blocks, read_dump
 from sparsec.inspect.trace import Step, Trace, TracedLayer
 from sparsec.ir.parser import parse_module
-from tests.inspect.browser import Browser, browser, find
+from tests.inspect.browser import Browser
 
 LAYERS, OPS = 50, 100
 MAX_BYTES, MAX_MS = 5_000_000, 2_000
@@ -171,14 +171,6 @@ def test_view_writes_the_page_of_the_newest_run(tiny: Path, tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Generator[Browser]:
-    if find() is None:
-        pytest.skip("there is no Chromium")
-    with browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
 @pytest.fixture
 def page(chromium: Browser, tiny: Path) -> Generator[Browser]:
     chromium.open(tiny / "index.html")

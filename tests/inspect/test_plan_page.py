@@ -14,7 +14,7 @@ from sparsec.diagnostics import SparsecError
 from sparsec.inspect.html.plan_page import groups, page_data, write_plan_page
 from sparsec.passes.placement import Loads, Options, Plan, check_plan, parse_topology, plan, read_plan
 from sparsec.passes.placement.figures import figures, traffic
-from tests.inspect.browser import Browser, browser, find
+from tests.inspect.browser import Browser
 
 MAX_BYTES, MAX_MS = 5_000_000, 2_000
 EVIL = "</script><img src=x onerror='window.taken = 1'>"
@@ -114,14 +114,6 @@ def test_view_writes_the_page_of_a_plan(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- in a browser
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Generator[Browser]:
-    if find() is None:
-        pytest.skip("there is no Chromium")
-    with browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
-
-
 @pytest.fixture
 def page(chromium: Browser, small: Path) -> Generator[Browser]:
     chromium.open(small)

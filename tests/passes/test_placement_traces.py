@@ -109,7 +109,22 @@ def test_nodes_per_token_on_a_recorded_routing(way: str) -> None:
     near, ours = dispatch(packed, unseen, ranks, node), dispatch(slots, unseen, ranks, node)
     assert ours.nodes <= 2.15
     assert near.nodes > 2.4
-    assert ours.load.max() <= max(fullest(packed, test, 12), near.load.max() + 0.01)
+    assert ours.load.max() <= fullest(packed, test, 12)
+
+
+WORSE = pytest.mark.xfail(reason="1.033 to 1.028: the fullest rank of the first half's tokens", strict=True)
+
+
+@pytest.mark.parametrize("way", ["first half", pytest.param("second half", marks=WORSE), "every second"])
+def test_load_beside_eplb_with_near_replicas(way: str) -> None:
+    """EPLB's placement by this dispatch, which evens its loads too: harder to match than EPLB as it is."""
+    routed = np.load(ROUTING, allow_pickle=False)["routed"][:, 0].astype(np.int64)
+    known, unseen = planned_and_unseen(routed, way)
+    ranks, node = Ranks(np.repeat(np.arange(12), 6), np.ones(12, np.float32)), np.arange(12) // 3
+    weight = np.bincount(known.ravel(), minlength=60) / known.size * 12
+    slots, _, _ = best_place(known, weight, ranks, node)
+    theirs = dispatch(eplb(weight[None], 12, 6)[0], unseen, ranks, node)
+    assert dispatch(slots, unseen, ranks, node, 1.0).load.max() <= theirs.load.max()
 
 
 @pytest.mark.slow
