@@ -5,6 +5,10 @@ multiprocessors go over the tiles as in `persistent`: with four warps to a tile 
 (warp specialisation) between those that fetch and those that multiply, activate and store; not where the columns of a
 gated expert alternate in a transposed bank, since Triton 3.6 cannot divide what parts them.
 
+With eight warps both kinds of columns make one sum of twice the width, since of a loop over the steps of all tiles with
+two sums ptxas has every product waited for; where two it must be (the columns of a transposed bank that follow each
+other), the loop over tiles stays apart from that over steps.
+
 A row's sum over H is taken in steps of BLOCK_K, each in the order of the matrix instruction's own steps, whatever the
 batch.
 """
@@ -36,7 +40,7 @@ class Gathered:
         self.op, self.gemm, self.name = op, gemm, func.name
         demand(op, gemm)
         self.dtype = dtype = gemm.a.tensor.dtype
-        self.streamed = Streamed(gemm, op.layout, op.up_transposed, "up")
+        self.streamed = Streamed(gemm, op.layout, op.up_transposed, "up", paired=not any(map(_divided, gemm.variants)))
         self.rows = Parameter("gathered", POINTERS[dtype], wiring.buffer(f"t * {gemm.k * gemm.inner * dtype.itemsize}"))
         self.parameters = [self.rows if p.name == "x" else p for p in up_parameters(gemm, op, wiring)]
         self.order, self.up = (next(p for p in self.parameters if p.name == name) for name in ("order", "up"))
@@ -99,6 +103,7 @@ class Gathered:
         result = activated(self.op, loop, ("tile", "tiles", "counts", "count", "gathered", "first_row"))
         keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
         loop.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
+        flatten = "not DIVIDED" if len(self.streamed.parts()) == 1 else "False"
         lines = [
             f'"""{ROWS_OF_H}"""',
             "COLUMNS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N",
@@ -106,7 +111,7 @@ class Gathered:
             "arrive(PDL)",
             "# Rows past an expert's own are the next one's: they are multiplied, and not stored.",
             "for tile in tl.range(",
-            "    tl.program_id(0), count, tl.num_programs(0), warp_specialize=DIVIDED, flatten=not DIVIDED",
+            f"    tl.program_id(0), count, tl.num_programs(0), warp_specialize=DIVIDED, flatten={flatten}",
             "):",
             *(f"    {line}" for line in loop),
         ]
@@ -114,3 +119,8 @@ class Gathered:
         constants = [f"{name}: tl.constexpr" for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "DIVIDED", "PDL")]
         head = f"def {self.name}_gathered({', '.join([*names, *constants])}):"
         return f'@triton.jit(do_not_specialize=["tokens"])\n{head}\n{indent(lines)}'
+
+
+def _divided(variant: Mapping[str, Any]) -> bool:
+    """Whether Triton divides the work of a variant's programs."""
+    return (int(variant.get("block_m", 64)), int(variant.get("num_warps", 4))) == DIVIDED

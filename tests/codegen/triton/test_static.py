@@ -22,6 +22,7 @@ from sparsec.passes.roofline import work
 from sparsec.passes.schedule import gemm_of, gpu_variants
 from sparsec.passes.variants import Gemm, Variant
 from tests.codegen.triton import build
+from tests.codegen.triton.hopper import serialised, under_way
 from tests.codegen.triton.packed import packed
 from tests.codegen.triton.ttir import account
 from tests.passes.published import DEEPSEEK_V3, GPT_OSS, MIXTRAL, OLMOE, QWEN3, Shape
@@ -107,6 +108,7 @@ def check_instructions(binary: Binary, variant: Variant, gemm: Gemm, target: str
         assert ("wgmma.mma_async" in text) == (direct and variant.kernel != "rows"), where
         # 16 terms of a row are added at a time, in ascending order, whatever the family and its tile.
         assert {*re.findall(r"wgmma\.mma_async\S*\.m64n\d+k(\d+)\.", text)} <= {"16"}, where
+        check_overlap(binary, variant, gemm, where)
     if target == "cuda:sm_100":
         assert ("tcgen05.mma" in text) == (direct and variant.kernel != "rows"), where
     if target.startswith("cuda"):
@@ -115,6 +117,16 @@ def check_instructions(binary: Binary, variant: Variant, gemm: Gemm, target: str
         engines = {"tma": {bank}, "swap": {bank}, "persistent": {bank, "h"}, "gathered": {bank, "gathered"}}
         due = engines.get(variant.kernel, set[str]())
         assert by_engine == due and ("cp.async.bulk.tensor" in text) == bool(due), where
+
+
+def check_overlap(binary: Binary, variant: Variant, gemm: Gemm, where: str) -> None:
+    """While a product is made the next one is asked for, and copies of later stages are on their way."""
+    products, copies = under_way(binary)
+    assert not serialised(binary), where
+    if variant.direct(gemm, CHIPS["cuda:sm_90"]) and variant.kernel != "rows" and gemm.packing == "plain":
+        assert products >= 1, where
+    if not variant.stays:  # there the copy engine brings both operands
+        assert copies >= variant.num_stages - 2, where
 
 
 CHOSEN = [Case(QWEN3, "up"), Case(QWEN3, "down")]
