@@ -1,63 +1,39 @@
 """The kernel of the gradients inside an expert: `moe.hidden_grad`.
 
-One program computes a block of rows and columns of all that the backward pass needs of an expert's inside: the
-up-projection again, the gradient of the activation's value, and from both, by the region, the activated rows and the
-gradient of the up-projection. What the block adds to the gradient of its pairs' routing weights, the products of the
-activation's value and its gradient, goes to a buffer by block of columns; a second launch adds these in their order.
+One program computes a block of rows and columns of all that the backward pass needs of an expert's inside: the gradient
+of the activation's value, the up-projection again, and from both, by the region, the activated rows and the gradient of
+the up-projection. What the block adds to the gradient of its pairs' routing weights, the products of the activation's
+value and its gradient, goes to a buffer by block of columns; a second launch adds these in their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 from sparsec.codegen.triton.gemm import GROUP_M, masked, narrowed
+from sparsec.codegen.triton.gradient_kernels import (
+    Variant,
+    chosen,
+    family_of,
+    number,
+    require_floats,
+    signature,
+    sizes_of,
+)
+from sparsec.codegen.triton.hidden_products import Engine, Pointers
 from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Schedule, Sketch, Wiring, ceil_div
 from sparsec.codegen.triton.region import RegionCode
 from sparsec.codegen.triton.source import indent, library, module_text
-from sparsec.codegen.triton.tile import FLOATS, POINTERS, Names, Tile, padded, unsupported
+from sparsec.codegen.triton.tile import POINTERS, Names, Tile, padded
 from sparsec.dialects.moe import HiddenGrad
-from sparsec.ir.core import Func, Op, Value
+from sparsec.ir.core import Func
 from sparsec.ir.types import DType
 
 PAIRS = 128
 """Pairs whose parts one program of the second launch adds."""
 
-Variant = Mapping[str, Any]
-
-
-def sizes_of(op: Op, variant: Variant, m: int, n: int, k: int) -> dict[str, int]:
-    """Tile sizes of a variant, no larger than m x n x k and no smaller than a tensor core's."""
-    sides = {"block_m": m, "block_n": n, "block_k": k}
-    return {
-        side.upper(): max(16, min(padded(int(variant.get(side, 64))), padded(most))) for side, most in sides.items()
-    }
-
-
-def chosen(func: Func, op: HiddenGrad | Op, default: Sequence[Variant]) -> list[Variant]:
-    """The variants that the schedule or the function names, else `default`."""
-    return list(cast("Sequence[Variant]", op.attrs.get("variants") or func.attrs.get("variants") or default))
-
-
-def number(op: Op, dim: object) -> int:
-    """A size that must be known. Raises: CompileError."""
-    if not isinstance(dim, int):
-        raise unsupported(op, f"the size {dim!r} must be known")
-    return dim
-
-
-def require_floats(op: Op, *values: Value | None) -> None:
-    """Raises: CompileError unless all of them are of one type that GEMMs take."""
-    given = [value for value in values if value is not None]
-    for value in given:
-        if value.tensor.dtype not in FLOATS or value.tensor.dtype is not given[0].tensor.dtype:
-            raise unsupported(op, f"%{value.name} is {value.type}: gradients take f32, f16 or bf16, all alike")
-
-
-def signature(name: str, parameters: Sequence[Parameter], constants: Mapping[str, int]) -> str:
-    """The head of an entry point."""
-    given = [*(parameter.name for parameter in parameters), *(f"{name}: tl.constexpr" for name in constants)]
-    return f'@triton.jit(do_not_specialize=["tokens"])\ndef {name}({", ".join(given)}):'
+HELD = 8
+"""Elements of a sum that a thread takes through the region at a time where sums take most of its registers."""
 
 
 def hidden_grad(func: Func, op: HiddenGrad) -> Sketch:
@@ -82,6 +58,11 @@ class _Hidden:
         self.variants = chosen(func, op, _default(op))
         depth = max(self.hidden, self.out)
         self.tiles = [sizes_of(op, variant, 1 << 20, self.width, depth) for variant in self.variants]
+        by_family = dict[str, list[dict[str, int]]]()
+        for variant, tile in zip(self.variants, self.tiles, strict=True):
+            by_family.setdefault(family_of(op, variant), []).append(tile)
+        makers = {"tiles": Pointers, "tma": Engine}
+        self.products = {name: makers[name](op, self.hidden, self.out, tiles) for name, tiles in by_family.items()}
         blocks = max(-(-self.width // tile["BLOCK_N"]) for tile in self.tiles)
         self.partial = Parameter("partial", "*fp32", self.wiring.buffer(f"t * {4 * op.k * blocks}"))
         operands = {"y_grad": op.y_grad, "x": op.x, "order": op.order}
@@ -98,44 +79,48 @@ class _Hidden:
         ]
 
     def sketch(self) -> Sketch:
-        op, pairs = self.op, f"t * {self.op.k}"
+        op = self.op
         grad = Parameter("weights_grad", POINTERS[op.weights.tensor.dtype], self.wiring.result(op.weights_grad))
         added = [self.partial, grad, TOKENS]
         constants = {"E": op.num_experts, "E_PAD": padded(op.num_experts + 1), "K": op.k}
         constants |= {"H": self.hidden, "D": self.out, "I": self.width, "GROUP_M": GROUP_M, "PAIRS": PAIRS}
-        first, second = f"{self.func.name}_rows", f"{self.func.name}_weights"
-        flags = {"BLOCK_M": 0, "BLOCK_N": 0, "BLOCK_K": 0, "PDL": 0}
+        second = f"{self.func.name}_weights"
+        flags = {"BLOCK_M": 0, "BLOCK_N": 0, "BLOCK_K": 0, "WIDTH": 0, "PDL": 0}
         texts = [
-            signature(first, self.parameters, flags) + "\n" + indent(self._rows()),
+            self._columns(),
+            *(
+                signature(self._name(family), self.parameters, flags) + "\n" + indent(self._rows(made))
+                for family, made in self.products.items()
+            ),
             signature(second, added, {"COLUMNS": 0, "PDL": 0}) + "\n" + indent(self._weights()),
         ]
         summary = f"gradients of the up-projection ({op.layout}) and of the routing weights, and the activated rows."
         schedules = list[Schedule]()
         for variant, tile in zip(self.variants, self.tiles, strict=True):
-            columns = -(-self.width // tile["BLOCK_N"])
-            grid = f"({pairs} // {tile['BLOCK_M']} + min({op.num_experts + 1}, {pairs})) * {columns}"
-            warps, stages = int(variant.get("num_warps", 4)), int(variant.get("num_stages", 3))
-            entries = (
-                Entry(first, tuple(self.parameters), {**tile, "PDL": 0}, (grid, "1"), warps, stages),
-                Entry(second, tuple(added), {"COLUMNS": columns, "PDL": 0}, (ceil_div(pairs, PAIRS), "1"), 4, 1),
-            )
+            columns, pairs = -(-self.width // tile["BLOCK_N"]), f"t * {op.k}"
+            parts = Entry(second, tuple(added), {"COLUMNS": columns, "PDL": 0}, (ceil_div(pairs, PAIRS), "1"), 4, 1)
+            entries = (self._entry(variant, tile, columns, pairs), parts)
             schedules.append(Schedule(variant.get("up_to"), entries, tuple(self.wiring.scratch)))
         return Sketch(module_text(self.func, op, summary, constants, texts), tuple(schedules))
 
-    @property
-    def bound(self) -> list[str]:
-        """Conditions of the columns."""
-        return [] if self._even(self.width, "BLOCK_N") else ["columns < I"]
+    def _name(self, family: str) -> str:
+        return f"{self.func.name}_rows" + ("" if family == "tiles" else f"_{family}")
 
-    def _even(self, size: int, block: str) -> bool:
-        return all(size % tile[block] == 0 for tile in self.tiles)
+    def _entry(self, variant: Variant, tile: dict[str, int], columns: int, pairs: str) -> Entry:
+        family = family_of(self.op, variant)
+        made, width = self.products[family], tile["BLOCK_N"]
+        warps, stages = int(variant.get("num_warps", 4)), int(variant.get("num_stages", 3))
+        if isinstance(made, Engine):
+            tile, width = made.sizes(tile), max(16, min(width, HELD * warps * 32 // tile["BLOCK_M"]))
+        constants = {**tile, "WIDTH": width, "PDL": 0}
+        grid = f"({pairs} // {tile['BLOCK_M']} + min({self.op.num_experts + 1}, {pairs})) * {columns}"
+        return Entry(self._name(family), made.given(self.parameters, tile), constants, (grid, "1"), warps, stages)
 
-    def _rows(self) -> list[str]:
+    def _rows(self, products: Pointers | Engine) -> list[str]:
         op = self.op
-        bound = self.bound
         find, where = ("listed_tile", "tiles, tokens * K, E") if op.tiles is not None else (
             "find_tile", "offsets, tokens * K, E, E_PAD")  # fmt: skip
-        lines = [
+        return [
             '"""Rows i of h and h_grad belong to pair order[i], whose weight\'s gradient partial[pair] adds up to."""',
             "arrive(PDL)",
             "COLUMNS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N",
@@ -152,86 +137,104 @@ class _Hidden:
             "    tl.store(part_at, tl.zeros([BLOCK_M], tl.float32), mask=live)",
             "    return",
             "token = (pair // K).to(tl.int64)",
-            "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
+            "first = column_block * BLOCK_N",
+            "columns = first + tl.arange(0, BLOCK_N)",
             "depth = tl.arange(0, BLOCK_K)",
-            *self._up(bound),
-            *self._down(bound),
+            *(self._bias_part() if op.down_bias is not None else []),
+            *products.lines(),
             "weight = tl.load(weights + pair, mask=live, other=0).to(tl.float32)[:, None]",
+            f"part {'=' if op.down_bias is None else '+='} {self._call(self._arguments())}",
+            "tl.store(part_at, part, mask=live)",
+        ]
+
+    def _tiles(self) -> list[str]:
+        return [*(["acc"] if self.op.layout == "single" else ["gate", "linear"]), "back"]
+
+    def _arguments(self) -> list[str]:
+        bias = ["up_bias"] if self.op.up_bias is not None else []
+        return [*self._tiles(), "weight", "rows", "live", "expert", "first", *bias, "h_grad", "h"]
+
+    def _call(self, arguments: Sequence[str]) -> str:
+        return f"{self.func.name}_columns({', '.join(arguments)}, WIDTH)"
+
+    def _columns(self) -> str:
+        """The function of what follows the products, for as many columns as registers are left for."""
+        op, tiles, arguments = self.op, self._tiles(), self._arguments()
+        ragged = any(product.ragged for product in self.products.values())
+        parts = [[f"{tile}_{i}" for tile in tiles] + arguments[len(tiles) :] for i in (0, 1)]
+        place = arguments.index("first")
+        parts[1][place] = "first + back.shape[1] // 2"
+        lines = [
+            '"""Store h and h_grad, WIDTH columns at a time; what these columns add to the weights\' gradients."""',
+            "if back.shape[1] > WIDTH:",
+            *(f"    {tile}_0, {tile}_1 = halves({tile})" for tile in tiles),
+            f"    part = {self._call(parts[0])}",
+            f"    return part + {self._call(parts[1])}",
+            "columns = first + tl.arange(0, back.shape[1])",
+            *self._kept(ragged),
+            *self._biased(["columns < I"] if ragged else []),
             "grad = back * weight",
         ]
         value, *grads = self._region(lines)
-        within = f"tl.where(({bound[0]})[None, :], {value} * back, 0.0)" if bound else f"{value} * back"
-        lines.append(f"part = tl.sum({within}, axis=1)")
-        if op.down_bias is not None:
-            lines += self._bias_part()
-        lines.append("tl.store(part_at, part, mask=live)")
-        keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
         dtype = op.x.tensor.dtype
         activated = narrowed(f"({value} * weight)", dtype)
-        lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {activated}, mask={keep})")
+        lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {activated}, mask=keep)")
         if op.layout == "interleaved":
-            both = f"tl.reshape(tl.join({grads[0]}, {grads[1]}), (BLOCK_M, 2 * BLOCK_N))"
-            keep = " & ".join(["live[:, None]", *("(2 * first + lane < 2 * I)[None, :]" for _ in bound)])
-            at = "h_grad + rows.to(tl.int64)[:, None] * (2 * I) + (2 * first + lane)[None, :]"
-            return [*lines, f"tl.store({at}, {narrowed(both, dtype)}, mask={keep})"]
-        lines.append(f"grad_at = h_grad + rows.to(tl.int64)[:, None] * ({len(grads)} * I) + columns[None, :]")
-        for i, text in enumerate(grads):
-            lines.append(f"tl.store(grad_at{' + I' if i else ''}, {narrowed(text, dtype)}, mask={keep})")
-        return lines
+            lines += [
+                f"both = tl.reshape(tl.join({grads[0]}, {grads[1]}), (back.shape[0], 2 * back.shape[1]))",
+                "grad_at = h_grad + rows.to(tl.int64)[:, None] * (2 * I) + lane[None, :]",
+                f"tl.store(grad_at, {narrowed('both', dtype)}, mask=keep_both)",
+            ]
+        else:
+            lines.append(f"grad_at = h_grad + rows.to(tl.int64)[:, None] * ({len(grads)} * I) + columns[None, :]")
+            for i, text in enumerate(grads):
+                lines.append(f"tl.store(grad_at{' + I' if i else ''}, {narrowed(text, dtype)}, mask=keep)")
+        if ragged:  # a whole part is left out at once, which takes fewer registers
+            lines += ["if I % WIDTH == 0:", f"    return tl.where(first < I, tl.sum({value} * back, axis=1), 0.0)"]
+            lines.append(f"return tl.sum(tl.where(keep, {value} * back, 0.0), axis=1)")
+        else:
+            lines.append(f"return tl.sum({value} * back, axis=1)")
+        head = f"@triton.jit\ndef {self.func.name}_columns({', '.join(arguments)}, WIDTH: tl.constexpr):"
+        return f"{head}\n{indent(lines)}"
 
-    def _up(self, bound: Sequence[str]) -> list[str]:
-        """The up-projection again: `gate` and `linear` by one product of twice the columns, or `acc`."""
-        op, width, both = self.op, "2 * BLOCK_N", "both"
-        total, lines = "(2 * I)", ["lane = tl.arange(0, 2 * BLOCK_N)", "first = column_block * BLOCK_N"]
-        bound = ["first + lane % BLOCK_N < I" for _ in bound]
-        # Halves of a product are parted without a move between threads.
-        part = "tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))"
-        if op.layout == "single":
-            width, both, total, lines, bound = "BLOCK_N", "columns", "I", [], self.bound
-        elif op.layout == "concat":
-            lines.append("both = lane // BLOCK_N * I + first + lane % BLOCK_N")
-        elif not op.up_transposed:
-            lines.append("both = lane // BLOCK_N + 2 * (first + lane % BLOCK_N)")
-        else:  # columns that alternate in memory are read as they lie there
-            lines.append("both = 2 * first + lane")
-            bound, part = ["both < 2 * I" for _ in bound], "tl.reshape(acc, (BLOCK_M, BLOCK_N, 2))"
-        at = f"depth[:, None] * {total} + {both}[None, :]" if op.up_transposed else (
-            f"{both}[None, :] * H + depth[:, None]")  # fmt: skip
-        banks = {"acc": (f"up + expert.to(tl.int64) * (H * {total}) + {at}", total if op.up_transposed else "1")}
-        lines += self._loop("x", "H", self.hidden, banks, bound, width)
-        if op.up_bias is not None:
-            load = f"tl.load(up_bias + expert.to(tl.int64) * {total} + {both}{masked(bound)})"
-            lines.append(f"acc += {load}.to(tl.float32)[None, :]")
-        return lines if op.layout == "single" else [*lines, f"gate, linear = tl.split({part})"]
+    def _kept(self, ragged: bool) -> list[str]:
+        """Which elements are there: `keep`, and `keep_both` of the columns of both kinds, `lane`, where they alternate.
 
-    def _down(self, bound: Sequence[str]) -> list[str]:
-        """`back`: the gradient of the activation's value, before the routing weight."""
-        at, step = ("columns[None, :] * D + depth[:, None]", "1") if self.op.down_transposed else (
-            "depth[:, None] * I + columns[None, :]", "I")  # fmt: skip
-        banks = {"back": (f"down + expert.to(tl.int64) * (D * I) + {at}", step)}
-        return self._loop("y_grad", "D", self.out, banks, bound, "BLOCK_N")
+        `ragged`: whether blocks of columns reach beyond the last one. Where WIDTH divides I they do so as a whole.
+        """
+        both = self.op.layout == "interleaved"
+        lines = ["lane = 2 * first + tl.arange(0, 2 * back.shape[1])"] if both else []
+        if not ragged:
+            return [*lines, "keep = live[:, None]", *(["keep_both = keep"] if both else [])]
+        return [
+            *lines,
+            "if I % WIDTH == 0:",
+            "    keep = (live & (first < I))[:, None]",
+            *(["    keep_both = keep"] if both else []),
+            "else:",
+            "    keep = live[:, None] & (columns < I)[None, :]",
+            *(["    keep_both = live[:, None] & (lane < 2 * I)[None, :]"] if both else []),
+        ]
 
-    def _loop(self, rows: str, inner: str, size: int, banks: Mapping[str, tuple[str, str]], bound: Sequence[str],
-              columns: str) -> list[str]:  # fmt: skip
-        """Products of rows of tokens with parts of a bank, whose pointers and step are given by accumulator."""
-        tail = not self._even(size, "BLOCK_K")
-        a = masked(["live[:, None]", *([f"(depth < {inner} - k)[None, :]"] if tail else [])])
-        b = masked([*(f"({b})[None, :]" for b in bound), *([f"(depth < {inner} - k)[:, None]"] if tail else [])])
-        precision = ', input_precision="ieee"' if self.op.x.tensor.dtype is DType.f32 else ""
-        lines = [f"a_at = {rows} + token[:, None] * {inner} + depth[None, :]"]
-        for name, (pointers, _) in banks.items():
-            lines += [f"{name}_at = {pointers}", f"{name} = tl.zeros([BLOCK_M, {columns}], tl.float32)"]
-        lines += [f"for k in tl.range(0, {inner}, BLOCK_K):", f"    a = tl.load(a_at{a})"]
-        for name, (_, step) in banks.items():
-            lines.append(f"    {name} = tl.dot(a, tl.load({name}_at{b}), {name}{precision})")
-            lines.append(f"    {name}_at += BLOCK_K{'' if step == '1' else f' * {step}'}")
-        return [*lines, "    a_at += BLOCK_K"]
+    def _biased(self, bound: Sequence[str]) -> list[str]:
+        """Add the up-projection's bias."""
+        op = self.op
+        if op.up_bias is None:
+            return []
+        at = {"single": {"acc": "columns"}, "concat": {"gate": "columns", "linear": "columns + I"}}.get(
+            op.layout, {"gate": "2 * columns", "linear": "2 * columns + 1"}
+        )
+        return [
+            f"bias_at = up_bias + expert.to(tl.int64) * ({op.parts} * I)",
+            *(f"{t} += tl.load(bias_at + {c}{masked(bound)}).to(tl.float32)[None, :]" for t, c in at.items()),
+        ]
 
     def _bias_part(self) -> list[str]:
         """What the down-projection's bias adds to the routing weight's gradient, in the first block of columns."""
-        tail = [] if self._even(self.out, "BLOCK_K") else ["depth < D - k"]
+        tail = [] if all(self.out % tile["BLOCK_K"] == 0 for tile in self.tiles) else ["depth < D - k"]
         rows = masked(["live[:, None]", *(f"({t})[None, :]" for t in tail)])
         return [
+            "part = tl.zeros([BLOCK_M], tl.float32)",
             "if column_block == 0:",
             "    rows_at = y_grad + token[:, None] * D + depth[None, :]",
             "    shift_at = down_bias + expert.to(tl.int64) * D + depth",
@@ -243,7 +246,7 @@ class _Hidden:
     def _region(self, lines: list[str]) -> list[str]:
         """Write the region: texts of the activation's value and of its arguments' gradients."""
         code = RegionCode(Names((*RESERVED, *library())), rounds=False)
-        parts = ["grad", *(["acc"] if self.op.layout == "single" else ["gate", "linear"])]
+        parts = ["grad", *self._tiles()[:-1]]
         found = code.run(self.op.gradient, [Tile(part, (self.width,), True, DType.f32) for part in parts])
         lines += code.lines
         return [tile.text for tile in found]
@@ -263,9 +266,8 @@ class _Hidden:
 
 
 RESERVED = tuple(
-    "y_grad x order offsets tiles weights up down up_bias down_bias h_grad h partial tokens expert start stop "  # noqa: SIM905
-    "row_block column_block rows live pair part_at token columns depth first lane both a a_at shift shift_at rows_at "
-    "gate linear acc back acc_at back_at weight grad grad_at part k E E_PAD K H D I GROUP_M PAIRS BLOCK_M BLOCK_N "
-    "BLOCK_K COLUMNS PDL".split()
+    "acc gate linear back acc_0 acc_1 gate_0 gate_1 linear_0 linear_1 back_0 back_1 weight rows live expert first "  # noqa: SIM905
+    "up_bias h_grad h columns bias_at grad grad_at keep keep_both lane both part E E_PAD K H D I "
+    "GROUP_M PAIRS WIDTH".split()
 )
-"""Variables of the kernel itself, which the region's must not shadow."""
+"""Variables of the function that holds the region, which the region's must not shadow."""

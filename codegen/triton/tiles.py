@@ -195,6 +195,12 @@ def tanh(x):
 
 
 @triton.jit
+def halves(x):
+    """The first and the second half of the columns of a tile; of a product they stay in their threads."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def column(x, J: tl.constexpr):
     """Column J of a tile [rows, n]."""
     return tl.sum(tl.where(lanes(x, 1) == J, x, 0), axis=1)
