@@ -48,7 +48,7 @@ DOWN: Mapping[str, Down] = {
 """The families of `moe.gather_gemm` and of `moe.gemm_combine` by name."""
 
 
-PACKED = {"tiles", "rows"}
+PACKED = {"tiles", "rows", "swap"}
 """The families that read packed weights."""
 
 

@@ -23,7 +23,7 @@ from sparsec.codegen.triton.gemm import GroupedGemm
 from sparsec.codegen.triton.launch import TOKENS, Entry, Parameter, Wiring, ceil_div, tensor_map
 from sparsec.codegen.triton.persistent import DIVIDED, demand
 from sparsec.codegen.triton.source import indent
-from sparsec.codegen.triton.swap import Streamed
+from sparsec.codegen.triton.streamed import Streamed
 from sparsec.codegen.triton.tile import POINTERS, padded
 from sparsec.dialects.moe import GatherGemm
 from sparsec.ir.core import Func

@@ -19,7 +19,7 @@ from sparsec.codegen.triton.combine import Down
 from sparsec.codegen.triton.gemm import GroupedGemm, masked
 from sparsec.codegen.triton.launch import Entry, Parameter, Wiring, tensor_map
 from sparsec.codegen.triton.source import indent
-from sparsec.codegen.triton.swap import Streamed
+from sparsec.codegen.triton.streamed import Streamed
 from sparsec.codegen.triton.tile import unsupported
 from sparsec.dialects.moe import GatherGemm, GemmCombine
 from sparsec.ir.core import Func

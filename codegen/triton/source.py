@@ -17,9 +17,9 @@ HEADER = "import triton\nimport triton.language as tl"
 
 @cache
 def library() -> Mapping[str, str]:
-    """The text of each function of `tiles.py`, `sorting.py` and `formats.py`, in their order."""
+    """The text of each function of `tiles.py`, `sorting.py` and the two of formats, in their order."""
     found = {}
-    for file in ("tiles.py", "sorting.py", "formats.py"):
+    for file in ("tiles.py", "sorting.py", "formats.py", "matrix_formats.py"):
         text = Path(__file__).with_name(file).read_text(encoding="utf-8")
         lines = text.splitlines()
         for node in ast.parse(text).body:

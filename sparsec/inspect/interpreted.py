@@ -150,7 +150,7 @@ def _typed(arg: Any, type: str) -> Any:
     if isinstance(arg, TensorMap):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        base = arg.tensor.view(DTYPES[arg.element]) if arg.tensor.dtype is torch.uint8 else arg.tensor
+        base = arg.tensor.view(DTYPES[arg.element])  # a bank of fp8 is mapped as bytes
         block = [int(side) for side in type[type.index("[") + 1 : type.index("]")].split(",")]
         return TensorDescriptor(base, list(arg.shape), list(arg.strides), block)
     if type == "*u8":

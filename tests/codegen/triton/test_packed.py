@@ -181,8 +181,8 @@ def test_what_the_schedule_chooses_spills_nothing(packing: str) -> None:
 
 
 def test_other_families_refuse() -> None:
-    func = packed(build.gemm_combine(64, 64, 4, 2, torch.bfloat16, variants=({**FEW, "kernel": "swap"},)), "fp8")
-    with pytest.raises(CompileError, match="family 'swap' reads plain weights, these are fp8"):
+    func = packed(build.gemm_combine(64, 64, 4, 2, torch.bfloat16, variants=({**FEW, "kernel": "persistent"},)), "fp8")
+    with pytest.raises(CompileError, match="family 'persistent' reads plain weights, these are fp8"):
         sketch_kernel(func)
 
 
