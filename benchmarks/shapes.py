@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Routing = Literal["uniform", "zipf"]
 
@@ -140,9 +141,14 @@ def reference(module: Any, case: Case, rows: Tensor, dtype: torch.dtype = torch.
     """What some rows of the output are in a higher precision: [len(rows), H]."""
     x, ids, weights = case.x[rows].to(dtype), case.ids[rows], case.weights[rows].to(dtype)
     out = torch.zeros_like(x)
+
+    def expert_of(rows: Tensor, expert: int) -> Tensor:
+        gate, up = F.linear(rows, module.gate_up_proj[expert].to(dtype)).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, module.down_proj[expert].to(dtype))
+
     for expert in ids.unique().tolist():
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[tokens], module.gate_up_proj[expert].to(dtype)).chunk(2, -1)
-        part = F.linear(F.silu(gate) * up, module.down_proj[expert].to(dtype))
+        # Weights in f64 take four times the layer's memory: none are kept for the backward pass.
+        part = checkpoint(expert_of, x[tokens], expert, use_reentrant=False, preserve_rng_state=False)
         out = out.index_add(0, tokens, part * weights[tokens, slots, None])
     return out

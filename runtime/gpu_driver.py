@@ -20,9 +20,6 @@ from sparsec.runtime.tensor_maps import ELEMENTS, TensorMap
 
 Grid: TypeAlias = tuple[int, int]
 
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, and HIP's attribute of the same number
-_PLAIN_SHARED = 48 * 1024  # what a program may use without asking
-
 
 class Program(Protocol):
     """An entry point on its device."""
@@ -76,20 +73,23 @@ class Driver(ABC):
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             self.call("ModuleLoadData", ctypes.byref(module), image)
             self.call("ModuleGetFunction", ctypes.byref(function), module, symbol.encode())
-            if shared > _PLAIN_SHARED:
-                self.call("FuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
+            self.allow(function, shared)
 
         def launch(grid: Grid, args: Sequence[Tensor | int | TensorMap]) -> None:
-            values = [value for arg in args for value in self.values(arg)]
-            # Triton's programs end their parameters with two scratch pointers; ours were compiled to need neither.
-            values += [ctypes.c_void_p(), ctypes.c_void_p()]
-            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
             with torch.cuda.device(device):
                 stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-                self.activate(device)
+                self.activate(device)  # before maps are made: the driver makes none in a thread without a context
+                values = [value for arg in args for value in self.values(arg)]
+                # Triton's programs end their parameters with two scratch pointers; ours were compiled to need neither.
+                values += [ctypes.c_void_p(), ctypes.c_void_p()]
+                pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
                 self.launch(function, grid, threads, shared, stream, pointers, early)
 
         return launch
+
+    @abstractmethod
+    def allow(self, function: Any, shared: int) -> None:
+        """Let a program have as many bytes of dynamic shared memory."""
 
     def values(self, arg: Tensor | int | TensorMap) -> list[Any]:
         """One argument as the parameters that Triton makes of it."""
@@ -131,8 +131,11 @@ class _Config(ctypes.Structure):
 
 
 _EARLY = _Attribute(6, 0, (1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_MAP_SIZE, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap, in bytes
+_MAP_SIZE, _MAP_ALIGNMENT = 128, 128  # of a CUtensorMap, in bytes; up to CUDA 12 an alignment of 64 was enough
 _L2_PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PREFER_SHARED = 1  # CU_FUNC_CACHE_PREFER_SHARED
+_PLAIN_SHARED = 48 * 1024  # what a program may use without asking
 
 
 class Cuda(Driver):
@@ -161,6 +164,11 @@ class Cuda(Driver):
         text = ctypes.c_char_p()
         self.library.cuGetErrorString(code, ctypes.byref(text))
         return (text.value or b"error %d" % code).decode()
+
+    def allow(self, function: Any, shared: int) -> None:
+        if shared > _PLAIN_SHARED:
+            self.call("FuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
+            self.call("FuncSetCacheConfig", function, _PREFER_SHARED)  # so that several programs fit side by side
 
     def launch(
         self, function: Any, grid: Grid, threads: int, shared: int, stream: Any, pointers: Any, early: bool
@@ -202,6 +210,9 @@ class Hip(Driver):
 
     def activate(self, device: torch.device) -> None:
         self.call("SetDevice", device.index or 0)
+
+    def allow(self, function: Any, shared: int) -> None:
+        """It need not be asked for: hipFuncSetAttribute knows the host's functions only."""
 
     def message(self, code: int) -> str:
         self.library.hipGetErrorString.restype = ctypes.c_char_p

@@ -37,9 +37,9 @@ class Bench:
         self.module = setting.module if setting.module is not None else bank(setting.shape, setting.device.torch)
         made = Setting(setting.shape, self.module, setting.device, setting.peers, setting.ahead)
         self.engines, self.missing = dict[str, Engine](), dict[str, str]()
-        for name, make in makers(made).items():
-            if name not in names:
-                continue
+        self._makers = {name: make for name, make in makers(made).items() if name in names}
+        self._dropped = dict[str, str]()
+        for name, make in self._makers.items():
             say(name)
             try:
                 self.engines[name] = make()
@@ -50,15 +50,14 @@ class Bench:
         """Errors against f64 by engine, which fail and why, and whether a row's bits depend on its batch."""
         case = self._cases(cell)[0]
         answer: dict[str, Any] = {"experts_hit": case.hit, "errors": {}, "failed": {}, "invariant": {}}
+        self._hold(cell)
         right = self._right(cell, case)
+        answer["failed"] |= self._dropped
         for name, engine in self.engines.items():
             if name in without:
                 continue
             self.say(name)
             try:
-                if cell.mode == "training" and engine.train is None:
-                    answer["failed"][name] = engine.untrained
-                    continue
                 error = self._error(cell, engine, case, right)
                 answer["errors"][name] = error
                 limit = engine.worst if cell.mode == "forward" else WORST_TRAINED
@@ -76,16 +75,21 @@ class Bench:
     def time(self, cell: Cell, names: Sequence[str], seconds: float, rounds: int) -> dict[str, Any]:
         """Milliseconds of one layer by engine, of at most `rounds` rounds within about `seconds`."""
         began = time.perf_counter()
+        self._hold(cell)
         inputs = self._cases(cell)
         ready, answer = dict[str, Replay](), dict[str, Any]()
         kept, graph = dict[str, list[Any]](), dict[str, bool]()
-        figures, failed = dict[str, Any](), dict[str, str]()
+        figures, failed = dict[str, Any](), {name: why for name, why in self._dropped.items() if name in names}
+        # The gradients of a large layer fit once: graphs of training leave them all in one place.
+        pool = self.device.pool() if cell.mode == "training" else None
         for name in names:
+            if name in failed:
+                continue
             self.say(name)
             engine = self.engines[name]
-            run = self._run(cell, engine, inputs, kept.setdefault(name, []))
             try:
-                ready[name], graph[name] = self._replay(run, engine)
+                run = self._run(cell, engine, inputs, kept.setdefault(name, []))
+                ready[name], graph[name] = self._replay(run, engine, pool)
                 self.device.milliseconds(ready[name])
             except Exception as error:  # likewise
                 ready.pop(name, None)
@@ -96,13 +100,17 @@ class Bench:
             if turn >= FEWEST and time.perf_counter() - began > seconds:
                 break
             for name in order:
-                taken[name].append(self.device.milliseconds(ready[name]) / cell.calls)
-        for name, found in taken.items():
+                try:
+                    if name not in failed:
+                        taken[name].append(self.device.milliseconds(ready[name]) / cell.calls)
+                except Exception as error:  # likewise
+                    failed[name] = one_line(error)
+        for name in [name for name in ready if name not in failed]:
             engine = self.engines[name]
-            figures[name] = spread(found) | {"path": engine.path(cell.tokens), "graph": graph[name]}
             if cell.mode == "forward" and not self._same(engine, inputs, kept[name]):
                 failed[name] = "its graph gives other numbers than its call"
-                del figures[name]
+            else:
+                figures[name] = spread(taken[name]) | {"path": engine.path(cell.tokens), "graph": graph[name]}
         if OURS in figures:
             self.say("launches")
             answer["launches"] = gaps(self.device.launches(ready[OURS]))
@@ -111,6 +119,22 @@ class Bench:
         self.device.clear()
         hit = sum(case.hit for case in inputs) / len(inputs)
         return answer | {"engines": figures, "failed": failed, "experts_hit": round(hit, 2)}
+
+    def _hold(self, cell: Cell) -> None:
+        """Hold the engines that a cell is for: those without gradients, which may have weights of their own, are let go
+        while gradients are made, since these take as much memory as the weights."""
+        if cell.mode == "forward":
+            for name in [*self._dropped]:
+                self.say(name)
+                try:
+                    self.engines[name] = self._makers[name]()
+                    del self._dropped[name]
+                except Exception as error:  # likewise; the next cell tries again
+                    self._dropped[name] = one_line(error)
+            return
+        self._dropped |= {name: engine.untrained for name, engine in self.engines.items() if engine.train is None}
+        self.engines = {name: engine for name, engine in self.engines.items() if engine.train is not None}
+        self.device.clear()
 
     def _cases(self, cell: Cell) -> list[Case]:
         return cases(self.shape, cell.tokens, cell.routing, cell.calls, cell.tokens, self.device.torch)
@@ -129,11 +153,11 @@ class Bench:
 
         return run
 
-    def _replay(self, run: Replay, engine: Engine) -> tuple[Replay, bool]:
+    def _replay(self, run: Replay, engine: Engine, pool: Any) -> tuple[Replay, bool]:
         """A graph where that can be, else the call itself; and which it is."""
         if engine.graph:
             try:
-                return self.device.capture(run), True
+                return self.device.capture(run, pool), True
             except RuntimeError:  # something waits for the GPU after all
                 self.device.clear()
         for _ in range(2):

@@ -43,8 +43,12 @@ class Device(Protocol):
         """Name, memory, clocks."""
         ...
 
-    def capture(self, run: Replay) -> Replay:
-        """`run` as a graph. Raises: RuntimeError for what cannot be one."""
+    def pool(self) -> Any:
+        """Memory for several graphs none of which keeps what it leaves."""
+        ...
+
+    def capture(self, run: Replay, pool: Any = None) -> Replay:
+        """`run` as a graph, in memory of its own or of a `pool`. Raises: RuntimeError for what cannot be one."""
         ...
 
     def milliseconds(self, replay: Replay) -> float:
@@ -81,7 +85,9 @@ class Gpu:
         self.torch = torch.device("cuda", index)
         self.target = architecture(self.torch)
         cache = int(getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 64 << 20))
-        self._other = torch.zeros(4 * cache, dtype=torch.uint8, device=self.torch)
+        self._other = torch.zeros(cache, dtype=torch.float32, device=self.torch)  # four times the cache
+        self._sum = torch.empty((), device=self.torch)
+        self._stream = torch.cuda.Stream(self.torch)  # one for all graphs: memory is used again by its own stream only
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def describe(self) -> dict[str, Any]:
@@ -91,25 +97,33 @@ class Gpu:
             "target": self.target,
             "multiprocessors": found.multi_processor_count,
             "memory_gib": round(found.total_memory / 2**30, 1),
-            "cache_mib": self._other.numel() // 4 >> 20,
+            "cache_mib": self._other.numel() >> 20,
             **_smi(),
         }
 
-    def capture(self, run: Replay) -> Replay:
-        stream = torch.cuda.Stream()
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def capture(self, run: Replay, pool: Any = None) -> Replay:
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # what is set up at a first call is not part of a graph
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                run()
+        finally:
+            torch.cuda.set_stream(before)  # where PyTorch does not come back from a capture that failed
         return graph.replay
 
     def milliseconds(self, replay: Replay) -> float:
-        self._other.fill_(1)  # takes longer than it takes to send what follows
+        # Takes longer than it takes to send what follows. Lines that were read are dropped at once; lines that were
+        # written would go back to memory while the clock runs.
+        torch.sum(self._other, (0,), out=self._sum)
         self._begin.record()
         replay()
         self._end.record()
@@ -184,7 +198,10 @@ class Rehearsal:
     def describe(self) -> dict[str, Any]:
         return {"chip": "Rehearsal", "target": self.target}
 
-    def capture(self, run: Replay) -> Replay:
+    def pool(self) -> Any:
+        return None
+
+    def capture(self, run: Replay, pool: Any = None) -> Replay:
         run()
         return run
 

@@ -17,6 +17,7 @@ SETUP = 0.5  #: most of the time that goes to setting up and checking, where ker
 PATIENCE = 150.0  #: seconds that one step may take: compiling a peer's kernel, a layer by torch.compile
 RESTARTS = 4  #: of one shape's worker
 RESERVE = 4.0  #: seconds kept for the end
+GRACE = 30.0  #: seconds that a step of the last cell may take beyond its time
 
 Row = dict[str, Any]
 
@@ -113,6 +114,7 @@ class Run:
             for desk in self.desks.values():
                 self._prepare(desk)
         self.say(f"set up and checked in {self.clock() - self.began:.0f} s")
+        self._keep()
         for cell in self.settings.cells:
             row = self._cell(cell)
             self.results["rows"].append(row)
@@ -211,7 +213,7 @@ class Run:
         seconds = min(self.settings.cell_seconds, self.left())
         command = {"do": "time", "cell": cell.json(), "engines": names, "seconds": seconds}
         try:
-            answer = desk.worker.ask(command | {"rounds": self.settings.rounds}, PATIENCE)
+            answer = desk.worker.ask(command | {"rounds": self.settings.rounds}, min(PATIENCE, self.left() + GRACE))
         except Lost as error:
             self._close(desk)
             row["failed"][error.at] = str(error)
