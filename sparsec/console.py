@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+WIDTH = 160
+"""Columns of a table that goes into a file or a pipe, which have no width of their own."""
+
+
+def wide(table: RenderableType) -> None:
+    """Print a table of many columns; where there is no terminal and none is asked for, as wide as WIDTH."""
+    bounded = out.is_terminal or "COLUMNS" in os.environ
+    (out if bounded else Console(highlight=False, width=WIDTH)).print(table)
 
 
 class Watch(Instrument):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sparsec.console import out, working
+from sparsec.console import wide, working
 from sparsec.inspect.tune import tune
 
 
@@ -27,4 +27,4 @@ def run(artifact: Path, seconds: float, as_json: bool) -> None:
         kept = change.before == change.after
         is_now = "the same" if kept else change.after
         table.add_row(change.kernel, ends, change.before, times[0], is_now, times[1], f"{change.predicted_us:.1f}")
-    out.print(table)
+    wide(table)

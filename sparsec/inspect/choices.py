@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING
 from sparsec.dialects.moe import GatherGemm, GemmCombine
 from sparsec.ir.core import Module
 from sparsec.passes.chips import Chip, chip
-from sparsec.passes.cost import BUCKETS, FAMILIES, Invariance, Range, by_family, invariance, obstacle, of_orders, ranges
+from sparsec.passes.cost import (
+    BUCKETS,
+    FAMILIES,
+    Candidate,
+    Invariance,
+    Range,
+    by_family,
+    invariance,
+    obstacle,
+    of_orders,
+    ranges,
+    ranked,
+)
 from sparsec.passes.roofline import Limiter, Prediction, predict
 from sparsec.passes.schedule import allowed_loss, gemm_of
 from sparsec.passes.variants import Family, Gemm
@@ -23,10 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Offer:
-    """What one family would take.
+    """What one family would take, or one variant of it.
 
     Args:
-        variant: its fastest, as text; "" where it has none.
+        variant: as text, a family's fastest; "" where it has none.
         us, limiter, roofs: as of `roofline.Prediction`; 0, "", {} where it has none.
         why: why it is not chosen, or that it is.
     """
@@ -41,7 +53,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for a number of tokens, and what else might: the family that runs first, then by time."""
+    """What runs for a number of tokens, and what else might: what runs first, then by time."""
 
     tokens: int
     offers: list[Offer]
@@ -69,22 +81,27 @@ class Explained:
     choices: list[Choice]
 
 
-def explain(module: Module, target: str, tokens: Sequence[int] = BUCKETS) -> list[Explained]:
-    """Why the GEMMs of a module (from phase `fuse` on) run on a GPU target as they do. Raises: CompileError."""
+def explain(module: Module, target: str, tokens: Sequence[int] = BUCKETS, every: bool = False) -> list[Explained]:
+    """Why the GEMMs of a module (from phase `fuse` on) run on a GPU target as they do.
+
+    `every`: offers are all variants that were compared, not only the fastest of each family.
+
+    Raises: CompileError.
+    """
     on, counts = chip(target), dict[Gemm, int]()
     for op in module.walk():
         if isinstance(op, GatherGemm | GemmCombine):
             gemm = gemm_of(op)
             counts[gemm] = counts.get(gemm, 0) + 1
     most = allowed_loss(module)
-    return [_explained(gemm, count, on, most, tokens) for gemm, count in counts.items()]
+    return [_explained(gemm, count, on, most, tokens, every) for gemm, count in counts.items()]
 
 
-def _explained(gemm: Gemm, count: int, on: Chip, most: float, tokens: Sequence[int]) -> Explained:
+def _explained(gemm: Gemm, count: int, on: Chip, most: float, tokens: Sequence[int], every: bool) -> Explained:
     same = invariance(gemm, on, most)
     table = ranges(gemm, on, same.orders)
     used = dict.fromkeys(range_.chosen.variant.order(gemm, on) for range_ in table)
-    choices = [_choice(gemm, on, same, table, number) for number in tokens]
+    choices = [_choice(gemm, on, same, table, number, every) for number in tokens]
     return Explained(_title(gemm, on), count, list(used), same.loss, choices)
 
 
@@ -95,28 +112,45 @@ def _title(gemm: Gemm, on: Chip) -> str:
     return f"{gemm.half}-projection {sizes}, on {on.name}"
 
 
-def _choice(gemm: Gemm, on: Chip, same: Invariance, table: Sequence[Range], tokens: int) -> Choice:
+def _choice(gemm: Gemm, on: Chip, same: Invariance, table: Sequence[Range], tokens: int, every: bool) -> Choice:
     chosen = next(range_ for range_ in table if range_.up_to is None or tokens <= range_.up_to).chosen.variant
     made = predict(gemm, chosen, tokens, on)
     assert made is not None
-    here = Offer(chosen.kernel, str(chosen), made.us, made.limiter, _roofs(made), "chosen")
-    best = {candidate.variant.kernel: candidate for candidate in by_family(gemm, tokens, on)}
-    others, without = list[Offer](), list[Offer]()
-    for family in FAMILIES:
-        if family == chosen.kernel:
-            continue
-        if family not in best:
-            without.append(Offer(family, "", 0.0, "", {}, obstacle(family, gemm, on) or _absence(family)))
-            continue
-        allowed = next((c for c in of_orders(gemm, tokens, on, same.orders) if c.variant.kernel == family), None)
-        variant, offered = (allowed or best[family]).variant, (allowed or best[family]).made
-        why = f"{100 * (offered.us / made.us - 1):+.1f} %"
-        if allowed is None:
-            why += ", and adds in another order"
-        elif offered.us <= made.us:
-            why += ", not worth another binary"
-        others.append(Offer(family, str(variant), offered.us, offered.limiter, _roofs(offered), why))
-    return Choice(tokens, [here, *sorted(others, key=lambda offer: offer.us), *without])
+    compared = ranked(gemm, tokens, on)
+    there = dict.fromkeys(candidate.variant.kernel for candidate in compared)
+    offers = [
+        _offer(candidate, _why(candidate, made, candidate.variant.order(gemm, on) in same.orders))
+        for candidate in (compared if every else _of_families(gemm, tokens, on, same))
+        if (candidate.variant != chosen if every else candidate.variant.kernel != chosen.kernel)
+    ]
+    without = [
+        Offer(family, "", 0.0, "", {}, obstacle(family, gemm, on) or _absence(family))
+        for family in FAMILIES
+        if family not in there and family != chosen.kernel
+    ]
+    here = _offer(Candidate(chosen, made), "chosen")
+    return Choice(tokens, [here, *sorted(offers, key=lambda offer: offer.us), *without])
+
+
+def _of_families(gemm: Gemm, tokens: int, on: Chip, same: Invariance) -> list[Candidate]:
+    """The fastest of each family, of those that add in an order that is allowed where it has one."""
+    allowed = dict[str, Candidate]()
+    for candidate in of_orders(gemm, tokens, on, same.orders):
+        allowed.setdefault(candidate.variant.kernel, candidate)
+    return [allowed.get(one.variant.kernel, one) for one in by_family(gemm, tokens, on)]
+
+
+def _offer(candidate: Candidate, why: str) -> Offer:
+    variant, made = candidate.variant, candidate.made
+    return Offer(variant.kernel, str(variant), made.us, made.limiter, _roofs(made), why)
+
+
+def _why(candidate: Candidate, chosen: Prediction, allowed: bool) -> str:
+    """Why a variant is not the chosen one."""
+    why = f"{100 * (candidate.made.us / chosen.us - 1):+.1f} %"
+    if not allowed:
+        return f"{why}, and adds in another order"
+    return f"{why}, not worth another binary" if candidate.made.us <= chosen.us else why
 
 
 def _absence(family: Family) -> str:
@@ -134,7 +168,7 @@ def _roofs(made: Prediction) -> dict[str, float]:
 
 
 def render(found: Sequence[Explained], detailed: bool) -> RenderableType:
-    """The choices as tables for a terminal: a line for each number of tokens, or (`detailed`) for each family."""
+    """The choices as tables for a terminal: a line for each number of tokens, or (`detailed`) for each offer."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

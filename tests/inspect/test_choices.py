@@ -39,6 +39,20 @@ def test_families_that_cannot_do_it_say_why() -> None:
     assert {o.family: o.why for o in down.choices[1].offers}["rows"] == "more pairs than a program looks through"
 
 
+def test_every_variant_that_was_compared() -> None:
+    """Its time and what limits it; those of a family are no faster than the one that stands for the family."""
+    module = pipeline.run(parse_module(TEXT), target="cuda:sm_90", to="schedule").module
+    for one, few in zip(explain(module, "cuda:sm_90", [64], True), explain(module, "cuda:sm_90", [64]), strict=True):
+        (choice,), (short,) = one.choices, few.choices
+        assert choice.chosen == short.chosen and len(choice.offers) > 100
+        variants = [offer.variant for offer in choice.offers if offer.variant]
+        assert len({*variants}) == len(variants)
+        assert all(offer.us > 0 and offer.limiter in offer.roofs and offer.why for offer in choice.offers if offer.us)
+        assert {offer.variant for offer in short.offers} <= {offer.variant for offer in choice.offers}
+        times = [offer.us for offer in choice.offers[1 : len(variants)]]
+        assert times == sorted(times)
+
+
 @pytest.fixture
 def layer(tmp_path: Path) -> Path:
     path = tmp_path / "layer.sparsec"
@@ -62,5 +76,10 @@ def test_the_command(layer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--tokens", 16) == 0
     printed = capfd.readouterr().out
     assert "chosen" in printed and "swap" in printed and "limiter" in printed
+    assert "and adds in another order" in printed  # a pipe has room for the reasons in one line
+    assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--tokens", 16, "--all") == 0
+    assert len(capfd.readouterr().out.splitlines()) > 100
+    assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--all") == 1
+    assert "add --tokens N" in capfd.readouterr().err
     assert run(monkeypatch, layer) == 1
     assert "kernels for CPUs choose by themselves" in capfd.readouterr().err
