@@ -16,7 +16,7 @@ class Chip:
         bandwidth: memory, bytes/s.
         cache_bandwidth: L2 to the SMs, bytes/s.
         cache: bytes of the L2 (AMD: of the Infinity Cache).
-        flops: tensor-core (or matrix-core) rate by dtype.
+        flops: tensor-core (or matrix-core) rate by dtype; of e4m3 where there is one for it.
         sms: multiprocessors (compute units).
         clock: of the SMs, under boost, 1/s.
         shared: bytes of shared memory that one block may use.
@@ -45,13 +45,14 @@ class Chip:
         return hash(self.name)
 
 
-def _flops(half: float, single: float) -> dict[DType, float]:
-    return {DType.bf16: half, DType.f16: half, DType.f32: single}
+def _flops(half: float, single: float, e4m3: float | None = None) -> dict[DType, float]:
+    rates = {DType.bf16: half, DType.f16: half, DType.f32: single}
+    return rates if e4m3 is None else {**rates, DType.f8E4M3FN: e4m3}
 
 
 # Data sheets: NVIDIA A100 (NVIDIA-1758950), H100 SXM (2287922), Blackwell B200 (DGX B200), AMD MI300X and MI355X (data
-# sheets, CDNA 3 and CDNA 4 white papers). L2: A100 5,120 B/clock (white paper); H100 and B200 scaled by SMs and clock;
-# MI300X and MI355X are their Infinity Cache.
+# sheets, CDNA 3 and CDNA 4 white papers). The MI300X multiplies an e4m3 that is not that of checkpoints. L2: A100 5,120
+# B/clock (white paper); H100 and B200 scaled by SMs and clock; MI300X and MI355X are their Infinity Cache.
 CHIPS = {
     "cuda:sm_80": Chip(
         "NVIDIA A100 SXM 80 GB", 2.04e12, 5.5e12, 40 << 20, _flops(312e12, 19.5e12), 108, 1.41e9, 163 << 10
@@ -61,7 +62,7 @@ CHIPS = {
         3.35e12,
         7.5e12,
         50 << 20,
-        _flops(989e12, 67e12),
+        _flops(989e12, 67e12, 1979e12),
         132,
         1.83e9,
         227 << 10,
@@ -69,13 +70,22 @@ CHIPS = {
         engine=True,
     ),
     "cuda:sm_100": Chip(
-        "NVIDIA B200", 8.0e12, 11e12, 126 << 20, _flops(2250e12, 80e12), 148, 1.85e9, 227 << 10, wide=64, engine=True
+        "NVIDIA B200",
+        8.0e12,
+        11e12,
+        126 << 20,
+        _flops(2250e12, 80e12, 4500e12),
+        148,
+        1.85e9,
+        227 << 10,
+        wide=64,
+        engine=True,
     ),
     "hip:gfx942": Chip(
         "AMD MI300X", 5.3e12, 17.2e12, 256 << 20, _flops(1307e12, 163e12), 304, 2.1e9, 64 << 10, 210, lanes=64
     ),
     "hip:gfx950": Chip(
-        "AMD MI355X", 8.0e12, 17.2e12, 256 << 20, _flops(2516e12, 157e12), 256, 2.4e9, 160 << 10, 210, lanes=64
+        "AMD MI355X", 8.0e12, 17.2e12, 256 << 20, _flops(2516e12, 157e12, 5033e12), 256, 2.4e9, 160 << 10, 210, lanes=64
     ),
 }
 

@@ -15,7 +15,7 @@ from sparsec.passes.chips import CHIPS, Chip
 from sparsec.passes.roofline import Prediction, predict
 from sparsec.passes.variants import DIVIDED, Family, Gemm, Variant
 
-FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "gathered", "rows")
+FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "gathered", "rows", "fp8")
 """The families of kernels that there are, as of `codegen/triton/families.py`."""
 
 BUCKETS = tuple(1 << i for i in range(16))
@@ -57,6 +57,10 @@ def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
         return _engine(gemm, on) or _list(gemm)
     if kernel == "gathered":
         return "rows lie in order already" if gemm.half == "down" else _engine(gemm, on) or _list(gemm)
+    if kernel == "fp8":
+        if gemm.activations != "fp8":
+            return "rows stay as they are, and it multiplies those that are rounded to fp8"
+        return "" if DType.f8E4M3FN in on.flops else f"{on.name} does not multiply e4m3"
     if kernel == "rows":
         if gemm.tail:
             return "it adds up columns, and the tail takes whole rows"
@@ -124,6 +128,14 @@ def _gathered(gemm: Gemm, on: Chip) -> Iterator[Variant]:
         yield Variant("gathered", 128, n, 64, 8, deep)
 
 
+def _fp8(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    """Of as many rows as the instruction takes: Triton has none for fewer."""
+    stages = (2, 3) if on.lanes == 64 else (3, 4, 5)
+    for m, n, warps, deep in product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), stages):
+        if m >= on.wide:
+            yield Variant("fp8", m, n, 128, warps, deep)
+
+
 def _rows(gemm: Gemm, on: Chip) -> Iterator[Variant]:
     """Steps of 8 KB, of which three are on their way: several programs then share an SM, and no load waits alone."""
     beside = gemm.parts if gemm.half == "up" else gemm.slots
@@ -160,6 +172,7 @@ TRIED: Mapping[Family, Callable[[Gemm, Chip], Iterator[Variant]]] = {
     "persistent": _persistent,
     "gathered": _gathered,
     "rows": _rows,
+    "fp8": _fp8,
 }
 
 

@@ -35,7 +35,8 @@ BLOCKS = ("fp8", "mxfp4")
 BLOCK_DTYPES = (DType.bf16, DType.f16, DType.f32)
 """Dtypes of rows and of banks that can be packed for a GPU."""
 
-ACTIVATIONS = ("model", "int8")
+ACTIVATIONS = {"model": (*WEIGHTS, *BLOCKS), "int8": ("int8", "int4"), "fp8": ("fp8",)}
+"""What banks can be multiplied by: rows as they are, or rounded as they come; with which weights."""
 
 _Key: TypeAlias = tuple[Value, str, tuple[Attr, ...]]
 
@@ -49,12 +50,14 @@ class PackBanks(Pass):
     Banks must be weights that nothing changes, on a CPU of the dtype of the rows, bf16 or f32, and no other op may read
     them; else they stay as they are and a remark says why. A bank that is derived already, such as a stack of experts,
     is packed by the function that makes it. The module's attributes `weights` (`model`; `int8`, `int4` on a CPU; `fp8`,
-    `mxfp4` on a GPU) and `activations` (`model`, `int8`) come before the options.
+    `mxfp4` on a GPU) and `activations` (`model`; `int8` on a CPU; `fp8` on a GPU) come before the options.
     """
 
     name: ClassVar[str] = "pack-banks"
     weights: str = "model"  #: model packs values as they are (on a GPU: not at all); all others quantise them
-    activations: str = "model"  #: int8 has quantised banks multiplied by rows that are rounded to int8 as they come
+    activations: str = (
+        "model"  #: int8 or fp8 has quantised banks multiplied by rows that are rounded to it as they come
+    )
 
     def run(self, module: Module, ctx: PassContext) -> None:
         weights = str(module.attrs.get("weights", self.weights))
@@ -62,17 +65,21 @@ class PackBanks(Pass):
             raise CompileError(f"weights are stored as {', '.join((*WEIGHTS, *BLOCKS))}, not as '{weights}'")
         activations = str(module.attrs.get("activations", self.activations))
         if activations not in ACTIVATIONS:
-            raise CompileError(f"activations are {' or '.join(ACTIVATIONS)}, not '{activations}'")
+            raise CompileError(f"activations are {', '.join(ACTIVATIONS)}, not '{activations}'")
         cpu = ctx.target == "cpu"
         if weights not in (WEIGHTS if cpu else ("model", *BLOCKS)):
             place, there = ("GPUs", "int8 and int4") if cpu else ("target cpu", "fp8 and mxfp4")
             raise CompileError(f"{weights} weights are for {place}, not for {ctx.target}, which has {there}")
-        if activations == "int8" and weights not in ("int8", "int4"):
-            raise CompileError("int8 activations go with int8 or int4 weights: choose those too (--weights int8)")
+        if weights not in (fitting := ACTIVATIONS[activations]):
+            place = "a GPU" if activations in BLOCKS else "a CPU"
+            wanted = f"{' or '.join(fitting)} weights on {place}: choose those too (--weights {fitting[0]})"
+            raise CompileError(f"{activations} activations go with {wanted}")
         if not cpu and weights == "model":
             return
         deriver = Deriver(module)
-        packer = _TilePacker(deriver, WEIGHTS[weights], activations) if cpu else _BlockPacker(deriver, weights)
+        packer = (
+            _TilePacker(deriver, WEIGHTS[weights], activations) if cpu else _BlockPacker(deriver, weights, activations)
+        )
         count = 0
         for op in list(module.main.body.ops):
             if not isinstance(op, packer.kinds) or op.attrs.get("packing", "plain") != "plain":
@@ -96,6 +103,7 @@ class _Packer(ABC):
     kinds: ClassVar[tuple[type[Op], ...]]  #: the ops whose banks it packs
     deriver: Deriver
     packing: str
+    activations: str
     packed: dict[_Key, Value] = field(default_factory=dict[_Key, Value], kw_only=True)
 
     @abstractmethod
@@ -129,6 +137,10 @@ class _Packer(ABC):
             result.name = old.name
             old.replace_by(result)
         op.erase()
+
+    def says(self) -> dict[str, Attr]:
+        """The attributes of an op that reads packed banks."""
+        return {"packing": self.packing} | ({} if self.activations == "model" else {"activations": self.activations})
 
     def bank(self, op: Op, bank: Value, parts: int, transposed: bool, interleaved: bool) -> tuple[Value, Value | None]:
         """A packed bank and its scales."""
@@ -166,7 +178,6 @@ class _TilePacker(_Packer):
     """Packs banks for CPUs."""
 
     kinds = (Experts, Layer)
-    activations: str
 
     def obstacles(self, op: Op) -> Iterator[str]:
         assert isinstance(op, ExpertBank)
@@ -192,8 +203,7 @@ class _TilePacker(_Packer):
         arguments = [*op.arguments[:first], up[0], down[0], *biases, up[1], down[1], *rest]
         dropped = ("up_transposed", "down_transposed", *(["layout"] if interleaved else []))
         attrs = {name: value for name, value in op.attrs.items() if name not in dropped}
-        attrs |= {"packing": self.packing} | ({"activations": "int8"} if self.activations == "int8" else {})
-        self.replace(op, arguments, attrs)
+        self.replace(op, arguments, {**attrs, **self.says()})
 
     def _bias(self, op: Op, bias: Value | None, parts: int, interleaved: bool) -> Value | None:
         if bias is None:
@@ -225,7 +235,7 @@ class _BlockPacker(_Packer):
         arguments += [None] * (at + 1 - len(arguments))
         arguments[places.index(name)], arguments[at] = packed, scales
         attrs = {key: value for key, value in op.attrs.items() if key != f"{name}_transposed"}
-        self.replace(op, arguments, {**attrs, "packing": self.packing})
+        self.replace(op, arguments, {**attrs, **self.says()})
 
 
 def _bank_of(op: GatherGemm | GemmCombine) -> tuple[Value, str, Value, bool]:

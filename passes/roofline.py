@@ -38,6 +38,7 @@ LONG = 256  # bytes of a piece from which longer ones are not faster
 PORT = 64  # bytes that an SM takes from the L2 in a clock
 SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
 WIDENING = 4.5  # instructions by which a packed weight becomes one that is multiplied: read off sm_90's code
+SCALING = 1  # instructions by which a sum of fp8 by fp8 is scaled and added to the others: read off sm_90's code
 ISSUED = 128  # instructions of threads that an SM issues in a clock
 CACHED = 0.5  # the share of the L2 that data stays in until its next reader
 MOST_PAIRS = 1024  # that a program of `rows` looks through
@@ -116,8 +117,8 @@ def _decode(gemm: Gemm, variant: Variant, tokens: int, steps: int, columns: int)
 
 def moved(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
     """Bytes that pass between memory and the chip in the GEMM itself: what the L2 cannot hold is read again."""
-    hit, pairs, size = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, gemm.dtype.itemsize
-    rows = _gathered(gemm, tokens, on) if gemm.half == "up" and variant.kernel != "gathered" else pairs
+    hit, pairs, size = experts_hit(gemm.experts, gemm.k, tokens), tokens * gemm.k, variant.row_size(gemm)
+    rows = _gathered(gemm, tokens, on, size) if gemm.half == "up" and variant.kernel != "gathered" else pairs
     results = (tokens if variant.kernel == "rows" and gemm.half == "down" else pairs) * gemm.columns
     turns = 1.0
     if variant.kernel != "rows" and gemm.weights > on.cache * CACHED:
@@ -125,9 +126,9 @@ def moved(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
     return hit * gemm.weights * turns + rows * gemm.inner * size + results * gemm.dtype.itemsize
 
 
-def _gathered(gemm: Gemm, tokens: int, on: Chip) -> int:
-    """Rows of x that memory is read for: each once where the L2 holds all of them."""
-    held = tokens * gemm.inner * gemm.dtype.itemsize < on.cache * CACHED
+def _gathered(gemm: Gemm, tokens: int, on: Chip, size: float) -> int:
+    """Rows of x, of values of `size` bytes, that memory is read for: each once where the L2 holds all of them."""
+    held = tokens * gemm.inner * size < on.cache * CACHED
     return min(tokens, tokens * gemm.k) if held else tokens * gemm.k
 
 
@@ -167,46 +168,57 @@ def predict(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> Prediction |
 
 
 def beside(gemm: Gemm, variant: Variant, tokens: int, on: Chip) -> float:
-    """Seconds of what goes before the GEMM, rows brought into order, or follows it: the k rows of each token added."""
+    """Seconds of what goes before the GEMM, rows rounded and brought into order, or follows it: the k rows of each
+    token added."""
+    size, seconds = gemm.dtype.itemsize, 0.0
+    if gemm.activations != "model":
+        values = tokens * gemm.inner * (1 if gemm.half == "up" else gemm.k)
+        seconds += LAUNCH + _streamed(values * size, values * variant.row_size(gemm), on)
     if variant.kernel == "gathered":
-        copied = _gathered(gemm, tokens, on) + tokens * gemm.k
-        return LAUNCH + copied * gemm.inner * gemm.dtype.itemsize / (on.bandwidth * BANDWIDTH_SHARE)
+        copied = _gathered(gemm, tokens, on, size) + tokens * gemm.k
+        return seconds + LAUNCH + copied * gemm.inner * size / (on.bandwidth * BANDWIDTH_SHARE)
     if not gemm.launches or (variant.kernel == "rows" and variant.split == 1):
-        return 0.0
-    partial = tokens * gemm.k * gemm.columns * gemm.dtype.itemsize
-    fast = on.cache_bandwidth if partial < on.cache * CACHED else on.bandwidth
-    written = tokens * gemm.columns * gemm.dtype.itemsize
-    return gemm.launches * LAUNCH + (partial + written) / (fast * BANDWIDTH_SHARE)
+        return seconds
+    added = _streamed(tokens * gemm.k * gemm.columns * size, tokens * gemm.columns * size, on)
+    return seconds + gemm.launches * LAUNCH + added
+
+
+def _streamed(read: float, written: float, on: Chip) -> float:
+    """Seconds in which bytes are read and written again, by the cache where it still holds what is read."""
+    return (read + written) / ((on.cache_bandwidth if read < on.cache * CACHED else on.bandwidth) * BANDWIDTH_SHARE)
 
 
 def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
     """Flops per second that the chip reaches in this variant's products."""
-    full = on.flops.get(gemm.dtype, on.flops[DType.f32])
+    narrow = variant.kernel == "fp8"
+    full = on.flops[DType.f8E4M3FN] if narrow else on.flops.get(gemm.dtype, on.flops[DType.f32])
     if variant.kernel == "rows":
         return on.flops[DType.f32] * FLOPS_SHARE / 2  # each weight is widened, multiplied, added
-    if gemm.dtype is DType.f32:
+    if gemm.dtype is DType.f32 and not narrow:
         return full * FLOPS_SHARE
     share = FLOPS_SHARE * feed(variant)
     if not variant.direct(gemm, on):
         return full * share * (MMA_SYNC_SHARE if on.wide else 1.0)
     m, n = variant.first, variant.block_m if variant.kernel == "swap" else variant.block_n
     # Both operands come from shared memory: m once for each 256 columns, n once for each 64 rows.
-    read = 2 * (m * -(-n // 256) + n * -(-m // 64)) / SHARED_READS
+    read = (1 if narrow else 2) * (m * -(-n // 256) + n * -(-m // 64)) / SHARED_READS
     multiply = 2 * m * n / (full / on.sms / on.clock)
     return full * share * min(1.0, multiply / read)
 
 
 def widening(gemm: Gemm, variant: Variant, on: Chip) -> float:
-    """Seconds in which a program of packed weights makes them what tensor cores multiply."""
+    """Seconds in which a program of packed weights makes them what tensor cores multiply, or scales what they made."""
     if gemm.packing == "plain":
         return 0.0
     steps = -(-gemm.inner // (variant.block_k * variant.split))
+    if variant.kernel == "fp8":
+        return steps * variant.block_m * variant.block_n * gemm.parts * SCALING / (ISSUED * on.clock)
     weights = variant.products(gemm) if variant.kernel == "rows" else variant.block_n * gemm.parts * variant.block_k
     return steps * weights * WIDENING / (ISSUED * on.clock)
 
 
 def feed(variant: Variant) -> float:
     """The share of their rates that L2 and tensor cores reach, by how operands come to shared memory."""
-    if variant.kernel in ("tiles", "rows"):
+    if variant.kernel in ("tiles", "rows", "fp8"):
         return POINTERS
     return 1.0 if variant.stays else GATHERED

@@ -83,12 +83,12 @@ def gemm_of(op: GatherGemm | GemmCombine) -> Gemm:
         parts = 1 if op.layout == "single" else 2
         return Gemm(
             "up", op.num_experts, op.k, inner, op.width, parts, dtype,
-            packing=op.packing, transposed=op.up_transposed, listed=listed,
+            packing=op.packing, transposed=op.up_transposed, listed=listed, activations=op.activations,
         )  # fmt: skip
     inner, columns, tail = known(op.h.tensor.shape[-1]), known(op.y.tensor.shape[-1]), op.tail is not None
     return Gemm(
         "down", op.num_experts, op.k, inner, columns, 1, dtype, 0 if op.k == 1 and not tail else 1,
-        op.packing, op.down_transposed, tail=tail, listed=listed,
+        op.packing, op.down_transposed, tail=tail, listed=listed, activations=op.activations,
     )  # fmt: skip
 
 

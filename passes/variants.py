@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from sparsec.ir.types import DType
 from sparsec.passes.chips import Chip
 
-Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "gathered", "rows"]
+Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "gathered", "rows", "fp8"]
 """The families of kernels, as of `codegen/triton/families.py`."""
 
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
@@ -29,6 +29,7 @@ class Gemm:
         inner, columns, parts: `columns` of the result, each of which needs `parts` columns of weights.
         dtype: of activations, and of the products.
         packing: how the weights lie in memory (`moe.gather_gemm`).
+        activations: how rows are rounded by a launch in front (`moe.gather_gemm`).
         launches: kernels that it takes besides the GEMM: one where k rows are added, or a tail finishes them.
         transposed: whether `columns` are next to each other in the weights, not `inner`.
         tail: whether whole rows go through a region before they are added.
@@ -47,6 +48,7 @@ class Gemm:
     transposed: bool = False
     tail: bool = False
     listed: bool = True
+    activations: str = "model"
 
     @property
     def weight_size(self) -> float:
@@ -101,18 +103,23 @@ class Variant:
 
     def direct(self, gemm: Gemm, on: Chip) -> bool:
         """Whether the matrix instruction reads its operands from shared memory, not from registers."""
-        return 0 < on.wide <= self.first and gemm.dtype is not DType.f32
+        return 0 < on.wide <= self.first and (gemm.dtype is not DType.f32 or self.kernel == "fp8")
 
     def order(self, gemm: Gemm, on: Chip) -> str:
         """What decides the order in which a row's terms are added: variants of one order give the same bits."""
-        if self.kernel == "rows" or gemm.dtype is DType.f32:
+        if self.kernel == "rows" or (gemm.dtype is DType.f32 and self.kernel != "fp8"):
             return f"{self.kernel} {self.block_k} / {self.split}"
-        return f"matrix instruction {'on shared memory' if self.direct(gemm, on) else 'on registers'} / {self.split}"
+        of, place = "fp8 " if self.kernel == "fp8" else "", "shared memory" if self.direct(gemm, on) else "registers"
+        return f"{of}matrix instruction on {place} / {self.split}"
 
     def step(self, gemm: Gemm) -> int:
         """Bytes of operands that one step of the inner loop loads."""
         weights = self.block_n * gemm.parts * gemm.weight_size
-        return int((self.block_m * gemm.dtype.itemsize + weights) * self.block_k)
+        return int((self.block_m * self.row_size(gemm) + weights) * self.block_k)
+
+    def row_size(self, gemm: Gemm) -> float:
+        """Bytes of one value of the rows, with its share of the scales."""
+        return 1 + 4 / 128 if self.kernel == "fp8" else gemm.dtype.itemsize
 
     def shared(self, gemm: Gemm, on: Chip) -> int:
         """Bytes of shared memory of one program: a stage that is in registers takes none; barriers where TMA loads."""
@@ -145,8 +152,8 @@ class Variant:
             threads = 256  # two groups of warps share the products
         sums = self.block_m * self.block_n * gemm.parts / threads
         stored = self.block_m * self.block_n * gemm.dtype.itemsize / 8 / threads
-        pointed = self.block_n * gemm.parts * gemm.weight_size if self.kernel == "tiles" else 0
-        pointed += 0 if self.stays else self.block_m * gemm.dtype.itemsize
+        pointed = self.block_n * gemm.parts * gemm.weight_size if self.kernel in ("tiles", "fp8") else 0
+        pointed += 0 if self.stays else self.block_m * self.row_size(gemm)
         loaded = pointed * self.block_k / 8 / threads
         if on.lanes == 64:  # loads go through registers
             loaded += (self.num_stages - 1) * self.step(gemm) / 4 / threads
@@ -162,4 +169,5 @@ class Variant:
         warps_m = min(threads // on.lanes, max(1, self.block_m // 32))
         warps_n = threads // on.lanes // warps_m
         operands = self.block_m * warps_n + self.block_n * gemm.parts * warps_m
-        return (HELD if on.lanes == 32 else 1.0) * operands * self.block_k * gemm.dtype.itemsize / 4 / threads
+        size = self.row_size(gemm)
+        return (HELD if on.lanes == 32 else 1.0) * operands * self.block_k * size / 4 / threads

@@ -274,8 +274,9 @@ def compile(
         weights: how experts' weights are stored: `model` (default, as they are); on a CPU `int8` (a scale for each
             column) or `int4` (a scale for each 128 values); on a GPU `fp8` (a scale for each block of 128 x 128) or
             `mxfp4` (a power of two for each 32 values); see `CompiledModel.weight_errors`.
-        activations: what `int8` and `int4` weights are multiplied by: `model` (default, rows as they are) or `int8`
-            (rows that are rounded as they come, by a scale for each row of x and each 128 of an expert's inner values).
+        activations: what quantised weights are multiplied by: `model` (default, rows as they are); for `int8` and
+            `int4` weights `int8` (rows that are rounded as they come, by a scale for each row of x and each 128 of an
+            expert's inner values); for `fp8` weights `fp8` (rounded so, by a power of two for each 128 of either).
         invariant: on a GPU, give a row the same bits in whatever batch it comes, whatever that costs. Without it that
             is so where it costs less than 3 % by the cost model; see `sparsec schedule`.
         devices: how many devices run the model together (8, or "2x4": two nodes of four), each with some of the

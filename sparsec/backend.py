@@ -52,7 +52,8 @@ def sparsec(
         dense: "inductor" (default) or "aten": who runs the dense rest.
         weights: how the experts' weights are stored: "model" (default), "int8" or "int4" on a CPU, "fp8" or "mxfp4" on
             a GPU.
-        activations: "model" (default) or "int8": what int8 and int4 weights are multiplied by.
+        activations: what quantised weights are multiplied by: "model" (default), "int8" (int8 and int4 weights, on a
+            CPU) or "fp8" (fp8 weights, on a GPU).
         dump: a folder; each graph gets a run of its own in it, with IR texts, diffs, remarks and kernels.
         free_weights: whether to give back the memory of weights on a CPU once they are packed, so that they are held
             once and not twice. The model's own tensors then hold NaN: it can be run by what was compiled, at any
@@ -71,7 +72,7 @@ def sparsec(
     if given or dense not in ("inductor", "aten") or not isinstance(free, bool) or not isinstance(folder, Path | None):
         raise SparsecError(
             "backend 'sparsec' takes options={'dense': 'inductor' or 'aten', 'weights': 'model', 'int8', 'int4', 'fp8' "
-            "or 'mxfp4', 'activations': 'model' or 'int8', 'dump': a folder, 'free_weights': False or True}, "
+            "or 'mxfp4', 'activations': 'model', 'int8' or 'fp8', 'dump': a folder, 'free_weights': False or True}, "
             f"was given {dict(options or {})}"
         )
     if is_differentiated(graph_module, example_inputs):

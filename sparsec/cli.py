@@ -66,7 +66,9 @@ def cli() -> None:
     "For a text: the artifact with its weights; both may be given.",
 )
 @click.option(
-    "--activations", type=click.Choice(["int8"]), help="Multiply int8 or int4 weights by activations rounded to int8."
+    "--activations",
+    type=click.Choice(["int8", "fp8"]),
+    help="Round what weights are multiplied by: to int8 with int8 or int4 weights (CPU), to fp8 with fp8 ones (GPU).",
 )
 @click.option("--devices", metavar="N|NODESxN", help="Spread the experts over so many devices, a process each.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Who holds which experts (`sparsec plan`); else evenly.")

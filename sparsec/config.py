@@ -20,7 +20,7 @@ from typing import Any
 from sparsec.diagnostics import SparsecError
 
 WEIGHTS = ("model", "int8", "int4", "fp8", "mxfp4")
-ACTIVATIONS = ("model", "int8")
+ACTIVATIONS = ("model", "int8", "fp8")
 DISPATCHES = ("auto", "none", "rank", "node")
 POLICIES = ("static", "local", "batch")
 PAYLOADS = ("model", "bf16", "fp8")
@@ -35,7 +35,7 @@ class Config:
     override_dir: Path | None = None  #: a run of a dump: IR texts and kernels that were edited in it are used
     verify: bool = True  #: verify the IR after every pass
     weights: str = "model"  #: how experts' weights are stored: model (as is), int8 or int4 (CPU), fp8 or mxfp4 (GPU)
-    activations: str = "model"  #: what int8 and int4 weights are multiplied by: model (as they are) or int8
+    activations: str = "model"  #: what quantised weights are multiplied by: model (as is), int8 (CPU) or fp8 (GPU)
     invariant: bool = False  #: a row gets the same bits in whatever batch it comes, whatever that costs (GPU)
     devices: str = "1"  #: how many devices run the model together, or nodes x devices of each: 8, 2x4
     plan: Path | None = None  #: a plan of `sparsec plan`: which of the devices holds which experts
@@ -55,7 +55,7 @@ class Config:
         if values.get("weights", "model") not in WEIGHTS:
             raise SparsecError(f"weights are stored as {', '.join(WEIGHTS)}, not as {values['weights']!r}")
         if values.get("activations", "model") not in ACTIVATIONS:
-            raise SparsecError(f"activations are {' or '.join(ACTIVATIONS)}, not {values['activations']!r}")
+            raise SparsecError(f"activations are {', '.join(ACTIVATIONS)}, not {values['activations']!r}")
         for name, choices in (("dispatch", DISPATCHES), ("policy", POLICIES), ("payload", PAYLOADS)):
             if (value := values.get(name, choices[0])) not in choices:
                 raise SparsecError(f"{name} is one of {', '.join(choices)}, not {value!r}")

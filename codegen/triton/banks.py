@@ -24,6 +24,10 @@ class Bank(Protocol):
 
     depth: str
 
+    def rows(self, rows: str, row: str) -> list[str]:
+        """Pointers to the first elements of the rows `row` (a vector of numbers) of the parameter `rows`."""
+        ...
+
     def start(self) -> list[str]:
         """Where the expert's weights begin."""
         ...
@@ -45,7 +49,7 @@ class Bank(Protocol):
 def bank_of(gemm: GroupedGemm) -> Bank:
     """The writer for a GEMM's bank."""
     kinds: Mapping[str, Callable[[GroupedGemm], Bank]] = {"plain": Plain, "fp8": Fp8, "mxfp4": MxFp4}
-    return kinds[gemm.packing](gemm)
+    return ByFp8(gemm) if gemm.family == "fp8" else kinds[gemm.packing](gemm)
 
 
 def scale_parameters(gemm: GroupedGemm, wiring: Wiring) -> list[Parameter]:
@@ -71,6 +75,9 @@ class _Base:
             self.parts = 1 if gemm.op.layout == "single" else 2
             self.columns = "I" if self.parts == 1 else "2 * I"
         self.precision = ', input_precision="ieee"' if gemm.a.tensor.dtype is DType.f32 else ""
+
+    def rows(self, rows: str, row: str) -> list[str]:
+        return [f"a_at = {rows} + {row}.to(tl.int64)[:, None] * {self.inner} + depth[None, :]"]
 
     def blocks(self, size: int) -> int:
         """How many blocks of 128 there are of a size."""
@@ -142,6 +149,50 @@ class Fp8(_Base):
             found &= 128 % (2 * block if layout == "interleaved" else block) == 0
             found &= layout != "concat" or self.gemm.columns % block == 0
         return found
+
+
+class ByFp8(Fp8):
+    """The same multiplied by rows of bytes [rows, K up to whole blocks of 128], which have a scale for each block.
+
+    Sums of a block, of products of e4m3, are multiplied by both scales. Those of the rows are loaded a step ahead.
+    """
+
+    def rows(self, rows: str, row: str) -> list[str]:
+        blocks = self.blocks(self.gemm.inner)
+        return [
+            f"a_at = as_e4m3({rows}, E4M3) + {row}.to(tl.int64)[:, None] * {128 * blocks} + depth[None, :]",
+            f"a_scale_at = {rows}_scale + {row}.to(tl.int64) * {blocks}",
+        ]
+
+    def start(self) -> list[str]:
+        first, *rest = super().start()
+        return [first.replace(self.name, f"as_e4m3({self.name}, E4M3)", 1), *rest]
+
+    def loop(self, bound: Sequence[str], accumulators: Mapping[str, str]) -> list[str]:
+        tail = [] if self.gemm.inner % 128 == 0 else [f"(depth < {self.inner} - k)[:, None]"]
+        weights = masked([*(f"({c})[None, :]" for c in bound), *tail]).replace("=0", "=0.0")
+        lines = [
+            "a = tl.load(a_at, mask=live[:, None], other=0.0)",
+            "a_scale = ahead",
+            f"ahead = tl.load(a_scale_at + k // 128 + 1, mask=live & (k + 128 < {self.inner}), other=0)",
+        ]
+        for stem, acc in accumulators.items():
+            alike = self._alike()
+            mask = "" if alike else masked([f"({c})" for c in bound])
+            scaled = (
+                f"few, (a_scale * scale)[:, None], {acc}" if alike else f"few * a_scale[:, None], scale[None, :], {acc}"
+            )
+            lines += [
+                f"scale = tl.load({stem}_scale_at + k // 128{mask})",
+                f"few = dot_e4m3(a, tl.load({stem}_at{weights}), E4M3)",
+                f"{acc} = tl.fma({scaled})",
+            ]
+        lines += ["a_at += 128", *(f"{stem}_at += 128" for stem in accumulators)]
+        return [
+            "ahead = tl.load(a_scale_at, mask=live, other=0)",
+            f"for k in tl.range(0, {self.inner}, 128):",
+            *(f"    {line}" for line in lines),
+        ]
 
 
 class MxFp4(_Base):

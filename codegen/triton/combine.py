@@ -36,19 +36,19 @@ class Tiles:
     """
 
     def __init__(self, func: Func, op: GemmCombine, gemm: GroupedGemm, wiring: Wiring) -> None:
-        self.func, self.op, self.gemm = func, op, gemm
+        self.name, self.gemm = f"{func.name}_gemm", gemm
         self.down = Down(func, op, gemm, wiring)
+        self.parameters = self.down.parameters
 
     def functions(self) -> list[str]:
         bound = [] if self.gemm.even(self.gemm.columns, "BLOCK_N") else ["columns < H"]
         body = indent(self.down.lines(_loop(self.gemm, bound), bound))
-        signature = self.gemm.signature(f"{self.func.name}_gemm", self.down.parameters)
+        signature = self.gemm.signature(self.name, self.parameters)
         return [f"{signature}\n{body}", *self.down.functions()]
 
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
         sizes = self.gemm.sizes(variant)
-        name = f"{self.func.name}_gemm"
-        first = self.gemm.entry(name, self.down.parameters, variant, sizes, self.gemm.grid(sizes))
+        first = self.gemm.entry(self.name, self.parameters, variant, sizes, self.gemm.grid(sizes))
         return (first, *self.down.launches())
 
 
@@ -173,7 +173,7 @@ def _loop(gemm: GroupedGemm, bound: list[str]) -> list[str]:
     bank = bank_of(gemm)
     return [
         f"depth = tl.arange(0, {bank.depth})",
-        "a_at = h + rows.to(tl.int64)[:, None] * I + depth[None, :]",
+        *bank.rows("h", "rows"),
         *bank.start(),
         *bank.at("down", "columns", "first"),
         "acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",

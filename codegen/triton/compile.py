@@ -46,6 +46,11 @@ class Target:
         """Whether it has a copy engine for tensors (TMA) and programmatic dependent launch."""
         return self.backend == "cuda" and int(self.arch) >= 90
 
+    @property
+    def e4m3(self) -> bool:
+        """Whether its tensor cores multiply e4m3 as it is stored everywhere; gfx942 has another."""
+        return self.hopper or self.arch == "gfx950"
+
 
 TARGETS: Mapping[str, Target] = {
     target.name: target

@@ -15,11 +15,12 @@ from sparsec.ir.core import Func, Value
 def may_start(func: Func, main: Func) -> bool:
     """Whether the first launch of a kernel may start early wherever `main` launches it.
 
-    A kernel that reads nothing ahead may. The down-projection may where its rows come from a kernel that is launched
-    after all have been written that it reads ahead: as there are rows, that kernel has programs, and is in between.
+    A kernel that reads nothing ahead may, as one whose first launch rounds the rows: it is in between then. The
+    down-projection may where its rows come from a kernel that is launched after all have been written that it reads
+    ahead: as there are rows, that kernel has programs, and is in between.
     """
     op = func.body.ops[0]
-    if not isinstance(op, GemmCombine):
+    if not isinstance(op, GemmCombine) or op.activations != "model":
         return True
     place = {op: i for i, op in enumerate(main.body.ops)}
     for launch in main.body.ops:

@@ -96,7 +96,8 @@ def compile_sketch(func: Func, sketch: Sketch, target: str, early: bool = True) 
         what = f"kernel '{func.name}', variant up to {schedule.up_to or 'any number of'} tokens"
         launches = list[Json]()
         for i, given in enumerate(schedule.entries):
-            entry = given.on(PDL=int(chosen.hopper and (early or i > 0)), PTX=int(chosen.backend == "cuda"))
+            pdl, ptx = chosen.hopper and (early or i > 0), chosen.backend == "cuda"
+            entry = given.on(PDL=int(pdl), PTX=int(ptx), E4M3=int(chosen.e4m3))
             binary = compile_entry(sketch.source, entry, chosen, what)
             suffix = "cubin" if chosen.backend == "cuda" else "hsaco"
             file = f"kernels/{entry.name}.{binary.digest[:12]}.{suffix}"

@@ -22,7 +22,7 @@ class Tiles:
     """
 
     def __init__(self, func: Func, op: GatherGemm, gemm: GroupedGemm, wiring: Wiring) -> None:
-        self.func, self.op, self.gemm = func, op, gemm
+        self.name, self.op, self.gemm = func.name, op, gemm
         self.parameters = up_parameters(gemm, op, wiring)
 
     def functions(self) -> list[str]:
@@ -36,7 +36,7 @@ class Tiles:
             *gemm.rows(),
             "columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)",
             f"depth = tl.arange(0, {bank.depth})",
-            "a_at = x + (pair // K).to(tl.int64)[:, None] * H + depth[None, :]",
+            *bank.rows("x", "(pair // K)"),
             *_pointers(op, bank),
             *bank.loop(_wide(bound, op.layout == "interleaved"), _accumulators(op)),
             *epilogue(op, _columns(op), bound),
@@ -44,11 +44,11 @@ class Tiles:
         keep = " & ".join(["live[:, None]", *(f"({b})[None, :]" for b in bound)])
         result = activated(op, lines)
         lines.append(f"tl.store(h + rows.to(tl.int64)[:, None] * I + columns[None, :], {result}, mask={keep})")
-        return [gemm.signature(self.func.name, self.parameters) + "\n" + indent(lines)]
+        return [gemm.signature(self.name, self.parameters) + "\n" + indent(lines)]
 
     def launches(self, variant: Mapping[str, Any]) -> tuple[Entry, ...]:
         sizes = self.gemm.sizes(variant)
-        return (self.gemm.entry(self.func.name, self.parameters, variant, sizes, self.gemm.grid(sizes)),)
+        return (self.gemm.entry(self.name, self.parameters, variant, sizes, self.gemm.grid(sizes)),)
 
 
 ROWS_OF_H = "Row i of h is the activated up-projection of the token of pair order[i], by the expert that owns row i."
@@ -127,7 +127,7 @@ RESERVED = tuple(
     "x order offsets tiles up up_bias weights h tokens expert start stop row_block column_block rows live pair columns "  # noqa: SIM905
     "depth a a_at weight bank up_at gate_at bias_at first both acc gate linear k E E_PAD K H I GROUP_M BLOCK_M BLOCK_N "
     "BLOCK_K COLUMNS PDL PTX up_scale scales scale gate_exponents up_exponents gate_scale_at up_scale_at half low high "
-    "w w_low w_high".split()
+    "w w_low w_high few ahead a_scale a_scale_at x_scale E4M3".split()
 )
 """Variables of the kernel itself, which the activation's must not shadow."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
-from sparsec.codegen.triton import combine, decode, experts, gathered, persistent, swap
+from sparsec.codegen.triton import combine, decode, experts, fp8, gathered, persistent, swap
 from sparsec.codegen.triton.gemm import GroupedGemm, family_of
 from sparsec.codegen.triton.launch import Entry, Schedule, Sketch, Wiring
+from sparsec.codegen.triton.rounding import Behind, Rounding
 from sparsec.codegen.triton.source import module_text
 from sparsec.codegen.triton.tile import unsupported
 from sparsec.dialects.moe import GatherGemm, GemmCombine
@@ -38,18 +39,25 @@ Down: TypeAlias = Callable[[Func, GemmCombine, GroupedGemm, Wiring], Family]
 Raises: CompileError for an op that the family cannot compute.
 """
 
-UP: Mapping[str, Up] = {"tiles": experts.Tiles, **swap.UP, "gathered": gathered.Gathered, "rows": decode.Up}
+UP: Mapping[str, Up] = {
+    "tiles": experts.Tiles,
+    **swap.UP,
+    "gathered": gathered.Gathered,
+    "rows": decode.Up,
+    "fp8": fp8.up,
+}
 DOWN: Mapping[str, Down] = {
     "tiles": combine.Tiles,
     **swap.DOWN,
     "persistent": persistent.Persistent,
     "rows": decode.Down,
+    "fp8": fp8.down,
 }
 """The families of `moe.gather_gemm` and of `moe.gemm_combine` by name."""
 
 
-PACKED = {"tiles", "rows", "swap"}
-"""The families that read packed weights."""
+PACKED = {"tiles", "rows", "swap", "fp8"}
+"""The families that read packed weights: with rows that are rounded to fp8 too, which all but `fp8` read as rows."""
 
 
 def gemm_sketch(func: Func, op: GatherGemm | GemmCombine) -> Sketch:
@@ -71,6 +79,8 @@ def gemm_sketch(func: Func, op: GatherGemm | GemmCombine) -> Sketch:
             case _:
                 there = ", ".join(UP if isinstance(op, GatherGemm) else DOWN)
                 raise unsupported(op, f"there is no family of kernels '{name}' (there are: {there})")
+        if op.activations != "model" and name != "fp8":
+            made[name] = Behind(Rounding(func, own, wiring), made[name][0]), wiring
     texts = dict.fromkeys(text for family, _ in made.values() for text in family.functions())
     summary = experts.up_summary(op) if isinstance(op, GatherGemm) else combine.down_summary(op)
     source = module_text(func, op, summary, gemm.constants(), list(texts))

@@ -1,6 +1,7 @@
-"""Device functions that widen packed weights. As those of `tiles.py`, their text is copied into the kernels.
+"""Device functions that widen packed weights and round rows. As those of `tiles.py`, their text is copied into the
+kernels.
 
-Neither conversion rounds: bf16 and f32 hold every value of e4m3 and of e2m1 times its scale. The bits of the narrow
+Widening does not round: bf16 and f32 hold every value of e4m3 and of e2m1 times its scale. The bits of the narrow
 float are put where the wide one has them, and a product by a power of two sets the exponent right, subnormals too.
 """
 # pyright: basic, reportGeneralTypeIssues=false, reportAssignmentType=false
@@ -156,3 +157,44 @@ def from_mxfp4(q, scales, DTYPE: tl.constexpr, PTX: tl.constexpr):
         low = (low << 23).to(tl.float32, bitcast=True)
         high = (high << 23).to(tl.float32, bitcast=True)
         return cut(first * low, DTYPE), cut(second * high, DTYPE)
+
+
+@triton.jit
+def to_fp8(x, BEYOND: tl.constexpr):
+    """The f32 x [rows, groups, 128] as bytes of e4m3, each group over a power of two, and these scales [rows, groups].
+
+    Integers throughout, but for a product by a power of two and a sum that rounds what is below 2^-6, where e4m3 has
+    steps of 2^-9. A scale is the least power of two that its group's largest is at most 448 times, 1.75 * 2^8, and NaN
+    where the largest's bits are BEYOND or more, as those of NaN are.
+    """
+    signed = x.to(tl.int32, bitcast=True)
+    largest = tl.max(signed & 0x7FFFFFFF, axis=2)
+    exponent = tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1)
+    scale = tl.where(largest < BEYOND, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    by = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    size = tl.abs(x) * tl.expand_dims(by, 2)
+    bits = size.to(tl.int32, bitcast=True)
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    even = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    return (tl.where(bits < 0x3C800000, small, even) | ((signed >> 24) & 0x80)).to(tl.uint8), scale
+
+
+@triton.jit
+def as_e4m3(pointer, E4M3: tl.constexpr):
+    """A pointer to bytes as one to what they hold, where the target multiplies e4m3."""
+    if E4M3:
+        return pointer.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    else:
+        return pointer
+
+
+@triton.jit
+def dot_e4m3(a, b, E4M3: tl.constexpr):
+    """The product of e4m3 by e4m3, or of bytes that hold it, as f16 does too.
+
+    Tensor cores of an H100 keep fewer bits of such sums than f32 has: no more than 128 terms are added there.
+    """
+    if E4M3:
+        return tl.dot(a, b)
+    else:
+        return tl.dot(from_fp8(a, tl.float16, False), from_fp8(b, tl.float16, False))

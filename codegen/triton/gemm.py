@@ -40,7 +40,7 @@ class GroupedGemm:
     """
 
     def __init__(self, func: Func, op: GatherGemm | GemmCombine, family: str | None = None) -> None:
-        self.func, self.op = func, op
+        self.func, self.op, self.family = func, op, family
         self.a, self.bank, self.bias, self.scale, self.transposed, columns = (
             (op.x, op.up, op.up_bias, op.up_scale, op.up_transposed, op.width)
             if isinstance(op, GatherGemm)
@@ -63,7 +63,7 @@ class GroupedGemm:
     @property
     def flags(self) -> dict[str, int]:
         """What entries have to know besides tiles, as of `launch.Entry`."""
-        return {} if self.packing == "plain" else {"PTX": 0}
+        return {} if self.packing == "plain" else {"E4M3": 0} if self.family == "fp8" else {"PTX": 0}
 
     def constants(self) -> dict[str, int]:
         """Sizes by the names that the kernels' text uses; H and I are the layer's, whichever GEMM this is."""
@@ -86,7 +86,7 @@ class GroupedGemm:
             raise unsupported(self.op, f"block_m is {rows}, tiles are listed for {', '.join(map(str, TILE_ROWS))} rows")
         depth = max(16, min(padded(int(variant.get("block_k", 64))), padded(self.inner)))
         if self.packing != "plain":  # blocks of 128
-            depth = 128 if self.packing == "mxfp4" else min(128, max(32, depth))
+            depth = 128 if self.packing == "mxfp4" or self.family == "fp8" else min(128, max(32, depth))
         return {
             "BLOCK_M": rows,
             "BLOCK_N": max(16, min(padded(int(variant.get("block_n", 64))), padded(self.columns))),

@@ -41,7 +41,7 @@ class Entry:
 
     A constant PDL says that the launch may start before the one in front of it has ended (programmatic dependent
     launch): it is 0 here, becomes 1 for targets that can, and the function begins with `arrive(PDL)`. A constant PTX, 0
-    here, becomes 1 for GPUs of NVIDIA, whose assembly the function may hold.
+    here, becomes 1 for GPUs of NVIDIA, whose assembly the function may hold; E4M3 for those that multiply such floats.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Entry:
         return bool(self.constants.get("PDL"))
 
     def on(self, **known: int) -> Entry:
-        """The same for a target of which so much is known: PDL and PTX, where the entry asks for them."""
+        """The same for a target of which so much is known: PDL, PTX and E4M3, where the entry asks for them."""
         return replace(self, constants={name: known.get(name, value) for name, value in self.constants.items()})
 
 

@@ -108,6 +108,7 @@ def _explained(gemm: Gemm, count: int, on: Chip, most: float, tokens: Sequence[i
 def _title(gemm: Gemm, on: Chip) -> str:
     parts = f"{gemm.parts} x {gemm.columns}" if gemm.parts > 1 else str(gemm.columns)
     packing = "" if gemm.packing == "plain" else f" by {gemm.packing}"
+    packing += "" if gemm.activations == "model" else f" of rows in {gemm.activations}"
     sizes = f"{gemm.inner} -> {parts}, {gemm.k} of {gemm.experts} experts, {gemm.dtype.value}{packing}"
     return f"{gemm.half}-projection {sizes}, on {on.name}"
 

@@ -17,10 +17,11 @@ class Shape:
     hidden: int
     width: int
 
-    def layer(self, dtype: DType = DType.bf16, packing: str = "plain") -> tuple[Gemm, Gemm]:
+    def layer(self, dtype: DType = DType.bf16, packing: str = "plain", activations: str = "model") -> tuple[Gemm, Gemm]:
         """Both its GEMMs."""
-        up = Gemm("up", self.experts, self.k, self.hidden, self.width, 2, dtype, packing=packing)
-        return up, Gemm("down", self.experts, self.k, self.width, self.hidden, 1, dtype, 1, packing)
+        e, k, h, i = self.experts, self.k, self.hidden, self.width
+        up = Gemm("up", e, k, h, i, 2, dtype, 0, packing, activations=activations)
+        return up, Gemm("down", e, k, i, h, 1, dtype, 1, packing, activations=activations)
 
     def flops(self, tokens: int) -> float:
         return 6.0 * tokens * self.k * self.hidden * self.width

@@ -24,11 +24,10 @@ from sparsec.dialects.moe.common import (
     tail_problems,
 )
 from sparsec.dialects.moe.references import (
-    GROUP,
     gather_gemm_reference,
     gemm_combine_reference,
     group_reference,
-    rounded_to_int8,
+    rounded,
     unpack_reference,
 )
 from sparsec.dialects.moe.routing import route_problems
@@ -160,10 +159,9 @@ class ExpertBank(OpDef):
         early, tail = self.weight_on == "input", self.tail
         h = gather_gemm_reference(
             env, self.activation, self.layout, x, order, offsets, up, up_bias, self.up_transposed, ids.shape[-1],
-            weights if early else None, self.activations == "int8",
+            weights if early else None, self.activations,
         )  # fmt: skip
-        if self.activations == "int8":
-            h = rounded_to_int8(h, GROUP)
+        h = rounded(h, self.activations)
         finish = None if tail is None else lambda rows: env.run(tail, [rows, *params])[0]
         return gemm_combine_reference(
             h, order, offsets, weights, down, down_bias, self.down_transposed, x.dtype, not early, finish

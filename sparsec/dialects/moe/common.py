@@ -22,6 +22,9 @@ BlockPacking = Literal["plain", "fp8", "mxfp4"]
 Activations = Literal["model", "int8"]
 """What banks are multiplied by: rows as the model has them, or rounded to int8 as they come."""
 
+BlockActivations = Literal["model", "fp8"]
+"""The same on a GPU: rows as they are, or rounded to e4m3."""
+
 TILE_ROWS = (16, 32, 64, 128)
 """Rows of a tile that there is a list of tiles for."""
 
@@ -131,6 +134,12 @@ def block_problems(
     for field, has, must in zip((name, f"{name}_scale"), given, wanted, strict=True):
         if has != must:
             yield f"packing '{packing}': '{field}' is {has or 'left out'}, must be {must}"
+
+
+def rounding_problems(activations: str, packing: str) -> Iterator[str]:
+    """Problems of rows that are rounded for a bank of `packing`."""
+    if activations not in ("model", packing):
+        yield f"activations are {activations}, but packing is '{packing}': fp8 is multiplied by fp8"
 
 
 def bank_problems(hidden: Dim, up: Operand, transposed: bool, layout: str, width: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparsec.dialects.moe.common import (
+    BlockActivations,
     BlockPacking,
     Layout,
     activation_problems,
@@ -17,10 +18,16 @@ from sparsec.dialects.moe.common import (
     offsets_problems,
     padded,
     results_are,
+    rounding_problems,
     tail_problems,
     tiles_problems,
 )
-from sparsec.dialects.moe.references import gather_gemm_reference, gemm_combine_reference, unblock_reference
+from sparsec.dialects.moe.references import (
+    gather_gemm_reference,
+    gemm_combine_reference,
+    rounded,
+    unblock_reference,
+)
 from sparsec.ir.opdef import Body, Cost, Env, OpDef, Operand, Operands, OptBody, OptOperand, Result
 from sparsec.ir.types import TensorType, Type, evaluate, product
 
@@ -39,6 +46,11 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
 
     `packing` says how the bank lies in memory: but for "plain" it is made by `moe.pack`, with scales by `moe.scales`,
     and its columns keep their order. Values are multiplied as the packed ones with their scales stand for.
+
+    With `activations = "fp8"`, for banks of fp8, the rows of x are rounded first: in each group of 128 columns to e4m3
+    times the least power of two that keeps the largest at 448 or below. bf16 holds what they become, so it makes no
+    difference in what they are multiplied. A row that is not finite, or would not be so in x's dtype once it is
+    rounded, makes all of its results NaN.
     """
 
     x: Operand  #: [T, H]
@@ -54,6 +66,7 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
     layout: Layout = "concat"
     up_transposed: bool = False
     packing: BlockPacking = "plain"
+    activations: BlockActivations = "model"
     variants: tuple[dict[str, Any], ...] = ()  #: set by `schedule`: {up_to, ...} by ascending token count
     activation: Body
 
@@ -79,6 +92,7 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
             yield from bank_problems(self.x.tensor.shape[-1], self.up, self.up_transposed, self.layout, self.width)
         hidden = self.x.tensor.shape[-1]
         yield from block_problems("up", self.up, self.up_scale, hidden, self.up_transposed, self.packing)
+        yield from rounding_problems(self.activations, self.packing)
         yield from activation_problems(self.activation, self.layout, self.width)
         yield from offsets_problems(self.offsets, self.num_experts)
         yield from tiles_problems(self.tiles, self.order, self.num_experts)
@@ -96,8 +110,9 @@ class GatherGemm(OpDef, name="moe.gather_gemm"):
         x, order, offsets, up, up_bias, weights, up_scale, _ = padded(self, args, 8)
         up = unblock_reference(up, up_scale, self.packing, x.shape[-1])
         return gather_gemm_reference(
-            env, self.activation, self.layout, x, order, offsets, up, up_bias, self.up_transposed, self.k, weights
-        )
+            env, self.activation, self.layout, x, order, offsets, up, up_bias, self.up_transposed, self.k, weights,
+            self.activations,
+        )  # fmt: skip
 
 
 class GemmCombine(OpDef, name="moe.gemm_combine"):
@@ -120,6 +135,7 @@ class GemmCombine(OpDef, name="moe.gemm_combine"):
     y: Result  #: [T, H], dtype of h
     down_transposed: bool = False
     packing: BlockPacking = "plain"  #: as of moe.gather_gemm
+    activations: BlockActivations = "model"  #: as of moe.gather_gemm: how rows of h are rounded
     weighted: bool = True  #: whether the results are weighed, or added as they are
     variants: tuple[dict[str, Any], ...] = ()
     tail: OptBody  #: as of moe.experts
@@ -144,6 +160,7 @@ class GemmCombine(OpDef, name="moe.gemm_combine"):
         width = self.h.tensor.shape[-1]
         inner = self.down.tensor.shape[1 if self.down_transposed else 2] if self.packing == "plain" else width
         yield from block_problems("down", self.down, self.down_scale, width, self.down_transposed, self.packing)
+        yield from rounding_problems(self.activations, self.packing)
         if width != inner:
             yield f"h has {self.h.tensor.shape[-1]} columns, down takes {inner}"
         if self.weighted and not self.weights.tensor.dtype.is_float:
@@ -163,8 +180,9 @@ class GemmCombine(OpDef, name="moe.gemm_combine"):
     def reference(self, env: Env, *args: Any) -> Any:
         h, order, offsets, weights, down, down_bias, down_scale, _, *params = padded(self, args, 8)
         down = unblock_reference(down, down_scale, self.packing, h.shape[-1])
+        dtype, h = h.dtype, rounded(h, self.activations)
         tail = self.tail
         finish = None if tail is None else lambda rows: env.run(tail, [rows, *params])[0]
         return gemm_combine_reference(
-            h, order, offsets, weights, down, down_bias, self.down_transposed, h.dtype, self.weighted, finish
+            h, order, offsets, weights, down, down_bias, self.down_transposed, dtype, self.weighted, finish
         )

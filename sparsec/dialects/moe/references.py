@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = 128
-"""Columns of activated rows that share a scale where they are rounded to int8."""
+"""Columns of rows that share a scale where they are rounded: to int8 of activated ones, to fp8 of all."""
 
 
 def group_reference(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -59,20 +59,20 @@ def gather_gemm_reference(
     transposed: bool,
     k: int,
     weights: Tensor | None = None,
-    narrow: bool = False,
+    activations: str = "model",
 ) -> Tensor:
     """Expert by expert: activation(x[rows] @ up[e].T + bias), accumulated in f32, rounded to x's dtype.
 
     With `weights` [T, k] each row of x is multiplied by its pair's first.
 
     Args:
-        narrow: whether rows of x are rounded to int8, each by a scale of its own.
+        activations: how rows of x are rounded: to int8, each by a scale of its own, or to fp8 in groups of columns.
     """
     import torch
 
     columns = up.shape[2 if transposed else 1]
     projected = torch.zeros(order.shape[0], columns, dtype=torch.float32, device=x.device)
-    wide = rounded_to_int8(x, x.shape[1]) if narrow else x.float()
+    wide = rounded(x, activations, x.shape[1])
     bounds = offsets.tolist()
     for e, (start, stop) in enumerate(pairwise(bounds)):
         pairs = order[start:stop].long()
@@ -159,6 +159,34 @@ def unblock_reference(bank: Tensor, scales: Tensor | None, packing: str, inner: 
     from sparsec.runtime.blocks import unpack
 
     return unpack(bank, scales, packing, inner)
+
+
+def rounded(rows: Tensor, activations: str, group: int = GROUP) -> Tensor:
+    """Rows as `activations` has them multiplied, f32; `group`: columns that share a scale in int8."""
+    if activations == "int8":
+        return rounded_to_int8(rows, group)
+    return rounded_to_fp8(rows) if activations == "fp8" else rows.float()
+
+
+def rounded_to_fp8(rows: Tensor) -> Tensor:
+    """Rows [n, K] whose values in each group of 128 columns are e4m3 times a power of two: the least normal one of f32
+    that the group's largest is at most 448 times. f32, though the dtype of `rows` holds every value.
+
+    A group that is not finite, or whose largest would be rounded beyond what its dtype holds, becomes NaN.
+    """
+    import math
+
+    import torch
+    import torch.nn.functional as F
+
+    groups = F.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    fraction, exponent = torch.frexp(largest)
+    exponent = (exponent - 9 + (fraction > 0.875)).clamp(-126)  # 448 is 0.875 * 2^9
+    q = torch.ldexp(groups, -exponent).to(torch.float8_e4m3fn).float()
+    # Three bits follow the first one: what lies half way between 15/16 of a power of two and it becomes that power.
+    beyond = math.ldexp(31 / 32, math.frexp(torch.finfo(rows.dtype).max)[1])
+    return torch.where(largest < beyond, torch.ldexp(q, exponent), torch.nan).flatten(1)[:, : rows.shape[1]]
 
 
 def rounded_to_int8(rows: Tensor, group: int) -> Tensor:

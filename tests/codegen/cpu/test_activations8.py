@@ -165,7 +165,7 @@ def test_what_there_is_not() -> None:
     model, x = modules.stack(), torch.randn(3, 16)
     with pytest.raises(CompileError, match="int8 activations go with int8 or int4 weights"):
         sparsec.compile(model, (x,), activations="int8")
-    with pytest.raises(SparsecError, match="activations are model or int8, not 'int4'"):
+    with pytest.raises(SparsecError, match="activations are model, int8, fp8, not 'int4'"):
         sparsec.compile(model, (x,), weights="int8", activations="int4")
 
 

@@ -12,7 +12,7 @@ from sparsec.ir.types import DType
 from sparsec.runtime import blocks
 
 
-def packed(func: Func, packing: str) -> Func:
+def packed(func: Func, packing: str, activations: str = "model") -> Func:
     """A kernel function on a plain bank [E, N, K] as one on a packed bank, with its scales as a further parameter."""
     old: Any = func.body.ops[0]
     name = "up" if old.name == "moe.gather_gemm" else "down"
@@ -29,7 +29,7 @@ def packed(func: Func, packing: str) -> Func:
     attrs = {key: value for key, value in old.attrs.items() if key != f"{name}_transposed"}
     regions = list(old.regions)
     old.regions = ()
-    new = type(old)(arguments, None, {**attrs, "packing": packing}, regions)
+    new = type(old)(arguments, None, {**attrs, "packing": packing, "activations": activations}, regions)
     func.body.insert_before(old, new)
     for result, other in zip(old.results, new.results, strict=True):
         result.replace_by(other)

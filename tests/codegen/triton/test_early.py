@@ -17,6 +17,7 @@ from sparsec.ir.core import Func
 from sparsec.ir.parser import parse_module
 from sparsec.ir.printer import print_module
 from tests.codegen.triton import build, small
+from tests.codegen.triton.packed import packed
 from tests.codegen.triton.routers import ROUTERS
 
 pytest.importorskip("triton")
@@ -44,8 +45,10 @@ def build_one(name: str) -> Func:
     if op == "route":
         return router(8)
     if op == "up":
-        return build.gather_gemm(silu, 64, 64, 4, 2, torch.bfloat16, variants=variants, listed=True)
-    return build.gemm_combine(64, 64, 4, 2, torch.bfloat16, variants=variants, listed=True)
+        made = build.gather_gemm(silu, 64, 64, 4, 2, torch.bfloat16, variants=variants, listed=True)
+    else:
+        made = build.gemm_combine(64, 64, 4, 2, torch.bfloat16, variants=variants, listed=True)
+    return packed(made, "fp8", "fp8") if family == "fp8" else made
 
 
 NAMES = ["route", *(f"up {name}" for name in families.UP), *(f"down {name}" for name in families.DOWN)]
@@ -79,7 +82,9 @@ def test_every_launch_waits_first(name: str) -> None:
         ahead = body[:wait]
         assert not LEAVES.search(ahead) and "cp.async" not in ahead, launch["symbol"]
         # They look up their rows or tiles, which were sorted before the launch in front.
-        if not re.fullmatch(r"gemm_combine_0_(gemm|swap|tma|rows|persistent)|gather_gemm_0_gathered", launch["symbol"]):
+        if not re.fullmatch(
+            r"gemm_combine_0_(gemm|swap|tma|rows|persistent|fp8)|gather_gemm_0_gathered", launch["symbol"]
+        ):
             assert "ld.global" not in ahead, launch["symbol"]
 
 
@@ -128,6 +133,21 @@ def test_a_launch_behind_the_sort_waits_for_it(between: str) -> None:
     assert (first["pdl"], second["pdl"]) == (early, True)
     name = first["file"].removesuffix("cubin") + "ptx"
     assert ("griddepcontrol.wait" in emitted.texts[name].decode()) is early
+
+
+def test_rows_are_rounded_between_the_sort_and_what_looks_up_its_tile() -> None:
+    text = ALONE.replace("BETWEEN", "").replace("%r,", "%h,").replace("%down, none, none,", "%down, none, %scale,")
+    packed_bank = (
+        'f8E4M3FN> {kind = "param", source = "down"}, %scale: tensor<8x1x1xf32> {kind = "param", source = "s"}'
+    )
+    text = text.replace('bf16> {kind = "param", source = "down"}', packed_bank)
+    text = text.replace("%tiles) :", '%tiles) {packing = "fp8", activations = "fp8"} :')
+    module = pipeline.run(parse_module(text), target="cuda:sm_90").module
+    func = module.funcs["gemm_combine_0"]
+    assert may_start(func, module.main)
+    for schedule in sketch_kernel(func).schedules:
+        rounds, *rest = schedule.entries
+        assert rounds.name in ("gemm_combine_0_round", "gemm_combine_0_narrow") and rest
 
 
 def test_launches_of_a_layer_all_start_early() -> None:
