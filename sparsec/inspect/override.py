@@ -19,7 +19,6 @@ from sparsec.diagnostics import CompileError, Diagnostic, SparsecError
 from sparsec.inspect.dump import SOURCES, text_of
 from sparsec.ir.core import Module
 from sparsec.ir.equal import equal
-from sparsec.ir.parser import parse_module
 from sparsec.ir.types import Type
 from sparsec.ir.verify import problems, verify_module
 from sparsec.passes.base import Pass
@@ -71,6 +70,8 @@ class Override(Instrument):
         if path not in self.edited:
             return ""
         self._left.discard(path)
+        from sparsec.ir.parser import parse_module  # nobody who edits nothing needs the grammar
+
         taken = parse_module(path.read_text(encoding="utf-8"), str(path))
         if equal(taken, module):
             return ""

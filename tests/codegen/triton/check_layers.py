@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("lark")  # layers are texts
 from sparsec import pipeline
 from sparsec.dialects.kernel import Launch
 from sparsec.ir.core import Module, Op, Value
