@@ -27,7 +27,6 @@ from sparsec.codegen.triton.emit import sketch_kernel
 from sparsec.codegen.triton.launch import Entry
 from sparsec.diagnostics import SparsecError
 from sparsec.ir.core import Func, Value
-from sparsec.ir.parser import parse_module
 from sparsec.ir.types import Sym, TensorType
 from sparsec.runtime import plan
 from sparsec.runtime.dtypes import DTYPES
@@ -43,6 +42,8 @@ _POINTERS = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bflo
 def main(folder: Path, calls: Sequence[str]) -> None:
     """Run kernels on operands that lie in `folder`. Raises: SparsecError, as of `interpreted`."""
     from safetensors.torch import load_file, save_file
+
+    from sparsec.ir.parser import parse_module
 
     module = parse_module((folder / "module.sparsec").read_text(encoding="utf-8"), "module.sparsec")
     with tempfile.TemporaryDirectory(prefix="sparsec-") as sources:
