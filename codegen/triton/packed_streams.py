@@ -19,6 +19,9 @@ from sparsec.ir.types import DType
 BLOCK = 128
 """Values along K that share a scale (fp8) or lie together (mxfp4)."""
 
+EIGHT = 8
+"""Rows of an instruction's first operand after which a thread has its next one."""
+
 
 def stream_of(
     gemm: GroupedGemm, layout: str, transposed: bool, bank: str, swapped: bool = False, paired: bool = False
@@ -29,13 +32,66 @@ def stream_of(
 
 
 class _Packed(Streamed):
+    """Both kinds of columns of a gated expert come as one block, eight of one, eight of the other.
+
+    So every thread has both of what it keeps of the sums: an instruction's rows i and i + 8.
+    """
+
     def check(self) -> None:
         if not self.swapped:
             raise unsupported(self.gemm.op, f"weights packed as {self.gemm.packing} are the first operand only")
+        if self.count == 2 and self.gemm.columns % EIGHT:
+            says = f"{self.gemm.columns} columns of each kind: the copy engine brings eight at a time"
+            raise unsupported(self.gemm.op, says)
         self.element = DType.ui8
-        self.bound = [] if self.whole() else [f"(columns < {'I' if self.bank == 'up' else 'H'})"]
-        self.wide_columns = self.gemm.columns * self.count  # of the bank
         self.deep = -(-self.inner // BLOCK)  # blocks along the inner dimension
+        self.all = self.gemm.columns * self.count
+
+    @property
+    def wide(self) -> str:
+        return "2 * BLOCK_N" if self.count == 2 else "BLOCK_N"
+
+    def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
+        """As `Streamed.sizes`; of both kinds of columns there are 64 at least."""
+        sizes = super().sizes(variant)
+        return {**sizes, "BLOCK_N": max(64 // self.count, self.gemm.sizes(variant)["BLOCK_N"])}
+
+    def rows(self, row: int, block: int) -> tuple[list[int], list[int], list[int]]:
+        """Shape, strides and block of columns that are `row` apart, of which a block has `block` of each kind."""
+        columns = self.gemm.columns
+        if self.count == 1:
+            return [columns], [row], [block]
+        eight, kind, one = (2 * EIGHT, 1, 2) if self.layout == "interleaved" else (EIGHT, columns, 1)
+        shape = [columns // EIGHT, 2, EIGHT]
+        return shape, [eight * row, kind * row, one * row], [block // EIGHT, 2, EIGHT]
+
+    def at(self, leading: str, inner: str) -> dict[str, str]:
+        """`parts`, by the indices before and after those of the columns."""
+        return {
+            "acc": f"{leading}, first // {EIGHT}, 0, 0, {inner}" if self.count == 2 else f"{leading}, first, {inner}"
+        }
+
+    def ahead(self) -> list[str]:
+        if self.count == 1:
+            return ["wide = columns"]
+        kinds = "2 * column + kind" if self.layout == "interleaved" else "column + kind * I"
+        lane = f"tl.arange(0, {self.wide})"
+        return [
+            f"column = first + {lane} // {2 * EIGHT} * {EIGHT} + {lane} % {EIGHT}",
+            f"kind = {lane} // {EIGHT} % 2",
+            f"wide = {kinds}",
+        ]
+
+    def bound(self) -> list[str]:
+        """Conditions of the columns `wide` of a block."""
+        return [] if self.whole() else ["(column < I)" if self.count == 2 else f"(columns < {self.gemm.columns})"]
+
+    def leave(self) -> list[str]:
+        if self.count == 1:
+            return super().leave()
+        lanes = f"tl.reshape(acc, (BLOCK_N // {EIGHT}, 2, {EIGHT}, BLOCK_M))"
+        kinds = f"tl.reshape(tl.permute({lanes}, (3, 0, 2, 1)), (BLOCK_M, BLOCK_N, 2))"
+        return [f"gate, linear = tl.split({kinds})"]
 
 
 class Fp8(_Packed):
@@ -49,41 +105,50 @@ class Fp8(_Packed):
         if self.inner % ENGINE_BYTES:
             raise unsupported(self.gemm.op, f"rows of {self.inner} bytes: the copy engine takes multiples of 16")
 
+    def parts(self) -> dict[str, str]:
+        return self.at("expert", "k")
+
+    def map(self, of: Argument, sizes: Mapping[str, int]) -> Parameter:
+        """[experts, columns, inner]; for gated experts [experts, columns / 8, 2, 8, inner]."""
+        shape, strides, block = self.rows(self.inner, sizes["BLOCK_N"])
+        shape, strides = [self.gemm.experts, *shape, self.inner], [self.all * self.inner, *strides, 1]
+        return tensor_map(self.bank, self.element, of, shape, strides, [1, *block, sizes["BLOCK_K"]])
+
     def ahead(self) -> list[str]:
-        blocks = -(-self.wide_columns // BLOCK) * self.deep
-        lines = [f"scales = {self.bank}_scale + expert * {blocks}"]
-        for name, columns in self.columns().items():
-            where = columns.replace("columns", "first") if self.alike() else columns
-            lines += [
-                f"{name}_scale_at = scales + ({where}) // {BLOCK} * {self.deep}",
-                f"{name}_scale = {self.scale(name)}",
-            ]
-        return lines
+        scales = f"{self.bank}_scale + expert * {-(-self.all // BLOCK) * self.deep}"
+        places = self.places()
+        lines = [f"{at} = {scales} + ({column}) // {BLOCK} * {self.deep}" for at, column in places.items()]
+        return [*super().ahead(), *lines, *(f"{at[:-3]} = {self.scale(at)}" for at in places)]
 
-    def add(self, name: str) -> list[str]:
-        across = "" if self.alike() else "[:, None]"
-        return [
-            f"{name}_next = {self.scale(name, 'k + BLOCK_K')}",
-            f"w = matrix_from_fp8({name}_block, a.dtype, PTX)",
-            f"{name} = tl.fma(tl.dot(w, a{self.precision}), {name}_scale{across}, {name})",
-            f"{name}_scale = {name}_next",
-        ]
+    def places(self) -> dict[str, str]:
+        """Pointers to scales, and the columns whose scales they are: the first of those that share one, or all."""
+        sizes = [self.sizes(variant)["BLOCK_N"] for variant in self.gemm.variants]
+        alternate = self.layout == "interleaved"
+        if any(BLOCK % (2 * size if alternate else size) for size in sizes):
+            return {"scale_at": "wide"}
+        if self.layout != "concat":
+            return {"scale_at": "2 * first" if alternate else "first"}
+        if any(self.gemm.columns % size for size in sizes):
+            return {"scale_at": "wide"}
+        return {"gate_scale_at": "first", "linear_scale_at": "first + I"}
 
-    def scale(self, name: str, k: str = "") -> str:
+    def scale(self, at: str, k: str = "") -> str:
         """Of the step that begins at `k`."""
         there = [f"({k} < {self.inner})"] if k else []
-        there += [] if self.alike() else self.bound
-        return f"tl.load({name}_scale_at{f' + ({k}) // {BLOCK}' if k else ''}{masked(there)})"
+        there += self.bound() if self.places()[at] == "wide" else []
+        return f"tl.load({at}{f' + ({k}) // {BLOCK}' if k else ''}{masked(there)})"
 
-    def alike(self) -> bool:
-        """Whether the columns of a tile share their scales in every variant."""
-        for variant in self.gemm.variants:
-            block = self.sizes(variant)["BLOCK_N"]
-            if BLOCK % (2 * block if self.layout == "interleaved" else block):
-                return False
-            if self.layout == "concat" and self.gemm.columns % block:
-                return False
-        return True
+    def add(self, name: str) -> list[str]:
+        places = self.places()
+        by = "scale[:, None]" if places.get("scale_at") == "wide" else "scale"
+        if len(places) == 2:
+            by = "tl.where(kind == 0, gate_scale, linear_scale)[:, None]"
+        return [
+            *(f"{at[:-3]}_next = {self.scale(at, 'k + BLOCK_K')}" for at in places),
+            f"w = matrix_from_fp8({name}_block, a.dtype, PTX)",
+            f"{name} = tl.fma(tl.dot(w, a{self.precision}), {by}, {name})",
+            *(f"{at[:-3]} = {at[:-3]}_next" for at in places),
+        ]
 
 
 class MxFp4(_Packed):
@@ -93,37 +158,30 @@ class MxFp4(_Packed):
         super().check()
         self.tail = self.inner % BLOCK != 0
 
-    def parts(self) -> dict[str, str]:
-        if self.count == 1:
-            return {"acc": f"expert, k // {BLOCK}, first, 0"}
-        return {name: f"expert, k // {BLOCK}, {i}, first, 0" for i, name in enumerate(("gate", "linear"))}
-
     def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
-        sizes = self.gemm.sizes(variant)
-        return {**sizes, "BLOCK_N": max(64, sizes["BLOCK_N"])}
+        return {**super().sizes(variant), "BLOCK_K": BLOCK}
+
+    def parts(self) -> dict[str, str]:
+        return self.at(f"expert * {self.deep} + k // {BLOCK}", "0")
 
     def map(self, of: Argument, sizes: Mapping[str, int]) -> Parameter:
-        """[experts, blocks, columns, 64]; for gated experts [experts, blocks, 2, columns, 64], in either order."""
-        columns, row, size = self.gemm.columns, BLOCK // 2, sizes["BLOCK_N"]
-        block = self.wide_columns * row
-        shape, strides, box = [columns, row], [row, 1], [size, row]
-        if self.count == 2:
-            apart = [row, 2 * row] if self.layout == "interleaved" else [columns * row, row]
-            shape, strides, box = [2, *shape], [*apart, 1], [1, *box]
-        shape, strides = [self.gemm.experts, self.deep, *shape], [self.deep * block, block, *strides]
-        return tensor_map(self.bank, self.element, of, shape, strides, [1, 1, *box])
+        """[experts * blocks, columns, 64]; for gated experts [experts * blocks, columns / 8, 2, 8, 64]."""
+        row = BLOCK // 2
+        shape, strides, block = self.rows(row, sizes["BLOCK_N"])
+        shape, strides = [self.gemm.experts * self.deep, *shape, row], [self.all * row, *strides, 1]
+        return tensor_map(self.bank, self.element, of, shape, strides, [1, *block, row])
 
     def ahead(self) -> list[str]:
-        lines = [f"scales = {self.bank}_scale + expert.to(tl.int64) * {self.deep * self.wide_columns}"]
-        return [*lines, *(f"{name}_scale_at = scales + {columns}" for name, columns in self.columns().items())]
+        scales = f"{self.bank}_scale + expert.to(tl.int64) * {self.deep * self.all}"
+        return [*super().ahead(), f"scale_at = {scales} + wide"]
 
     def block(self, at: str) -> str:
-        return f"{self.bank}.load([{at}]).reshape(BLOCK_N, {BLOCK // 2})"
+        return f"{self.bank}.load([{at}]).reshape({self.wide}, {BLOCK // 2})"
 
     def add(self, name: str) -> list[str]:
         return [
-            f"exponents = tl.load({name}_scale_at{masked(self.bound)})",
+            f"exponents = tl.load(scale_at{masked(self.bound())})",
             f"w = matrix_from_mxfp4({name}_block, exponents, a.dtype, PTX)",
             f"{name} = tl.dot(w, a, {name}{self.precision})",
-            f"{name}_scale_at += {self.wide_columns}",
+            f"scale_at += {self.all}",
         ]

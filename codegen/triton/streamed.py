@@ -45,8 +45,12 @@ class Streamed:
         # together, and those that follow each other only apart.
         self.pair = self.count == 2 and not transposed and paired
         self.alternate = layout == "interleaved" and transposed
-        self.wide = "2 * BLOCK_N" if self.pair or self.alternate else "BLOCK_N"
         self.precision = ', input_precision="ieee"' if gemm.a.tensor.dtype is DType.f32 else ""
+
+    @property
+    def wide(self) -> str:
+        """How many columns a block has."""
+        return "2 * BLOCK_N" if self.pair or self.alternate else "BLOCK_N"
 
     def check(self) -> None:
         """Raises: CompileError for rows that the copy engine does not take."""
@@ -133,7 +137,11 @@ class Streamed:
         # The weights first, since they do not wait for the rows' numbers.
         body = [f"{name}_block = {self.block(at)}" for name, at in parts.items()]
         body += [f"a = {a}", *(line for name in parts for line in self.add(name)), *step]
-        lines += [*(f"    {line}" for line in body), *(f"{name} = tl.trans({name})" for name in parts if self.swapped)]
+        return [*lines, *(f"    {line}" for line in body), *self.leave()]
+
+    def leave(self) -> list[str]:
+        """What makes the tiles of `columns` of the sums."""
+        lines = [f"{name} = tl.trans({name})" for name in self.parts() if self.swapped]
         if self.pair:  # in registers: the two kinds lie in the same thread
             lines.append("gate, linear = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))")
         return lines
@@ -158,5 +166,6 @@ class Streamed:
         sizes = self.sizes(variant)
         given = [self.map(p.argument, sizes) if p.name == self.bank else p for p in parameters]
         if self.swapped:
-            variant = {**variant, "num_warps": min(int(variant.get("num_warps", 4)), sizes["BLOCK_N"] // 16)}
+            most = sizes["BLOCK_N"] * (1 if self.wide == "BLOCK_N" else 2) // 16
+            variant = {**variant, "num_warps": min(int(variant.get("num_warps", 4)), most)}
         return self.gemm.entry(name, given, variant, sizes, self.gemm.grid(sizes))
