@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsec.dialects.builtin import Return
 from sparsec.dialects.dtypes import to_torch
-from sparsec.dialects.moe import Experts, GatherGemm, GemmCombine, Layer, Pack
+from sparsec.dialects.moe import Experts, GatherGemm, GemmCombine, Group, Layer, Pack
 from sparsec.ir.core import Attr, Block, Func, Module, Value
 from sparsec.ir.derived import Derivation, derivations
 from sparsec.ir.equal import ValueMap, clone_block, clone_op
@@ -40,7 +40,7 @@ class LayerError:
     Attributes:
         scope: where the layer is in the model.
         packing: `int8`, `int4`, `fp8` or `mxfp4`.
-        activations: `model` or `int8`.
+        activations: `model`, `int8` or `fp8`.
         experts, hidden, width: E, H and I.
         error: ||y' - y|| / ||y||.
     """
@@ -100,12 +100,16 @@ def layer_errors(module: Module, weights: Mapping[str, Tensor]) -> list[LayerErr
                     error = _error_of_pair(module, op, down, made, weights)
                     if error is not None:
                         sizes = (op.num_experts, cast("int", op.x.tensor.shape[-1]), op.width)
-                        found.append(LayerError(op.loc.scope, packing, "model", *sizes, error))
+                        found.append(LayerError(op.loc.scope, packing, _activations_of(op, down), *sizes, error))
     return found
 
 
 def _packing_of(up: GatherGemm, down: GemmCombine) -> str | None:
     return next((op.packing for op in (up, down) if op.packing != "plain"), None)
+
+
+def _activations_of(up: GatherGemm, down: GemmCombine) -> str:
+    return next((op.activations for op in (up, down) if op.activations != "model"), "model")
 
 
 def _error_of_pair(
@@ -115,7 +119,7 @@ def _error_of_pair(
     experts, hidden, width = up.num_experts, cast("int", up.x.tensor.shape[-1]), up.width
     generator = torch.Generator().manual_seed(0)
     chosen = _chosen(experts, 3 * hidden * width, generator)
-    exact, rounded = list[Tensor](), list[Tensor]()
+    exact, packed, scales = list[Tensor](), list[Tensor](), list[Tensor | None]()
     for op, value, turned in ((up, up.up, up.up_transposed), (down, down.down, down.down_transposed)):
         source = str(module.main.arg_attrs[value]["source"])
         bank, transposed = weights.get(source), turned
@@ -127,10 +131,8 @@ def _error_of_pair(
         plain = bank[chosen].float()
         plain = plain.transpose(1, 2).contiguous() if transposed else plain
         exact.append(plain)
-        if op.packing != "plain":
-            scales = blocks.find_scales(plain, False, op.packing)
-            plain = blocks.unpack(blocks.pack(plain, scales, False, op.packing), scales, op.packing, plain.shape[2])
-        rounded.append(plain)
+        scales.append(None if op.packing == "plain" else blocks.find_scales(plain, False, op.packing))
+        packed.append(plain if scales[-1] is None else blocks.pack(plain, scales[-1], False, op.packing))
     biases = list[Tensor | None]()
     for bias in (up.up_bias, down.down_bias):
         source = "" if bias is None else str(module.main.arg_attrs[bias]["source"])
@@ -140,7 +142,9 @@ def _error_of_pair(
     shared = _inputs(hidden, len(chosen), min(up.k, len(chosen)), generator)
     block = clone_block(up.activation, {}, _wide, _wide_attr)
     attrs: dict[str, Attr] = {"layout": up.layout, "weight_on": "output" if up.weights is None else "input"}
-    return _distance(*(_alone(block, attrs, [*shared, *banks, *biases]) for banks in (exact, rounded)))
+    given = [*shared, *packed, *biases, *scales]
+    found = _pair_alone(block, up, down, len(chosen), given)
+    return _distance(_alone(block, attrs, [*shared, *exact, *biases]), found)
 
 
 def _chosen(experts: int, each: int, generator: torch.Generator) -> Tensor:
@@ -224,15 +228,52 @@ def _wide_attr(value: Attr) -> Attr:
 
 def _alone(activation: Block, attrs: dict[str, Attr], given: Sequence[Tensor | None]) -> list[Tensor]:
     """What experts on packed banks give by themselves, without what comes after them."""
-    names = {to_torch(dtype): dtype for dtype in DType}
-    values = [value for value in given if value is not None]
-    body = Block([TensorType(tuple(value.shape), names[value.dtype]) for value in values])
-    rest = iter(body.args)
-    arguments: list[Value | None] = [None if value is None else next(rest) for value in given]
-    while arguments[-1] is None:
-        arguments.pop()
-    experts = Experts(arguments, None, attrs, [clone_block(activation, {})])
+    body, arguments = _taking(given)
+    experts = Experts(_trimmed(arguments), None, attrs, [clone_block(activation, {})])
     body.append(experts)
-    body.append(Return([experts.y]))
+    return _results(body, experts.y, given)
+
+
+def _pair_alone(
+    activation: Block, up: GatherGemm, down: GemmCombine, experts: int, given: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The same of two GEMMs; `given`: x, ids, weights, then banks, biases and scales of both."""
+    body, (x, ids, weights, *rest) = _taking(given)
+    assert ids is not None
+    group = Group([ids], None, {"num_experts": experts})
+    early = None if up.weights is None else weights
+    attrs: dict[str, Attr] = {
+        "k": ids.tensor.shape[-1],
+        "layout": up.layout,
+        "packing": up.packing,
+        "activations": up.activations,
+    }
+    arguments = _trimmed([x, group.order, group.offsets, rest[0], rest[2], early, rest[4]])
+    first = GatherGemm(arguments, None, attrs, [clone_block(activation, {})])
+    attrs = {"packing": down.packing, "activations": down.activations, "weighted": early is None}
+    arguments = _trimmed([first.h, group.order, group.offsets, weights, rest[1], rest[3], rest[5]])
+    second = GemmCombine(arguments, None, attrs)
+    for op in (group, first, second):
+        body.append(op)
+    return _results(body, second.y, given)
+
+
+def _taking(given: Sequence[Tensor | None]) -> tuple[Block, list[Value | None]]:
+    """A block that takes these tensors, and its arguments in their places."""
+    names = {to_torch(dtype): dtype for dtype in DType}
+    body = Block([TensorType(tuple(value.shape), names[value.dtype]) for value in given if value is not None])
+    rest = iter(body.args)
+    return body, [None if value is None else next(rest) for value in given]
+
+
+def _trimmed(arguments: Sequence[Value | None]) -> list[Value | None]:
+    found = list(arguments)
+    while found[-1] is None:
+        found.pop()
+    return found
+
+
+def _results(body: Block, value: Value, given: Sequence[Tensor | None]) -> list[Tensor]:
+    body.append(Return([value]))
     func = Func("main", body)
-    return list(evaluate_func(Module([func]), func, values))
+    return list(evaluate_func(Module([func]), func, [tensor for tensor in given if tensor is not None]))

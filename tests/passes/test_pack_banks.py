@@ -113,6 +113,9 @@ def test_the_modules_own_attribute_comes_first() -> None:
         ("int3", "cpu", "model, int8, int4, fp8, mxfp4, not as 'int3'"),
         ("int4", "cuda:sm_90", "int4 weights are for target cpu"),
         ("fp8", "cpu", "fp8 weights are for GPUs, not for cpu, which has int8 and int4"),
+        ("int8,activations=fp8", "cpu", r"fp8 activations go with fp8 weights on a GPU: .* \(--weights fp8\)"),
+        ("mxfp4,activations=fp8", "cuda:sm_90", "fp8 activations go with fp8 weights on a GPU"),
+        ("fp8,activations=int8", "cuda:sm_90", "int8 activations go with int8 or int4 weights on a CPU"),
     ],
 )
 def test_what_is_refused(kind: str, target: str, said: str) -> None:

@@ -63,15 +63,17 @@ def test_quantised(model: Any, weights: str, tmp_path: Path) -> None:
     assert f'weights = "{weights}"' in (paths[1] / "module.sparsec").read_text()
 
 
-@pytest.mark.parametrize(("weights", "most"), [("fp8", 0.06), ("mxfp4", 0.3)])
-def test_quantised_for_a_gpu(model: Any, weights: str, most: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "activations", "most"), [("fp8", "model", 0.06), ("mxfp4", "model", 0.3), ("fp8", "fp8", 0.08)]
+)
+def test_quantised_for_a_gpu(model: Any, weights: str, activations: str, most: float, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     plain = sparsec.compile(model, (X,), target="cuda:sm_90")
-    compiled = sparsec.compile(model, (X,), weights=weights, target="cuda:sm_90")
+    compiled = sparsec.compile(model, (X,), weights=weights, activations=activations, target="cuda:sm_90")
     assert plain.weight_errors() == []
     found = compiled.weight_errors()
     assert [layer.scope for layer in found] == ["layers.0", "layers.1"]
-    assert all(most / 4 < layer.error < most for layer in found)
+    assert all(most / 4 < layer.error < most and layer.activations == activations for layer in found)
     (row,) = summarise(found)
     assert (row.layers, row.packing, row.experts, row.hidden, row.width) == (2, weights, 4, 128, 128)
     path = compiled.save(tmp_path / "quantised")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsec.codegen.triton.formats import to_fp8
+from sparsec.codegen.triton.rounding import BEYOND
 from sparsec.dialects.moe import gather_gemm_reference, gemm_combine_reference, group_reference
 from sparsec.dialects.moe.references import rounded_to_fp8
+from sparsec.ir.types import DType
 from tests.codegen.triton import build
 from tests.codegen.triton.check_experts import TorchEnv, clamped, close, loads, silu, squared
 from tests.codegen.triton.interpret import kernel
@@ -32,6 +38,30 @@ def drawn(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.ldexp(torch.randn(rows, columns), sizes)
     x[: rows // 2, :128] = 0
     return x.to(dtype)
+
+
+@triton.jit
+def to_bytes(x: Any, q: Any, scale: Any, BEYOND: tl.constexpr) -> None:
+    """One group in a row of its own."""
+    row, column = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, 128)
+    made, by = to_fp8(tl.load(x + row[:, None, None] * 128 + column[None, None, :]), BEYOND)
+    tl.store(q + row[:, None, None] * 128 + column[None, None, :], made)
+    tl.store(scale + row[:, None], by)
+
+
+def test_bytes_are_those_of_pytorch() -> None:
+    """Every bf16 in a group with every sixteenth, finite or not."""
+    every = torch.arange(1 << 16).to(torch.uint16).view(torch.bfloat16).float()
+    x = torch.cat([every.reshape(512, 128), every.reshape(128, 512).T, torch.randn(512, 128)]).contiguous()
+    x = torch.cat([x, x[torch.randperm(1536, generator=torch.Generator().manual_seed(0))] * x])
+    q, scale = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), 1)
+    to_bytes[(len(x) // 64,)](x, q, scale, struct.unpack("<i", struct.pack("<f", BEYOND[DType.f32]))[0])
+    wanted = rounded_to_fp8(x)
+    finite = wanted.isfinite().all(1)
+    assert torch.equal(finite, scale[:, 0].isfinite()) and 1000 < finite.sum() < len(x)
+    assert torch.equal(q.view(torch.float8_e4m3fn).float()[finite] * scale[finite], wanted[finite])
+    exact = x[finite] / scale[finite]
+    assert torch.equal(q[finite], exact.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 def check_up(
