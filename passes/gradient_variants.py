@@ -1,45 +1,134 @@
-"""Tiles of backward kernels by chip: the largest that compile without spilled registers there."""
+"""The choice between ways of computing a backward op: which there are for a chip, how they compare, what ranges share
+one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from itertools import product
 from typing import Any
 
+from sparsec.diagnostics import CompileError
 from sparsec.dialects.moe import BankGrad, HiddenGrad
 from sparsec.ir.core import Op
 from sparsec.ir.types import DType
 from sparsec.passes.chips import CHIPS, Chip
+from sparsec.passes.cost import BUCKETS, SLACK, Candidate, Range, merged
+from sparsec.passes.gradients import Bank, Gradient, Hidden, foresee, gradient_of
+from sparsec.passes.variants import Family, Variant
 
-Variant = dict[str, Any]
+FAMILIES: tuple[Family, ...] = ("tiles", "tma")
+"""The families of their kernels, as of `codegen/triton/gradient_kernels.py`."""
+
+FEW = 4
+"""Binaries of one op: more are not worth compiling and loading for what they gain."""
 
 
-def gradient_variants(op: Op, on: Chip) -> tuple[Variant, ...]:
-    """Variants of `moe.hidden_grad` and `moe.bank_grad`, none for other ops.
+def gradient_variants(op: Op, on: Chip) -> tuple[dict[str, Any], ...]:
+    """Variants of `moe.hidden_grad` and `moe.bank_grad` as of `schedule.gpu_variants`, none for other ops.
 
-    `block_m, block_n, block_k, num_warps, num_stages`; of a bank's gradient block_m and block_n count its rows and
-    columns, and block_k the rows that are added.
+    Of a bank's gradient block_m and block_n count its rows and columns, and block_k the rows that are added.
     """
-    match op:
-        case HiddenGrad():
-            return _hidden(op, on)
-        case BankGrad() if op.rows.tensor.dtype is DType.f32:  # no matrix cores
-            return (_variant(64, 64, 32, 8, 2),)
-        case BankGrad():
-            return (_variant(128, 128, 64, 8, 3),)
-        case _:
-            return ()
+    if not isinstance(op, HiddenGrad | BankGrad):
+        return ()
+    return tuple(
+        {
+            **({} if range_.up_to is None else {"up_to": range_.up_to}),
+            **asdict(range_.chosen.variant),
+            "predicted_us": round(range_.chosen.made.us, 2),
+            "limiter": range_.chosen.made.limiter,
+        }
+        for range_ in gradient_ranges(gradient_of(op), on)
+    )
 
 
-def _hidden(op: HiddenGrad, on: Chip) -> tuple[Variant, ...]:
+def obstacle(kernel: Family, grad: Gradient, on: Chip) -> str:
+    """Why a family cannot compute a backward op on a chip, or is not tried; "" if it can."""
+    if kernel not in FAMILIES:
+        return "there is no such family of kernels of gradients"
+    if kernel == "tiles":
+        return ""
+    if not on.engine:
+        return f"{on.name} has no copy engine for tensors"
+    if grad.dtype is DType.f32:
+        return "f32 is not multiplied by tensor cores"
+    if any(row * grad.dtype.itemsize % 16 for row in grad.rows):
+        return f"rows of {' and '.join(map(str, grad.rows))} elements: blocks of 16 bytes are needed"
+    if isinstance(grad, Hidden):
+        if grad.hidden % 64 or grad.out % 64:
+            return f"sums of {grad.hidden} and {grad.out} terms: blocks of 64 are needed"
+        if on is CHIPS["cuda:sm_100"] and grad.alternate:
+            return "columns that alternate take more registers than Triton 3.6 leaves there"
+    return ""
+
+
+def gradient_candidates(grad: Gradient, on: Chip) -> Iterator[Variant]:
+    """The variants that are tried: none of them spills on the chip, as Triton 3.6 compiles it."""
+    for kernel in FAMILIES:
+        if not obstacle(kernel, grad, on):
+            yield from _hidden(kernel, grad, on) if isinstance(grad, Hidden) else _bank(kernel, grad, on)
+
+
+def _hidden(kernel: Family, grad: Hidden, on: Chip) -> Iterator[Variant]:
     """A gated expert has three sums for each element, and parts columns that alternate in memory by moves."""
-    if op.x.tensor.dtype is DType.f32:
-        return (_variant(32, 32, 32, 4, 2),)
+    if grad.dtype is DType.f32:  # no tensor cores
+        yield Variant(kernel, 32, 32, 32, 8, 2)
+        return
+    if kernel == "tma":  # the region is taken a few columns at a time
+        for tile, stages in product([(128, 128, 8), (128, 64, 8), (64, 64, 4)], (3, 4)):
+            m, n, warps = tile
+            if m == 128 or on is CHIPS["cuda:sm_90"]:  # elsewhere a warp then has too many rows
+                yield Variant(kernel, m, n, 64, warps, stages)
+        return
     few = many = 64
-    if op.layout != "single":
-        few = 64 if on is CHIPS["cuda:sm_90"] and op.layout == "concat" else 32  # as Triton 3.6 compiles it
+    if grad.parts == 2:
+        few = 64 if on is CHIPS["cuda:sm_90"] and not grad.alternate else 32
         many = 64 if on.lanes == 64 else few
-    up_to = max(1, 64 * op.num_experts // op.k)  # as many tokens give an expert 64 rows
-    return ({"up_to": up_to, **_variant(64, few, 64, 4, 3)}, _variant(128, many, 64, 8, 3))
+    yield Variant(kernel, 64, few, 64, 4, 3)
+    yield Variant(kernel, 128, many, 64, 8, 3)
 
 
-def _variant(m: int, n: int, k: int, warps: int, stages: int) -> Variant:
-    return {"block_m": m, "block_n": n, "block_k": k, "num_warps": warps, "num_stages": stages}
+def _bank(kernel: Family, grad: Bank, on: Chip) -> Iterator[Variant]:
+    if grad.dtype is DType.f32:
+        yield Variant(kernel, 64, 64, 32, 8, 2)
+        return
+    stages = (2, 3) if on.lanes == 64 else (3, 4, 5)  # there, no asynchronous copies to keep under way
+    tiles = [(64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
+    for (m, n, warps), depth, deep in product(tiles, (32, 64) if on.lanes == 64 else (64,), stages):
+        yield Variant(kernel, m, n, depth, warps, deep)
+
+
+@cache
+def gradient_ranked(grad: Gradient, tokens: int, on: Chip) -> tuple[Candidate, ...]:
+    """All variants that fit the chip, the fastest for `tokens` tokens first. Raises: CompileError if none fits."""
+    made = [(variant, foresee(grad, variant, tokens, on)) for variant in gradient_candidates(grad, on)]
+    found = [Candidate(variant, prediction) for variant, prediction in made if prediction is not None]
+    if not found:
+        raise CompileError(f"no tile of the {grad} fits {on.name}")
+    return tuple(sorted(found, key=lambda c: (c.made.us, _spare(c.variant))))
+
+
+@cache
+def gradient_ranges(grad: Gradient, on: Chip) -> tuple[Range, ...]:
+    """The variants by ascending token count: as few as stay near the fastest of each bucket."""
+    tables = (_table(grad, on, slack) for slack in SLACK)
+    return next((table for table in tables if len(table) <= FEW), _table(grad, on, SLACK[-1]))
+
+
+def _table(grad: Gradient, on: Chip, slack: float) -> tuple[Range, ...]:
+    at = list[dict[Variant, Candidate]]()
+    for tokens in BUCKETS:
+        found = gradient_ranked(grad, tokens, on)
+        at.append({c.variant: c for c in found if c.made.us <= found[0].made.us * slack})
+    near = [{variant: c.made.us for variant, c in bucket.items()} for bucket in at]
+    near = [{variant: us / min(bucket.values()) for variant, us in bucket.items()} for bucket in near]
+    return tuple(
+        Range(None if last == len(BUCKETS) - 1 else BUCKETS[last], at[last][variant])
+        for _, last, variant in merged(near, _spare)
+    )
+
+
+def _spare(variant: Variant) -> tuple[Any, ...]:
+    """Of equals, that of small tiles, few warps and stages."""
+    return variant.block_m * variant.block_n, variant.num_warps, variant.num_stages, str(variant)

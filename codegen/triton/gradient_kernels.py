@@ -62,7 +62,7 @@ def require_engine(op: Op, dtype: DType, *rows: int) -> None:
     for row in rows:
         if row * dtype.itemsize % ENGINE_BYTES:
             raise unsupported(
-                op, f"the copy engine takes rows of a multiple of {ENGINE_BYTES} bytes, not {row} {dtype}"
+                op, f"the copy engine takes rows of multiples of {ENGINE_BYTES} bytes, not {row} of {dtype.value}"
             )
 
 

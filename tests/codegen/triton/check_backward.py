@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,21 +13,23 @@ from hypothesis import strategies as st
 from sparsec.differentiable import WITH_GRADIENT, Program, backward, forward, runner
 from sparsec.ir.core import Module
 from tests.codegen.triton.check_experts import loads
-from tests.codegen.triton.gradients import Bank, expected, with_variants
+from tests.codegen.triton.gradients import TINY, Bank, expected, with_variants
 from tests.codegen.triton.interpret import kernel
 
 TARGET = "cuda:sm_90"
 WIDE = {"block_m": 32, "block_n": 32, "block_k": 16}
+ENGINE = {"kernel": "tma", "block_m": 16, "block_n": 32, "block_k": 16, "num_warps": 1}
+"""A step of columns through the region is narrower than the tile."""
 
 
-def program(module: Module, *variants: dict[str, int]) -> Program:
+def program(module: Module, *variants: dict[str, Any]) -> Program:
     """A lowered module as a function, by interpreted kernels."""
     module = with_variants(module, *variants)
     kernels = {name: kernel(func) for name, func in module.funcs.items() if name != "main"}
     return runner(module.main, kernels)
 
 
-def check(bank: Bank, ids: torch.Tensor, *variants: dict[str, int]) -> None:
+def check(bank: Bank, ids: torch.Tensor, *variants: dict[str, Any]) -> None:
     operands = bank.operands(ids)
     x, weights, *banks = operands.values()
     assert x is not None
@@ -77,3 +80,54 @@ def test_any_load(
 def test_no_tokens() -> None:
     """Gradients of the banks are zeros, not what was in memory."""
     check(Bank(3, 2, bias=True), loads(0, 2, 3, "all"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "transposed"),
+    [("concat", False), ("concat", True), ("interleaved", False), ("interleaved", True), ("single", True)],
+)
+def test_by_the_copy_engine(layout: str, transposed: bool) -> None:
+    """Experts without rows, skipped pairs, whole blocks of rows and what is left over, a last block of columns that is
+    not whole (of 16, which are left out as a whole, and of 8)."""
+    torch.manual_seed(0)
+    bank = Bank(2, 2, 32, 40, layout, transposed, transposed, transposed, dtype=torch.float16)
+    check(bank, loads(18, 2, 2, "skip"), ENGINE)
+    check(replace(bank, width=48, bias=False, down_transposed=not transposed), loads(3, 2, 2, "hot"), ENGINE)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(
+    tokens=st.sampled_from([1, 16, 17, 48]), experts=st.integers(1, 5), kind=st.sampled_from(["hot", "skip", "all"]),
+    layout=st.sampled_from(["concat", "interleaved"]), bias=st.booleans(), inner=st.integers(1, 3),
+    width=st.integers(2, 9),
+)  # fmt: skip
+def test_any_load_by_the_copy_engine(
+    tokens: int, experts: int, kind: str, layout: str, bias: bool, inner: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    bank = Bank(experts, min(2, experts), 16 * inner, 8 * width, layout, bias, dtype=torch.float16)
+    check(bank, loads(tokens, bank.k, experts, kind), ENGINE)
+
+
+@pytest.mark.parametrize("family", [TINY, ENGINE], ids=["tiles", "tma"])
+def test_what_one_expert_has_reaches_no_other(family: dict[str, Any]) -> None:
+    """Rows that are not numbers spoil their own expert's gradients and their own tokens', and nothing else: what lies
+    behind an expert's rows is not multiplied, not even by zero."""
+    torch.manual_seed(0)
+    bank = Bank(4, 1, 32, 32, dtype=torch.float16)
+    ids = torch.tensor([0, 1, 3] * 7 + [1]).view(-1, 1)  # the last block of rows of each is not whole
+    operands = bank.operands(ids)
+    x, weights, *banks = operands.values()
+    assert x is not None
+    clean = program(backward(bank.kinds()[1], [True] * 4 + [False] * 2, TARGET), family)
+    sort = program(forward(bank.kinds()[0], TARGET), TINY)([x, ids, weights, *banks])[1:]
+    y_grad = torch.randn_like(x)
+    before = clean([y_grad, x, weights, *sort, *banks])
+    spoilt = (ids == 1)[:, 0]
+    for value in (torch.nan, torch.inf):
+        bad_x, bad_grad = (torch.where(spoilt[:, None], value, rows) for rows in (x, y_grad))
+        after = clean([bad_grad, bad_x, weights, *sort, *banks])
+        for name, was, now in zip(("x", "weights", "up", "down"), before, after, strict=True):
+            mine = torch.arange(4) == 1 if name in ("up", "down") else spoilt
+            assert torch.equal(was[~mine], now[~mine]) and not torch.isfinite(now[mine]).all(), name

@@ -102,8 +102,11 @@ TINY = {"block_m": 16, "block_n": 16, "block_k": 32, "num_warps": 4, "num_stages
 
 
 def with_variants(module: Module, *variants: dict[str, Any]) -> Module:
-    """A lowered module whose GEMMs have these variants."""
+    """A lowered module whose GEMMs have these variants; the families that they name are those of gradients."""
+    given = variants or (TINY,)
+    plain = tuple({name: value for name, value in variant.items() if name != "kernel"} for variant in given)
     for name, func in module.funcs.items():
-        if name != "main" and func.body.ops[0].name != "moe.group":
-            func.body.ops[0].attrs["variants"] = variants or (TINY,)
+        op = func.body.ops[0]
+        if name != "main" and op.name != "moe.group":
+            op.attrs["variants"] = given if op.name.endswith("_grad") else plain
     return module
