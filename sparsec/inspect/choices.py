@@ -1,6 +1,7 @@
 """Why kernels for GPUs are scheduled as they are: for each GEMM and number of tokens, what every family would take.
 
-Everything here is predicted by the cost model (`sparsec.passes.roofline`); nothing is measured.
+Everything here is predicted by the cost model (`sparsec.passes.roofline`, of backward ops `sparsec.passes.gradients`);
+nothing is measured.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsec.dialects.moe import GatherGemm, GemmCombine
+from sparsec.dialects.moe import BankGrad, GatherGemm, GemmCombine, HiddenGrad
 from sparsec.ir.core import Module
+from sparsec.passes import gradient_variants
 from sparsec.passes.chips import Chip, chip
 from sparsec.passes.cost import (
     BUCKETS,
@@ -25,6 +27,8 @@ from sparsec.passes.cost import (
     ranges,
     ranked,
 )
+from sparsec.passes.gradient_variants import gradient_ranges, gradient_ranked
+from sparsec.passes.gradients import Bank, Gradient, foresee, gradient_of
 from sparsec.passes.roofline import Limiter, Prediction, predict
 from sparsec.passes.schedule import allowed_loss, gemm_of
 from sparsec.passes.variants import Family, Gemm
@@ -65,12 +69,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Explained:
-    """One GEMM of one shape.
+    """One GEMM or backward op of one shape.
 
     Args:
         title: which, and its sizes.
         ops: how many ops of the module are alike.
-        orders: in which its variants add a row's terms; one if a row gets the same bits in every batch.
+        orders: in which its variants add a row's terms; one if a row gets the same bits in every batch. None of a
+            backward op: gradients of banks are sums over the batch.
         loss: what that costs at worst, as a share.
     """
 
@@ -82,19 +87,23 @@ class Explained:
 
 
 def explain(module: Module, target: str, tokens: Sequence[int] = BUCKETS, every: bool = False) -> list[Explained]:
-    """Why the GEMMs of a module (from phase `fuse` on) run on a GPU target as they do.
+    """Why the GEMMs and backward ops of a module (from phase `fuse` on) run on a GPU target as they do.
 
     `every`: offers are all variants that were compared, not only the fastest of each family.
 
     Raises: CompileError.
     """
-    on, counts = chip(target), dict[Gemm, int]()
+    on, most, counts = chip(target), allowed_loss(module), dict[Gemm | Gradient, int]()
     for op in module.walk():
-        if isinstance(op, GatherGemm | GemmCombine):
-            gemm = gemm_of(op)
-            counts[gemm] = counts.get(gemm, 0) + 1
-    most = allowed_loss(module)
-    return [_explained(gemm, count, on, most, tokens, every) for gemm, count in counts.items()]
+        if isinstance(op, GatherGemm | GemmCombine | HiddenGrad | BankGrad):
+            shape = gemm_of(op) if isinstance(op, GatherGemm | GemmCombine) else gradient_of(op)
+            counts[shape] = counts.get(shape, 0) + 1
+    return [
+        _explained(shape, count, on, most, tokens, every)
+        if isinstance(shape, Gemm)
+        else Explained(_title(shape, on), count, [], 0.0, [_backward(shape, on, number, every) for number in tokens])
+        for shape, count in counts.items()
+    ]
 
 
 def _explained(gemm: Gemm, count: int, on: Chip, most: float, tokens: Sequence[int], every: bool) -> Explained:
@@ -105,7 +114,32 @@ def _explained(gemm: Gemm, count: int, on: Chip, most: float, tokens: Sequence[i
     return Explained(_title(gemm, on), count, list(used), same.loss, choices)
 
 
-def _title(gemm: Gemm, on: Chip) -> str:
+def _backward(grad: Gradient, on: Chip, tokens: int, every: bool) -> Choice:
+    """`_choice` of a backward op."""
+    table, compared = gradient_ranges(grad, on), gradient_ranked(grad, tokens, on)
+    chosen = next(range_ for range_ in table if range_.up_to is None or tokens <= range_.up_to).chosen.variant
+    made = foresee(grad, chosen, tokens, on)
+    assert made is not None
+    there = dict[Family, Candidate]()
+    for candidate in compared:
+        there.setdefault(candidate.variant.kernel, candidate)
+    offers = [
+        _offer(candidate, _why(candidate, made, allowed=True))
+        for candidate in (compared if every else there.values())
+        if (candidate.variant != chosen if every else candidate.variant.kernel != chosen.kernel)
+    ]
+    few = "fewer tokens than a block of rows" if isinstance(grad, Bank) else "no tile of it fits the chip"
+    without = [
+        Offer(family, "", 0.0, "", {}, gradient_variants.obstacle(family, grad, on) or few)
+        for family in gradient_variants.FAMILIES
+        if family not in there and family != chosen.kernel
+    ]
+    return Choice(tokens, [_offer(Candidate(chosen, made), "chosen"), *offers, *without])
+
+
+def _title(gemm: Gemm | Gradient, on: Chip) -> str:
+    if not isinstance(gemm, Gemm):
+        return f"{gemm}, {gemm.k} of {gemm.experts} experts, {gemm.dtype.value}, on {on.name}"
     parts = f"{gemm.parts} x {gemm.columns}" if gemm.parts > 1 else str(gemm.columns)
     packing = "" if gemm.packing == "plain" else f" by {gemm.packing}"
     packing += "" if gemm.activations == "model" else f" of rows in {gemm.activations}"
@@ -181,8 +215,9 @@ def render(found: Sequence[Explained], detailed: bool) -> RenderableType:
             same if len(one.orders) == 1 else f"terms are added in {len(one.orders)} orders: {', '.join(one.orders)}"
         )
         title = f"{one.title} ({one.ops} alike)" if one.ops > 1 else one.title
-        table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, caption=Text(orders),
-                      caption_justify="left", header_style="dim")  # fmt: skip
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=None,
+                      caption=Text(orders) if one.orders else None, caption_justify="left",
+                      header_style="dim")  # fmt: skip
         for column in ("tokens", "us", "limiter", "variant", "memory", "compute", "cache", "latency"):
             table.add_column(column, justify="left" if column in ("limiter", "variant") else "right")
         table.add_column("", ratio=1)

@@ -105,7 +105,9 @@ def tune(
 
 
 def _has_choices(kernel: Kernel) -> bool:
-    return kernel.backend == "triton" and any("predicted_us" in v.config.get("choice", {}) for v in kernel.variants)
+    if kernel.backend != "triton" or kernel.op not in ("moe.gather_gemm", "moe.gemm_combine"):
+        return False
+    return any("predicted_us" in variant.config.get("choice", {}) for variant in kernel.variants)
 
 
 @dataclass

@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Group
 
 from sparsec import cli, pipeline
-from sparsec.inspect.choices import explain
+from sparsec.differentiable import backward
+from sparsec.inspect.choices import explain, render
 from sparsec.ir.parser import parse_module
 from sparsec.passes.cost import BUCKETS, FAMILIES
+from tests.codegen.triton.gradients import Bank
 from tests.passes.test_schedule import TEXT
 
 
@@ -51,6 +55,23 @@ def test_every_variant_that_was_compared() -> None:
         assert {offer.variant for offer in short.offers} <= {offer.variant for offer in choice.offers}
         times = [offer.us for offer in choice.offers[1 : len(variants)]]
         assert times == sorted(times)
+
+
+def test_backward_ops_have_their_reasons_too() -> None:
+    bank = Bank(16, 2, 512, 256, dtype=torch.bfloat16)
+    module = backward(bank.kinds()[1], [True] * 4 + [False] * 2, "cuda:sm_90")
+    found = {one.title.partition(",")[0]: one for one in explain(module, "cuda:sm_90", [1, 64, 8192])}
+    inside, up = found["gradients inside the experts 512 -> 2 x 256 -> 512"], found["gradient of a bank 512 x 512"]
+    assert len(found) == 4 and "gradient of a bank 512 x 256" in found  # and that of x, a down-projection
+    for one in (inside, up):
+        assert not one.orders
+        for choice in one.choices:
+            assert {offer.family for offer in choice.offers} == {"tiles", "tma"} and all(o.why for o in choice.offers)
+            assert choice.chosen.why == "chosen" and choice.chosen.limiter in choice.chosen.roofs
+    assert {o.family: o.why for o in up.choices[0].offers}["tma"] == "fewer tokens than a block of rows"
+    every = explain(module, "cuda:sm_90", [8192], every=True)
+    assert max(len(one.choices[0].offers) for one in every) > 10
+    assert all(isinstance(render(found, detailed), Group) for found in (every, [inside]) for detailed in (True, False))
 
 
 @pytest.fixture
