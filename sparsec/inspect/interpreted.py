@@ -5,7 +5,7 @@
 reads `module.sparsec` and each call's operands (`CALL.in.safetensors`, named by their number) in FOLDER, and writes its
 results beside them (`CALL.out.safetensors`); a call is a number and the kernel's name, `0.gather_gemm_0`. The variable
 must be set before Triton is imported, so this is a process of its own. The interpreter does not know bf16 and is slow:
-small shapes, in f32 or f16.
+small shapes, in f32 or f16. Programs run in a mixed order on memory that is poisoned and fenced (`strictness`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sparsec.codegen.triton.compile import load_module
 from sparsec.codegen.triton.emit import sketch_kernel
 from sparsec.codegen.triton.launch import Entry
 from sparsec.diagnostics import SparsecError
+from sparsec.inspect.strictness import fenced, poisoned, shuffle_programs
 from sparsec.ir.core import Func, Value
 from sparsec.ir.types import Sym, TensorType
 from sparsec.runtime import plan
@@ -65,12 +66,14 @@ def interpreted(
         folder: where the generated module is written, which Triton reads back.
         constants: in the place of those that entry points have.
 
-    Raises: SparsecError where Triton does not interpret; CompileError for what there is no kernel for.
+    Raises: SparsecError where Triton does not interpret; CompileError for what there is no kernel for. The function
+        raises SparsecError if a launch writes beyond one of its tensors.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise SparsecError("Triton interprets kernels only where TRITON_INTERPRET=1 is set before it is imported")
     sketch = sketch_kernel(func)
     let_loops_run()
+    shuffle_programs()
     name = "generated_" + hashlib.sha256(sketch.source.encode()).hexdigest()[:16]
     path = folder / f"{name}.py"
     path.write_text(sketch.source, encoding="utf-8")
@@ -82,7 +85,7 @@ def interpreted(
         def launch(grid: tuple[int, int], args: Sequence[Any]) -> None:
             # Scratch comes as bytes: a GPU sees addresses only, the interpreter wants to know the element type.
             typed = [_typed(arg, type) for arg, type in zip(args, config["types"], strict=True)]
-            function[grid](*typed, **config["constants"])
+            fenced(config["symbol"], lambda given: function[grid](*given, **config["constants"]), typed)
 
         return launch
 
@@ -104,7 +107,13 @@ def interpreted(
     fixed = func.attrs["tokens"]
     tokens = fixed if isinstance(fixed, int) and not isinstance(fixed, bool) else "t"
     described = plan.Kernel(func.name, op.name, "triton", params, results, tokens, {}, {}, variants)
-    return launcher(described, torch.device("cpu"), load, sms=MULTIPROCESSORS)
+    call = launcher(described, torch.device("cpu"), load, sms=MULTIPROCESSORS)
+
+    def run(operands: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        with poisoned():
+            return call(operands)
+
+    return run
 
 
 def type_of(type: Any) -> plan.Tensor:

@@ -123,6 +123,23 @@ def test_what_is_read_is_what_is_found(kind: str, rows: int, columns: int) -> No
     assert (read[~used][:, 0] > E).all()
 
 
+@triton.jit
+def arrivals(counter: Any, place: Any) -> None:
+    tl.store(place + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.atomic_add(counter, 1))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="how the interpreter is taught")
+def test_programs_come_in_no_order_to_rely_on() -> None:
+    """Each once, and mixed: what one writes in the place of another is not always written over."""
+    kernel(build.group(4, 2, listed=True))
+    counter, place = torch.zeros(1, dtype=torch.int32), torch.full((6, 4), -1, dtype=torch.int32)
+    launch: Any = arrivals
+    launch[(6, 4)](counter, place)
+    assert place.flatten().sort().values.tolist() == list(range(24))
+    rises = (place.flatten().diff() > 0).sum()
+    assert 5 < rises < 18
+
+
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_choice_among_equals(k: int) -> None:
     """Scores with many ties, infinities and zeros of both signs: the lowest index of equals first."""
