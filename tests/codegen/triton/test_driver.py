@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,7 @@ from tests.runtime.fake_cuda import MULTIPROCESSORS, STREAM, Launched, Library, 
 __all__ = ["library"]
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 TILE: dict[str, Any] = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
+FEW: dict[str, Any] = {"block_m": 2, "block_n": 8}  #: rows hold whole products in registers
 DEEP: dict[str, Any] = {"num_stages": 8, "block_n": 128, "block_m": 128}  #: more shared memory than comes unasked
 
 
@@ -41,16 +44,26 @@ def silu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(a) * b
 
 
+def few(family: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    return {**TILE, **(FEW if family == "rows" else {}), "up_to": 4, "kernel": family, **sizes}
+
+
+def of_bank(func: Func, family: str, packing: str) -> Func:
+    if family == "fp8":
+        return packed(func, "fp8", "fp8")
+    return func if packing == "plain" else packed(func, packing)
+
+
 def up(family: str, packing: str = "plain", **sizes: Any) -> Func:
-    variants = ({**TILE, "up_to": 4, "kernel": family, **sizes}, {**TILE, "kernel": "tiles"})
+    variants = (few(family, sizes), {**TILE, "kernel": "tiles"})
     made = build.gather_gemm(silu, 128, 128, 4, 2, BF16, variants=variants, listed=True)
-    return made if packing == "plain" else packed(made, packing)
+    return of_bank(made, family, packing)
 
 
 def down(family: str, packing: str = "plain", **sizes: Any) -> Func:
-    variants = ({**TILE, "up_to": 4, "kernel": family, **sizes}, {**TILE, "kernel": "tiles"})
+    variants = (few(family, sizes), {**TILE, "kernel": "tiles"})
     made = build.gemm_combine(128, 128, 4, 2, BF16, variants=variants, listed=True)
-    return made if packing == "plain" else packed(made, packing)
+    return of_bank(made, family, packing)
 
 
 def router(**variant: int) -> Func:
@@ -60,9 +73,9 @@ def router(**variant: int) -> Func:
     return build.route_group(chosen, torch.randn(5, chosen.experts), *params, variants=variants, listed=True)
 
 
-def gradient(op: str) -> Func:
+def gradient(op: str, target: str = "cuda:sm_90") -> Func:
     bank = Bank(4, 2, 64, 64, bias=True, dtype=BF16)
-    module = backward(bank.kinds()[1], [True] * 6, "cuda:sm_90")
+    module = backward(bank.kinds()[1], [True] * 6, target)
     return next(func for name, func in module.funcs.items() if name != "main" and func.body.ops[0].name == op)
 
 
@@ -74,8 +87,10 @@ FUNCS: dict[str, Callable[[], Func]] = {
     **{f"down {name}": lambda name=name: down(name) for name in families.DOWN},
     "up gathered, divided": lambda: up("gathered", "plain", **DEEP),
     "down persistent, divided": lambda: down("persistent", "plain", **DEEP),
-    "down rows, split": lambda: down("rows", split=2, block_k=32, block_n=8),
+    "down rows, split": lambda: down("rows", split=2, block_k=32),
     **{f"up {kind}": lambda kind=kind: up("tiles", kind) for kind in ("fp8", "mxfp4")},
+    **{f"up swap {kind}": lambda kind=kind: up("swap", kind) for kind in ("fp8", "mxfp4")},
+    **{f"down swap {kind}": lambda kind=kind: down("swap", kind) for kind in ("fp8", "mxfp4")},
     **{f"down rows {kind}": lambda kind=kind: down("rows", kind) for kind in ("fp8", "mxfp4")},
     **{f"gradient {op}": lambda op=op: gradient(f"moe.{op}_grad") for op in ("hidden", "bank", "bias")},
 }
@@ -135,6 +150,22 @@ def test_what_arrives_is_what_was_meant(name: str, library: Library) -> None:
                 check(library, arg, values, kept, env)
             assert values == [bytes(8)] * 2  # Triton's own scratch memory, of which there is none
     assert library.why == []
+
+
+ENGINE = [name for name in FUNCS if {*name.replace(",", "").split()} & {"swap", "tma", "persistent", "gathered"}]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in ENGINE])
+def test_barriers_wait_for_the_bytes_that_maps_copy(name: str) -> None:
+    """Else a program hangs, or multiplies what has not come yet. Maps of one kernel differ in rank."""
+    made = emit_kernel(FUNCS[name](), "cuda:sm_90")
+    (launch,) = [one for one in made.variants[0].config["launches"] if any("map" in arg for arg in one["args"])]
+    text, maps = made.binaries[launch["file"]].assembly, [arg for arg in launch["args"] if "map" in arg]
+    bytes = {len(map["box"]): math.prod(map["box"]) * DTYPES[map["element"]].itemsize for map in maps}
+    copied = [int(rank) for rank in re.findall(r"cp\.async\.bulk\.tensor\.(\d)d\.shared", text)]
+    awaited = [int(size) for size in re.findall(r"mbarrier\.arrive\.expect_tx\S* _, \[\S+\], (\d+);", text)]
+    assert len(bytes) == len(maps) and set(copied) == bytes.keys()
+    assert sum(bytes[rank] for rank in copied) == sum(awaited)
 
 
 def check(
@@ -214,12 +245,15 @@ def test_what_is_passed_must_fit_the_image(library: Library) -> None:
         gpu_driver.driver().load(image, symbol, threads, 228 << 10, CPU)
 
 
-HIP = ["group", "up tiles", "up rows", "down tiles", "up fp8", "gradient hidden"]
+HIP: dict[str, Callable[[], Func]] = {
+    **{name: FUNCS[name] for name in ("group", "up tiles", "up rows", "down tiles", "down rows mxfp4")},
+    "gradient": lambda: gradient("moe.hidden_grad", "hip:gfx942"),
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "group" else []) for n in HIP])
 def test_what_hip_kernels_take(name: str) -> None:
-    made = emit_kernel(FUNCS[name](), "hip:gfx942")
+    made = emit_kernel(HIP[name](), "hip:gfx942")
     for variant in made.variants:
         for launch in variant.config["launches"]:
             image = hsaco(made.binaries[launch["file"]].assembly)
