@@ -49,7 +49,9 @@ def obstacle(kernel: Family, gemm: Gemm, on: Chip) -> str:
     """Why a family of kernels cannot compute a GEMM on a chip, or is not tried; "" if it can."""
     if kernel not in FAMILIES:
         return "there is no such family of kernels"
-    if kernel in ("tma", "swap"):
+    if kernel == "swap":
+        return _engine(gemm, on, widens=True)
+    if kernel == "tma":
         return _engine(gemm, on)
     if kernel == "persistent":
         if gemm.half == "up":
@@ -74,15 +76,24 @@ def _list(gemm: Gemm) -> str:
     return "" if gemm.listed else "it reads its tiles from a list, which the op lacks"
 
 
-def _engine(gemm: Gemm, on: Chip) -> str:
-    """Why weights cannot come by the copy engine of Hopper and later; "" if they can."""
+def _engine(gemm: Gemm, on: Chip, widens: bool = False) -> str:
+    """Why weights cannot come by the copy engine of Hopper and later; "" if they can.
+
+    Args:
+        widens: whether the family widens packed ones.
+    """
     row = (gemm.columns * gemm.parts if gemm.transposed else gemm.inner) * gemm.dtype.itemsize
     if not on.engine:
         return f"{on.name} has no copy engine for tensors"
-    if gemm.packing != "plain":
-        return f"weights packed as {gemm.packing} do not come by the copy engine"
+    if gemm.packing != "plain" and not widens:
+        return f"it does not widen weights, which are packed as {gemm.packing}"
     if gemm.dtype is DType.f32:
         return "f32 is not multiplied by tensor cores"
+    if gemm.packing != "plain" and gemm.parts == 2 and gemm.columns % 8:
+        return f"{gemm.columns} columns of each kind: both come together, by eights"
+    if gemm.packing != "plain":
+        aligned = gemm.packing == "mxfp4" or gemm.inner % 16 == 0
+        return "" if aligned else f"rows of {gemm.inner} bytes: it takes multiples of 16"
     if gemm.inner % 64 or row % 16:
         return f"sums of {gemm.inner} terms in rows of {row} bytes: blocks of 64 and 16 are needed"
     return ""
@@ -112,6 +123,13 @@ def _tma(gemm: Gemm, on: Chip) -> Iterator[Variant]:
 
 
 def _swap(gemm: Gemm, on: Chip) -> Iterator[Variant]:
+    if gemm.packing != "plain":
+        columns = (32, 64, 128) if gemm.parts == 2 else (64, 128)
+        for m, n, k, warps, deep in product((16, 32, 64, 128), columns, _depths(gemm), (4, 8), (3, 4, 5, 6)):
+            variant = Variant("swap", m, n, k, warps, deep)
+            if warps <= variant.first(gemm) // 16:
+                yield variant
+        return
     for m, n, k, warps, deep in product((16, 32, 64), (64, 128), _depths(gemm), (4, 8), (3, 4, 5, 6)):
         # ptxas of CUDA 12.9 keeps 8 bytes of two sums on the stack for the B200, with registers left.
         spills = on is CHIPS["cuda:sm_100"] and gemm.parts == 2 and (m, k, warps) == (32, 128, 4)
@@ -164,7 +182,9 @@ def _packed_rows(gemm: Gemm, beside: int) -> Iterator[Variant]:
 
 
 def _depths(gemm: Gemm) -> tuple[int, ...]:
-    """Steps along the inner dimension that divide it."""
+    """Steps along the inner dimension that divide it, or of whole blocks."""
+    if gemm.packing != "plain":
+        return (128,)
     return tuple(depth for depth in (64, 128) if gemm.inner % depth == 0)
 
 

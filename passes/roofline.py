@@ -37,8 +37,11 @@ PIECE = 16  # bytes that starting a piece of a row costs; fitted to the tiles th
 LONG = 256  # bytes of a piece from which longer ones are not faster
 PORT = 64  # bytes that an SM takes from the L2 in a clock
 SHARED_READS = 128  # bytes of shared memory that an SM reads in a clock
-WIDENING = 4.5  # instructions by which a packed weight becomes one that is multiplied: read off sm_90's code
-SCALING = 1  # instructions by which a sum of fp8 by fp8 is scaled and added to the others: read off sm_90's code
+# Instructions by which a packed weight becomes one that is multiplied, read off sm_90's code: in loops of mma.sync with
+# those that move registers, and in loops of wgmma. In those of `swap` two of fp8 take LDS, PRMT, SHF, 2 LOP3 and HMUL2,
+# four of mxfp4 LDS, PRMT, 3 shifts, 4 LOP3, 2 HMUL2 and a share of their scales'; `tiles` store instead of loading.
+WIDENING, WIDENING_FOR_WGMMA = 4.5, 3.0
+SCALING = 1  # instructions by which a sum over a step of fp8 is scaled and added to the others: read off sm_90's code
 ISSUED = 128  # instructions of threads that an SM issues in a clock
 CACHED = 0.5  # the share of the L2 that data stays in until its next reader
 MOST_PAIRS = 1024  # that a program of `rows` looks through
@@ -199,9 +202,13 @@ def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
     share = FLOPS_SHARE * feed(variant)
     if not variant.direct(gemm, on):
         return full * share * (MMA_SYNC_SHARE if on.wide else 1.0)
-    m, n = variant.first, variant.block_m if variant.kernel == "swap" else variant.block_n
+    m, n = variant.first(gemm), variant.block_m if variant.kernel == "swap" else variant.block_n
     # Both operands come from shared memory: m once for each 256 columns, n once for each 64 rows.
-    read = (1 if narrow else 2) * (m * -(-n // 256) + n * -(-m // 64)) / SHARED_READS
+    size = 1 if narrow else 2
+    first = m * size * -(-n // 256)
+    if variant.widens(gemm):  # a thread loads two bytes at a time, half of what it can
+        first = 2 * m * gemm.weight_size
+    read = (first + n * size * -(-m // 64)) / SHARED_READS
     multiply = 2 * m * n / (full / on.sms / on.clock)
     return full * share * min(1.0, multiply / read)
 
@@ -211,10 +218,12 @@ def widening(gemm: Gemm, variant: Variant, on: Chip) -> float:
     if gemm.packing == "plain":
         return 0.0
     steps = -(-gemm.inner // (variant.block_k * variant.split))
-    if variant.kernel == "fp8":
-        return steps * variant.block_m * variant.block_n * gemm.parts * SCALING / (ISSUED * on.clock)
-    weights = variant.products(gemm) if variant.kernel == "rows" else variant.block_n * gemm.parts * variant.block_k
-    return steps * weights * WIDENING / (ISSUED * on.clock)
+    if variant.kernel == "rows":
+        return steps * variant.products(gemm) * WIDENING / (ISSUED * on.clock)
+    columns, each = variant.block_n * gemm.parts, WIDENING_FOR_WGMMA if variant.direct(gemm, on) else WIDENING
+    widened = 0.0 if variant.kernel == "fp8" else columns * variant.block_k * each
+    scaled = columns * variant.block_m * SCALING if gemm.packing == "fp8" else 0
+    return steps * (widened + scaled) / (ISSUED * on.clock)
 
 
 def feed(variant: Variant) -> float:

@@ -15,6 +15,9 @@ Family: TypeAlias = Literal["tiles", "tma", "swap", "persistent", "gathered", "r
 ROW_REGISTERS = 48  # registers of a thread that every kernel takes
 # Registers of a thread of `rows`, going up and going down, and for each product that it makes in a step.
 OF_ROWS = {"plain": (48, 96, 1.2), "fp8": (40, 80, 0.5), "mxfp4": (48, 48, 0.95)}
+# Registers of a thread of `swap` that widens weights: for all, for each sum, and for each weight and each value of the
+# rows in a step.
+WIDENED = {"fp8": (20, 2.4, 0.5, 0.4), "mxfp4": (30, 1.65, 0.47, 0.25)}
 HELD = 0.4  # of a step's operands: how much is in registers at a time where instructions are of 32 lanes
 DIVIDED = 4  # warps of a persistent program whose work Triton divides into fetching and multiplying
 WEIGHT_SIZES = {"fp8": 1 + 4 / 128**2, "mxfp4": 0.5 + 1 / 32}  # bytes, with a share of the scales
@@ -96,21 +99,27 @@ class Variant:
         """Whether its programs go over many tiles, all of whose operands come by the copy engine."""
         return self.kernel in ("persistent", "gathered")
 
-    @property
-    def first(self) -> int:
-        """Rows of the tensor cores' first operand: the weights' columns in `swap`."""
-        return self.block_n if self.kernel == "swap" else self.block_m
+    def first(self, gemm: Gemm) -> int:
+        """Rows of the tensor cores' first operand: the weights' columns in `swap`, of both kinds where it widens."""
+        if self.kernel != "swap":
+            return self.block_m
+        return self.block_n * (gemm.parts if self.widens(gemm) else 1)
+
+    def widens(self, gemm: Gemm) -> bool:
+        """Whether the matrix instruction takes weights from the registers in which they are widened."""
+        return self.kernel == "swap" and gemm.packing != "plain"
 
     def direct(self, gemm: Gemm, on: Chip) -> bool:
-        """Whether the matrix instruction reads its operands from shared memory, not from registers."""
-        return 0 < on.wide <= self.first and (gemm.dtype is not DType.f32 or self.kernel == "fp8")
+        """Whether the matrix instruction is the one that reads shared memory: both operands, or the second at least."""
+        return 0 < on.wide <= self.first(gemm) and (gemm.dtype is not DType.f32 or self.kernel == "fp8")
 
     def order(self, gemm: Gemm, on: Chip) -> str:
         """What decides the order in which a row's terms are added: variants of one order give the same bits."""
         if self.kernel == "rows" or (gemm.dtype is DType.f32 and self.kernel != "fp8"):
             return f"{self.kernel} {self.block_k} / {self.split}"
         of, place = "fp8 " if self.kernel == "fp8" else "", "shared memory" if self.direct(gemm, on) else "registers"
-        return f"{of}matrix instruction on {place} / {self.split}"
+        scaled = f", scaled by {self.block_k}" if gemm.packing == "fp8" else ""
+        return f"{of}matrix instruction on {place} / {self.split}{scaled}"
 
     def step(self, gemm: Gemm) -> int:
         """Bytes of operands that one step of the inner loop loads."""
@@ -126,6 +135,9 @@ class Variant:
         if self.kernel == "rows":
             return int((self.num_stages - 1) * self.products(gemm) * gemm.weight_size) + 4096
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
+        if self.widens(gemm):  # the weights of a stage are in registers; scales may pass through shared memory
+            rows = int(self.block_m * self.row_size(gemm) * self.block_k)
+            return self.num_stages * rows + (self.num_stages - 1) * (self.step(gemm) - rows) + 2048
         spare = 256 if self.kernel != "tiles" or self.direct(gemm, on) else 0
         if self.stays:
             spare += self.block_m * min(128, self.block_n) * gemm.dtype.itemsize  # results on their way out
@@ -148,6 +160,10 @@ class Variant:
         if self.kernel == "rows":
             up, down, each = OF_ROWS[gemm.packing]
             return (up if gemm.half == "up" else down) + each * self.block_m * self.products(gemm) / threads
+        if self.widens(gemm):
+            always, total, weight, row = WIDENED[gemm.packing]
+            m, n, k = self.block_m, self.first(gemm), self.block_k
+            return always + (total * m * n + weight * n * k + row * m * k) / threads
         if self.stays:
             threads = 256  # two groups of warps share the products
         sums = self.block_m * self.block_n * gemm.parts / threads

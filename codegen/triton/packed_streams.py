@@ -46,15 +46,16 @@ class _Packed(Streamed):
         self.element = DType.ui8
         self.deep = -(-self.inner // BLOCK)  # blocks along the inner dimension
         self.all = self.gemm.columns * self.count
+        self.tail = self.inner % BLOCK != 0
 
     @property
     def wide(self) -> str:
         return "2 * BLOCK_N" if self.count == 2 else "BLOCK_N"
 
     def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
-        """As `Streamed.sizes`; of both kinds of columns there are 64 at least."""
-        sizes = super().sizes(variant)
-        return {**sizes, "BLOCK_N": max(64 // self.count, self.gemm.sizes(variant)["BLOCK_N"])}
+        """BLOCK_M rows, BLOCK_N columns, of both kinds 64 at least, and steps of a block."""
+        sizes = self.gemm.sizes(variant)
+        return {**sizes, "BLOCK_N": max(64 // self.count, sizes["BLOCK_N"]), "BLOCK_K": BLOCK}
 
     def rows(self, row: int, block: int) -> tuple[list[int], list[int], list[int]]:
         """Shape, strides and block of columns that are `row` apart, of which a block has `block` of each kind."""
@@ -67,9 +68,8 @@ class _Packed(Streamed):
 
     def at(self, leading: str, inner: str) -> dict[str, str]:
         """`parts`, by the indices before and after those of the columns."""
-        return {
-            "acc": f"{leading}, first // {EIGHT}, 0, 0, {inner}" if self.count == 2 else f"{leading}, first, {inner}"
-        }
+        columns = f"first // {EIGHT}, 0, 0" if self.count == 2 else "first"
+        return {"acc": f"{leading}, {columns}, {inner}"}
 
     def ahead(self) -> list[str]:
         if self.count == 1:
@@ -112,7 +112,7 @@ class Fp8(_Packed):
         """[experts, columns, inner]; for gated experts [experts, columns / 8, 2, 8, inner]."""
         shape, strides, block = self.rows(self.inner, sizes["BLOCK_N"])
         shape, strides = [self.gemm.experts, *shape, self.inner], [self.all * self.inner, *strides, 1]
-        return tensor_map(self.bank, self.element, of, shape, strides, [1, *block, sizes["BLOCK_K"]])
+        return tensor_map(self.bank, self.element, of, shape, strides, [1, *block, BLOCK])
 
     def ahead(self) -> list[str]:
         scales = f"{self.bank}_scale + expert * {-(-self.all // BLOCK) * self.deep}"
@@ -153,13 +153,6 @@ class Fp8(_Packed):
 
 class MxFp4(_Packed):
     """ui8 [E, K / 128, N, 64] with scales ui8 [E, K / 128, N, 4], of which the four of a block are one word."""
-
-    def check(self) -> None:
-        super().check()
-        self.tail = self.inner % BLOCK != 0
-
-    def sizes(self, variant: Mapping[str, Any]) -> dict[str, int]:
-        return {**super().sizes(variant), "BLOCK_K": BLOCK}
 
     def parts(self) -> dict[str, str]:
         return self.at(f"expert * {self.deep} + k // {BLOCK}", "0")

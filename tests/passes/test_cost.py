@@ -163,12 +163,21 @@ def test_where_rows_are_to_have_the_same_bits_all_variants_add_in_one_order(targ
 
 
 def test_packed_banks_of_few_tokens_take_rows() -> None:
-    """A launch less, where a token's experts are streamed; with many tokens tensor cores have to widen."""
+    """A launch less, where a token's experts are streamed; mxfp4 by as many instructions as it saves, in small layers
+    only. With many tokens tensor cores have to widen."""
     for shape in MODELS:
-        for packing in ("fp8", "mxfp4"):
-            down = shape.layer(packing=packing)[1]
-            assert best(down, 1, H100).variant.kernel == "rows"
-            assert best(down, 256, H100).variant.kernel == "tiles"
+        fp8, mxfp4 = (shape.layer(packing=packing)[1] for packing in ("fp8", "mxfp4"))
+        assert best(fp8, 1, H100).variant.kernel == "rows"
+        assert best(mxfp4, 1, H100).variant.kernel == ("swap" if shape in (MIXTRAL, DEEPSEEK_V3) else "rows")
+        assert {best(down, 256, H100).variant.kernel for down in (fp8, mxfp4)} <= {"tiles", "swap"}
+
+
+def test_packed_banks_of_many_tokens_are_widened_for_as_many_rows_as_there_are_tiles_of() -> None:
+    """In the registers from which wgmma takes them; where the products are the limit, each weight for 128 rows."""
+    for shape in MODELS:
+        for gemm in (*shape.layer(packing="fp8"), *shape.layer(packing="mxfp4")):
+            found = best(gemm, 32768, H100)
+            assert (found.variant.kernel, found.variant.block_m, found.made.limiter) == ("swap", 128, "compute")
 
 
 @pytest.mark.parametrize("target", sorted(CHIPS))

@@ -120,3 +120,54 @@ def test_rows_of_whole_blocks(packing: str) -> None:
     for tokens in (0, 2):
         check_up(packing, tokens, 2, 4, "concat", False, torch.float16, "hot", 128, 64, rows(block_n=64, block_k=128))
         check_down(packing, tokens, 2, 4, False, torch.float16, "even", 32, 256, rows(block_k=128, split=2, block_n=32))
+
+
+def swap(**sizes: int) -> tuple[dict[str, Any], ...]:
+    return ({"kernel": "swap", "up_to": None, "block_m": 16, "block_n": 32, "block_k": 128, **sizes},)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("layout", ["concat", "interleaved", "single"])
+def test_swap_of_every_layout(packing: str, layout: str) -> None:
+    """A last block that is not whole, both ways; of concat, tiles of the second part lie in two blocks of scales."""
+    check_up(packing, 6, 2, 3, layout, True, torch.float32, "skip", 160, 136, swap(block_n=64))
+    if layout == "single":
+        check_down(packing, 6, 2, 3, True, torch.float32, "skip", 136, 208, swap())
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("dtype", [torch.float16, *COMPILED])
+def test_swap_of_whole_blocks(packing: str, dtype: torch.dtype) -> None:
+    """Columns of a tile that share their scales, and a single block of K."""
+    for tokens, kind in ((0, "even"), (33, "hot")):
+        check_up(packing, tokens, 2, 4, "concat", False, dtype, kind, 128, 128, swap(block_m=32, block_n=128))
+        check_down(packing, tokens, 2, 4, False, dtype, kind, 128, 256, swap(block_n=128))
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["fp8", "mxfp4"]), st.integers(1, 40), st.integers(1, 4), st.integers(0, 3),
+    st.sampled_from(["even", "hot", "skip"]), st.integers(1, 18), st.integers(1, 9), st.sampled_from([16, 32]),
+)  # fmt: skip
+def test_swap_of_any_size(
+    packing: str, tokens: int, k: int, more: int, kind: str, inner: int, columns: int, rows: int
+) -> None:
+    """As many choices as experts included, experts without rows, one with all, skipped pairs."""
+    variants = swap(block_m=rows)
+    check_up(packing, tokens, k, k + more, "concat", False, torch.float32, kind, 16 * inner, 8 * columns, variants)
+    check_down(packing, tokens, k, k + more, False, torch.float32, kind, 8 * columns, 16 * inner, variants)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_a_row_is_the_same_in_any_batch(packing: str) -> None:
+    """Bit by bit, wherever in a tile it comes to lie."""
+    torch.manual_seed(0)
+    up = kernel(packed(build.gather_gemm(silu, 256, 64, 3, 1, torch.float32, variants=swap()), packing))
+    x, (made, scales, _) = torch.randn(20, 256), quantised(torch.randn(3, 128, 256) * 0.2, packing)
+    ids = loads(20, 1, 3, "even")
+    order, offsets = group_reference(ids, 3)
+    (many,) = up([x, order, offsets, made, None, None, scales])
+    for token in (0, 17):
+        alone = group_reference(ids[token : token + 1], 3)
+        (one,) = up([x[token : token + 1], *alone, made, None, None, scales])
+        assert torch.equal(one[0], many[(order == token).nonzero()[0, 0]])

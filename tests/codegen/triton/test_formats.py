@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +12,12 @@ import torch
 from sparsec.codegen.triton import source
 from sparsec.runtime.blocks import FP4
 
-FORMATS = Path(source.__file__).with_name("formats.py")
-
 
 def assembly(function: str, wide: bool = False) -> str:
-    """The text that a function of `formats.py` puts into kernels for bf16, or for f32 (`wide`)."""
-    (node,) = [n for n in ast.parse(FORMATS.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == function]
+    """The text that a function of the library puts into kernels for bf16, or for f32 (`wide`)."""
+    (node,) = ast.parse(source.library()[function]).body
     texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    narrow, f32 = [text for text in texts if "prmt" in text]
-    return f32 if wide else narrow
+    return [text for text in texts if "prmt" in text][wide]
 
 
 def single(word: int) -> float:
@@ -50,7 +46,7 @@ def run(text: str, registers: dict[str, int]) -> dict[str, int]:
         out, *given = operands
         values = [registers[v] if v in registers else int(v, 0) for v in given]
         match name:
-            case "mov.b32":
+            case "mov.b32" | "cvt.u32.u16":
                 made = values[0]
             case "and.b32":
                 made = values[0] & values[1]
@@ -86,6 +82,25 @@ def test_fp8() -> None:
         assert halves(got["$0"]) + halves(got["$1"]) == wanted.tolist()
         got = run(assembly("from_fp8", wide=True), {"$4": word})
         assert [single(got[f"${i}"]) for i in range(4)] == wanted.tolist()
+
+
+def test_fp8_by_twos() -> None:
+    text = assembly("matrix_from_fp8")
+    for first in range(0, 256, 2):
+        if (first + 1) & 127 != 127:  # which is no number
+            got = run(text, {"$1": first | (first + 1) << 8})
+            wanted = torch.tensor([first, first + 1], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+            assert halves(got["$0"]) == wanted.tolist()
+
+
+@pytest.mark.parametrize("scale", [0, 1, 121, 128])
+@pytest.mark.parametrize(("function", "shift"), [("lower_halves", 0), ("upper_halves", 4)])
+def test_mxfp4_by_twos(function: str, shift: int, scale: int) -> None:
+    text, numbers = assembly(function), [*FP4, *(-value for value in FP4)]
+    for first in range(0, 256, 2):
+        got = run(text, {"$1": first | (first + 1) << 8, "$2": ((scale + 126) << 7) * 0x10001})
+        codes = [byte >> shift & 15 for byte in (first, first + 1)]
+        assert halves(got["$0"]) == [numbers[code] * 2.0 ** (scale - 127) for code in codes]
 
 
 @pytest.mark.parametrize("scales", [(0, 128), (119, 121), (127, 1)])

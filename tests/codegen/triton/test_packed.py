@@ -14,10 +14,13 @@ from sparsec.diagnostics import CompileError
 from sparsec.ir.core import Func
 from sparsec.passes.chips import chip
 from sparsec.passes.cost import candidates
+from sparsec.passes.roofline import predict
 from sparsec.passes.schedule import gpu_variants
 from tests.codegen.triton import build
+from tests.codegen.triton.check_experts import clamped
+from tests.codegen.triton.hopper import serialised, under_way
 from tests.codegen.triton.packed import packed
-from tests.passes.published import QWEN3
+from tests.passes.published import DEEPSEEK_V3, GPT_OSS, QWEN3, Shape
 
 pytest.importorskip("triton")
 FEW = {"up_to": 64, "block_m": 16, "block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4}
@@ -144,7 +147,7 @@ def test_decode_takes_rows(packing: str) -> None:
     op = packed(build.gemm_combine(2048, 768, 128, 8, torch.bfloat16), packing).body.ops[0]
     variants = gpu_variants(op, chip("cuda:sm_90"))
     assert variants[0]["kernel"] == "rows" and variants[0]["up_to"] >= 4
-    assert variants[-1]["kernel"] == "tiles"
+    assert variants[-1]["kernel"] == "swap" and variants[-1]["block_m"] == 128
 
 
 @pytest.mark.parametrize("warps", [4, 8])
@@ -178,6 +181,101 @@ def test_what_the_schedule_chooses_spills_nothing(packing: str) -> None:
         made = emit_kernel(func, "cuda:sm_90")
         assert len(made.variants) > 1
         assert all(binary.spills == 0 for binary in made.binaries.values())
+
+
+def swap(m: int, n: int, warps: int, stages: int = 4) -> dict[str, Any]:
+    return {"kernel": "swap", "block_m": m, "block_n": n, "block_k": 128, "num_warps": warps, "num_stages": stages}
+
+
+def check_swap(func: Func, packing: str, target: str) -> None:
+    """Weights by the copy engine, widened in registers, from which wgmma takes them."""
+    kernel = emit_kernel(packed(func, packing), target)
+    for variant in kernel.variants:
+        launch = variant.config["launches"][0]
+        binary = kernel.binaries[launch["file"]]
+        assert binary.spills == 0, launch
+        assert launch["num_stages"] == variant.config["choice"]["num_stages"]
+        assert binary.shared <= TARGETS[target].shared_limit
+        assert "cp.async.bulk.tensor" in binary.assembly and "mma.sync" not in binary.assembly
+        if target == "cuda:sm_90":
+            products = re.findall(r"wgmma\.mma_async\.\S*m64n(\d+)k16\S* \{[^}]*\}, (\{%r\d+)?", binary.assembly)
+            assert {int(columns) for columns, _ in products} == {launch["constants"]["BLOCK_M"]}
+            assert all(registers for _, registers in products), "weights go back to shared memory"
+            assert not serialised(binary)
+            assert (under_way(binary)[0] > 0) == (packing == "mxfp4"), "sums of fp8 are scaled step by step"
+            loop = binary.assembly[: binary.assembly.rindex("wgmma.mma_async")]
+            assert not re.search(r"st\.shared\.v4|ldmatrix|stmatrix", loop)
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_swap_widens_in_registers(packing: str) -> None:
+    """Up to 128 rows of a gated expert whose columns alternate, with a bias; going down, with a last step beyond K."""
+    many = ({**swap(16, 32, 4), "up_to": 1}, swap(128, 64, 8))
+    gated = build.gather_gemm(clamped, 2880, 2880, 32, 4, torch.bfloat16, "interleaved", True, False, many)
+    check_swap(gated, packing, "cuda:sm_90")
+    down = build.gemm_combine(2880, 2880, 32, 4, torch.bfloat16, True, False, (swap(64, 128, 8),), listed=True)
+    check_swap(down, packing, "cuda:sm_90")
+
+
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+def test_swap_widens_by_few_instructions(packing: str) -> None:
+    """One product for two weights, which come in two bytes, or four by two products: as the cost model counts."""
+    func = build.gemm_combine(2048, 768, 8, 2, torch.bfloat16, variants=(swap(32, 64, 4),))
+    kernel = emit_kernel(packed(func, packing), "cuda:sm_90")
+    text = kernel.binaries[kernel.variants[0].config["launches"][0]["file"]].assembly
+    weights = 64 * 128 // 128  # of a tile, by thread
+    assert text.count("fma.rn.bf16x2") == weights // 2
+    assert len(re.findall(r"ld\.shared\.b16", text)) == weights // (2 if packing == "fp8" else 4)
+    assert not re.search(r"ld\.shared\.v\d\.b8|cvt\.rn\.(f16x2|bf16x2)\.e\dm\d", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:sm_90", "cuda:sm_100"])
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("shape", [DEEPSEEK_V3, GPT_OSS], ids=["deepseek-v3", "gpt-oss"])
+def test_every_tile_of_swap_that_is_tried_fits(shape: Shape, packing: str, target: str) -> None:
+    """No spills, and no more shared memory than the cost model says."""
+    on, layout = chip(target), "interleaved" if shape is GPT_OSS else "concat"
+    for gemm in shape.layer(packing=packing):
+        tried = [v for v in candidates(gemm, on) if v.kernel == "swap" and v.num_stages == 3]
+        tried = [v for v in tried if predict(gemm, v, 1, on) is not None]
+        assert len(tried) >= 10
+        ends = [*range(1, len(tried)), None]
+        variants = tuple({**vars(v), "up_to": end} for v, end in zip(tried, ends, strict=True))
+        given = shape.hidden, shape.width, shape.experts, shape.k, torch.bfloat16
+        func = (
+            build.gather_gemm(clamped, *given, layout, shape is GPT_OSS, False, variants, listed=True)
+            if gemm.half == "up"
+            else build.gemm_combine(*given, shape is GPT_OSS, False, variants, listed=True)
+        )
+        kernel = emit_kernel(packed(func, packing), target)
+        for variant, made in zip(tried, kernel.variants, strict=True):
+            launch = made.config["launches"][0]
+            binary = kernel.binaries[launch["file"]]
+            assert binary.spills == 0, variant
+            assert launch["num_stages"] == 3 and binary.shared <= variant.shared(gemm, on), variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("layout", ["single", "concat", "interleaved"])
+def test_swap_of_every_layout(layout: str, packing: str) -> None:
+    """Columns and sums that no tile divides."""
+    activation = torch.relu if layout == "single" else silu
+    for target in ("cuda:sm_90", "cuda:sm_100"):
+        variants = ({**swap(16, 64, 4), "up_to": 1}, swap(64, 128, 8))
+        check_swap(build.gather_gemm(activation, 1040, 840, 8, 2, torch.bfloat16, layout, variants=variants),
+                   packing, target)  # fmt: skip
+
+
+def test_swap_names_what_the_engine_does_not_take() -> None:
+    few = ({**FEW, "kernel": "swap"},)
+    for hidden, width, packing, says in ((128, 60, "mxfp4", "60 columns of each kind"), (72, 64, "fp8", "rows of 72")):
+        func = packed(build.gather_gemm(silu, hidden, width, 4, 2, torch.bfloat16, variants=few), packing)
+        with pytest.raises(CompileError, match=says):
+            sketch_kernel(func)
+    with pytest.raises(CompileError, match="cuda:sm_80"):
+        emit_kernel(packed(build.gemm_combine(128, 128, 4, 2, torch.bfloat16, variants=few), "fp8"), "cuda:sm_80")
 
 
 def test_other_families_refuse() -> None:

@@ -175,6 +175,8 @@ NARROW = [
 PACKED = [
     ("up", Variant("tiles", 16, 64, 128, 4, 3)),
     ("down", Variant("tiles", 128, 64, 128, 8, 3)),
+    ("up", Variant("swap", 32, 64, 128, 4, 4)),
+    ("down", Variant("swap", 128, 128, 128, 8, 3)),
     ("up", Variant("rows", 2, 32, 128, 4, 4)),
     ("down", Variant("rows", 1, 32, 128, 4, 4)),
 ]

@@ -20,6 +20,7 @@ from sparsec.runtime.plan import Kernel, Tensor
 from sparsec.runtime.triton_kernels import launcher
 from tests.codegen.triton import build
 from tests.codegen.triton.interpret import type_of
+from tests.codegen.triton.packed import packed
 
 pytest.importorskip("triton")
 SMALL: dict[str, Any] = {"block_m": 64, "block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
@@ -72,6 +73,8 @@ def zeros(type: Tensor) -> torch.Tensor:
 FUNCS: dict[str, Callable[[], Func]] = {
     "tma": lambda: up("tma", "concat", torch.bfloat16),
     "swap": lambda: up("swap", "interleaved", torch.float16),
+    "swap fp8": lambda: packed(up("swap", "concat", torch.bfloat16), "fp8"),
+    "swap mxfp4": lambda: packed(up("swap", "interleaved", torch.bfloat16), "mxfp4"),
     "tiles": lambda: down("tiles"),
     "persistent": lambda: down("persistent"),
     "divided": lambda: down("persistent", block_m=128),
@@ -94,7 +97,7 @@ def test_parameters(name: str) -> None:
         assert sizes == [*map(ctypes.sizeof, values), 8, 8]
 
 
-@pytest.mark.parametrize("name", ["divided", "persistent", "swap", "tma"])
+@pytest.mark.parametrize("name", ["divided", "persistent", "swap", "swap fp8", "swap mxfp4", "tma"])
 def test_barriers_count_the_bytes_that_the_engine_copies(name: str) -> None:
     """What programs wait for is what a map's box holds, copy by copy; else they would hang, or read too early."""
     made = emit_kernel(FUNCS[name](), "cuda:sm_90")
