@@ -75,10 +75,10 @@ def _hidden(kernel: Family, grad: Hidden, on: Chip) -> Iterator[Variant]:
     if grad.dtype is DType.f32:  # no tensor cores
         yield Variant(kernel, 32, 32, 32, 8, 2)
         return
-    if kernel == "tma":  # the region is taken a few columns at a time
+    if kernel == "tma":  # the region is taken a few columns at a time, by threads of a few rows
         for tile, stages in product([(128, 128, 8), (128, 64, 8), (64, 64, 4)], (3, 4)):
             m, n, warps = tile
-            if m == 128 or on is CHIPS["cuda:sm_90"]:  # elsewhere a warp then has too many rows
+            if (m == 128 or on is CHIPS["cuda:sm_90"]) and not (n == 128 and grad.parts == 2 and grad.heavy):
                 yield Variant(kernel, m, n, 64, warps, stages)
         return
     few = many = 64
@@ -93,9 +93,12 @@ def _bank(kernel: Family, grad: Bank, on: Chip) -> Iterator[Variant]:
     if grad.dtype is DType.f32:
         yield Variant(kernel, 64, 64, 32, 8, 2)
         return
-    stages = (2, 3) if on.lanes == 64 else (3, 4, 5)  # there, no asynchronous copies to keep under way
-    tiles = [(64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8)]
-    for (m, n, warps), depth, deep in product(tiles, (32, 64) if on.lanes == 64 else (64,), stages):
+    tiles, depths, stages = [(64, 128, 4), (128, 128, 8)], (64,), (3, 4)
+    if on.wide:  # sums, but no operands, are in registers
+        tiles, stages = [*tiles, (128, 256, 8), (256, 128, 8)], (3, 4, 5)
+    elif on.lanes == 64:  # there, no asynchronous copies to keep under way
+        tiles, depths, stages = [*tiles, (128, 256, 8)], (32, 64), (2, 3)
+    for (m, n, warps), depth, deep in product(tiles, depths, stages):
         yield Variant(kernel, m, n, depth, warps, deep)
 
 

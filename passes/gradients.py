@@ -36,7 +36,7 @@ from sparsec.passes.roofline import (
 )
 from sparsec.passes.variants import ROW_REGISTERS, Gemm, Variant
 
-POINTER_REGISTERS = 64  # of a thread of `moe.hidden_grad` where weights come by pointers: as ptxas has it
+HELD_REGISTERS = 64  # of a thread, where weights come by pointers or operands are in registers: as ptxas has it
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Hidden:
         parts: columns of the up-projection for each of `width`.
         up_transposed, down_transposed: as of the op.
         alternate: whether the columns of a gated expert do.
+        heavy: whether the region takes the registers that sums of 128 x 128 would leave: a tanh does.
     """
 
     experts: int
@@ -59,6 +60,7 @@ class Hidden:
     up_transposed: bool = False
     down_transposed: bool = False
     alternate: bool = False
+    heavy: bool = False
 
     @property
     def products(self) -> tuple[Gemm, Gemm]:
@@ -115,6 +117,7 @@ def gradient_of(op: HiddenGrad | BankGrad) -> Gradient:
             return Hidden(
                 op.num_experts, op.k, hidden, out, op.width, op.parts, op.x.tensor.dtype,
                 op.up_transposed, op.down_transposed, op.layout == "interleaved",
+                any(inner.name == "aten.tanh" or inner.attrs.get("approximate") == "tanh" for inner in op.gradient.ops),
             )  # fmt: skip
         case BankGrad():
             m, n = (known(size) for size in op.grad.tensor.shape[1:])
@@ -126,14 +129,16 @@ def shared(grad: Gradient, variant: Variant, on: Chip) -> int:
     columns = variant.block_n * (grad.parts if isinstance(grad, Hidden) else 1)
     step = (variant.block_m + columns) * variant.block_k * grad.dtype.itemsize
     direct = variant.direct(_alike(grad), on)
-    return (variant.num_stages if direct else variant.num_stages - 1) * step + 256
+    barriers = 256 if direct or variant.kernel == "tma" else 0
+    return (variant.num_stages if direct else variant.num_stages - 1) * step + barriers
 
 
 def registers(grad: Gradient, variant: Variant, on: Chip) -> float:
-    """Registers of a thread: the sums, what every kernel takes, and pointers to blocks of two banks."""
+    """Registers of a thread: the sums, what every kernel takes, and pointers to two banks, or operands in registers."""
     parts = 1 + grad.parts if isinstance(grad, Hidden) else 1
-    pointers = POINTER_REGISTERS if isinstance(grad, Hidden) and variant.kernel == "tiles" else 0
-    return ROW_REGISTERS + pointers + variant.block_m * variant.block_n * parts / (variant.num_warps * on.lanes)
+    by_pointers = variant.kernel == "tiles" and (isinstance(grad, Hidden) or not variant.direct(_alike(grad), on))
+    sums = variant.block_m * variant.block_n * parts / (variant.num_warps * on.lanes)
+    return ROW_REGISTERS + sums + (HELD_REGISTERS if by_pointers else 0)
 
 
 def done(grad: Gradient, variant: Variant, tokens: int) -> Work:
@@ -179,13 +184,11 @@ def foresee(grad: Gradient, variant: Variant, tokens: int, on: Chip) -> Predicti
     # Where one program has the whole SM, nothing runs beside it while it looks for its operands, or for the last rows.
     alone = rounds * (SEARCH + LATENCY * streams_rows) if resident == 1 else 0.0
     piece = min(LONG, variant.block_k * grad.dtype.itemsize if isinstance(grad, Hidden) else LONG)
-    idle = _blocks(grad, variant) * grad.experts - made.programs if isinstance(grad, Bank) else 0.0
     roofs: dict[Limiter, float] = {
         "memory": passed(grad, variant, tokens, on) / (on.bandwidth * BANDWIDTH_SHARE) * (1 + PIECE / piece),
         "compute": busiest * _computing(grad, variant, made, on),
         "cache": through * max(made.programs / on.cache_bandwidth, busiest / (PORT * on.clock)) / feed(variant),
-        "latency": rounds * (made.steps * LATENCY / (variant.num_stages - 1) + SEARCH)
-        + max(0.0, idle / on.sms / resident) * LATENCY,
+        "latency": rounds * (made.steps * LATENCY / (variant.num_stages - 1) + SEARCH),
     }
     limiter = max(roofs, key=lambda roof: roofs[roof])
     beside = LAUNCH if isinstance(grad, Hidden) else 0.0  # adds up the weights' gradients

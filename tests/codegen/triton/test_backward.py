@@ -83,31 +83,37 @@ def test_compiled(name: str, target: str) -> None:
     assert families == ({"tiles", "tma"} if narrow else {"tiles"})
 
 
-def each(bank: Bank, target: str) -> Iterator[tuple[Func, HiddenGrad | BankGrad, Variant]]:
-    """Every variant that is tried of a bank's backward kernels."""
+def each(bank: Bank, target: str, banks: bool) -> Iterator[tuple[Func, HiddenGrad | BankGrad, Variant]]:
+    """Every tile that is tried of a bank's backward kernels, with as many stages as fit; `banks`: of banks' gradients,
+    which know of no region, too."""
     for func in kernels(bank, target):
         op = func.body.ops[0]
-        if isinstance(op, HiddenGrad | BankGrad):
-            for variant in gradient_candidates(gradient_of(op), CHIPS[target]):
-                if foresee(gradient_of(op), variant, 4096, CHIPS[target]) is not None:
-                    yield func, op, variant
+        if isinstance(op, HiddenGrad) or (isinstance(op, BankGrad) and banks):
+            grad, on, tiles = gradient_of(op), CHIPS[target], dict[Variant, Variant]()
+            for variant in gradient_candidates(grad, on):
+                if foresee(grad, variant, 4096, on) is not None:
+                    tiles[replace(variant, num_stages=1)] = variant
+            for variant in tiles.values():
+                yield func, op, variant
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", sorted(TARGETS))
 @pytest.mark.parametrize("name", [*BANKS, *MORE])
-def test_every_variant_that_is_tried_is_what_the_model_takes_it_for(name: str, target: str) -> None:
+def test_every_tile_that_is_tried_is_what_the_model_takes_it_for(name: str, target: str) -> None:
     """No spills, as much shared memory as counted, and as many programs at a time as counted, on every target."""
     bank, on = (BANKS | MORE)[name], CHIPS[target]
-    for func, op, variant in each(bank, target):
+    for func, op, variant in each(bank, target, name in ("olmoe", "uneven", "f32")):
         where = f"{op.name} by {variant} on {target}"
         binary, made = compiled(func, variant, target), foresee(gradient_of(op), variant, 4096, on)
-        check_fits(binary, target, True, bank.dtype)
+        assert binary.spills == 0 and binary.shared <= TARGETS[target].shared_limit, where
         assert made is not None and binary.registers is not None
         if on.wide == 64 and bank.dtype is not torch.float32:
             assert binary.num_stages == variant.num_stages, where
             fits = min(65536 // (binary.registers * binary.threads), TARGETS[target].shared_limit // binary.shared)
-            assert fits >= made.resident or made.resident == 1, where
+            assert fits >= made.resident, where
+        if target == "cuda:sm_90" and bank.dtype is not torch.float32:
+            assert "wgmma.mma_async" in binary.assembly and not serialised(binary), where
         assert ("cp.async.bulk.tensor" in binary.assembly) == (variant.kernel == "tma"), where
 
 
