@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsec.codegen.triton import decode
 from sparsec.dialects.moe import gemm_combine_reference, group_reference
 from tests.codegen.triton import build
 from tests.codegen.triton.check_experts import check_down, check_up, loads, silu
@@ -86,6 +89,25 @@ def test_bits_do_not_depend_on_the_batch() -> None:
             parts += second([h, order, offsets, weights[part], down])
         found.append(torch.cat(parts))
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="fresh memory is known there")
+def test_only_who_comes_last_adds_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a part is missing, nobody stores: here of the last block of columns."""
+    split, blocks = 3, 2
+    launches = decode.Down.launches
+
+    def short(self: decode.Down, variant: Any) -> Any:
+        (entry,) = launches(self, variant)
+        assert entry.grid == ("t", str(blocks * split))
+        return (replace(entry, grid=("t", str(blocks * split - 1))),)
+
+    monkeypatch.setattr(decode.Down, "launches", short)
+    run = kernel(build.gemm_combine(16, 24, 3, 2, torch.float32, variants=variants(split=split, block_k=4)))
+    operands = [torch.ones(2, 24), *group_reference(torch.tensor([[0, 2]]), 3), torch.ones(1, 2), torch.ones(3, 16, 24)]
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **kwargs: torch.zeros(*sizes, **kwargs) + 7)
+    (y,) = run(operands)
+    assert (y[0, :8] == 48).all() and (y[0, 8:] == 7).all()
 
 
 def test_counts_are_left_zero() -> None:

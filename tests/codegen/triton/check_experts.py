@@ -126,6 +126,20 @@ def test_k_from_one_to_all(k: int) -> None:
     check_down(9, k, 4, True, False, torch.float32, "even")
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 2], [1, 2, 0], [2, 0, 1]])
+def test_rows_are_added_in_the_order_of_slots(ids: list[int]) -> None:
+    """Whatever the order of experts is: rounding tells."""
+    values = torch.tensor([1e8, -1e8, 1.0])
+    down = torch.zeros(3, 16, 16)
+    down[:, :, 0] = values[:, None]
+    order, offsets = group_reference(torch.tensor([ids]), 3)
+    run = kernel(build.gemm_combine(16, 16, 3, 3, torch.float32, variants=TINY))
+    (y,) = run([torch.ones(3, 16), order, offsets, torch.ones(1, 3), down])
+    first, second, third = values[ids].tolist()
+    total = torch.tensor(first) + torch.tensor(second) + torch.tensor(third)
+    assert torch.equal(y, total.expand(1, 16))
+
+
 def test_half_precision_and_whole_tiles() -> None:
     check_up(17, 2, 4, "concat", True, False, torch.float16, "even", hidden=64, width=32)
     check_down(17, 2, 4, True, False, torch.float16, "even", hidden=64, width=32)
