@@ -239,7 +239,7 @@ def test_every_tile_of_swap_that_is_tried_fits(shape: Shape, packing: str, targe
     for gemm in shape.layer(packing=packing):
         tried = [v for v in candidates(gemm, on) if v.kernel == "swap" and v.num_stages == 3]
         tried = [v for v in tried if predict(gemm, v, 1, on) is not None]
-        assert len(tried) >= 10
+        assert len(tried) >= 8
         ends = [*range(1, len(tried)), None]
         variants = tuple({**vars(v), "up_to": end} for v, end in zip(tried, ends, strict=True))
         given = shape.hidden, shape.width, shape.experts, shape.k, torch.bfloat16

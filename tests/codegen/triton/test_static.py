@@ -130,7 +130,9 @@ def check_overlap(binary: Binary, variant: Variant, gemm: Gemm, where: str) -> N
     assert not serialised(binary), where
     if gemm.inner <= variant.block_k * variant.split:  # one step, no loop
         return
-    if variant.direct(gemm, CHIPS["cuda:sm_90"]) and variant.kernel != "rows" and gemm.packing == "plain":
+    # Where weights go back to shared memory, or sums of fp8 are scaled, each product is waited for.
+    ahead = gemm.packing == "plain" or (gemm.packing == "mxfp4" and variant.widens(gemm))
+    if variant.direct(gemm, CHIPS["cuda:sm_90"]) and variant.kernel != "rows" and ahead:
         assert products >= 1, where
     if not variant.stays:  # there the copy engine brings both operands
         assert copies >= variant.num_stages - 2, where
@@ -143,6 +145,17 @@ CHOSEN = [Case(QWEN3, "up"), Case(QWEN3, "down")]
 def test_what_is_chosen_for_hopper_is_built_as_it_was_meant(case: Case) -> None:
     families = check_scheduled(case, "cuda:sm_90")
     assert "swap" in families and families & {"tma", "persistent"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("target", ["cuda:sm_90", "cuda:sm_100"])
+@pytest.mark.parametrize("shape", [QWEN3, GPT_OSS, DEEPSEEK_V3], ids=str)
+def test_what_is_chosen_for_packed_weights_is_too(shape: Shape, target: str, packing: str) -> None:
+    families = set[str]()
+    for half in ("up", "down"):
+        families |= check_scheduled(Case(shape, half, packing=packing), target)
+    assert "swap" in families
 
 
 @pytest.mark.slow
