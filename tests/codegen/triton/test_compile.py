@@ -23,6 +23,7 @@ from sparsec.runtime.dims import compile_dim
 from tests.codegen.layers import LAYERS
 from tests.codegen.triton import build
 from tests.codegen.triton.handwritten_routers import HANDWRITTEN
+from tests.codegen.triton.packed import packed
 from tests.codegen.triton.routers import ROUTERS, Router
 from tests.passes.route_layers import HIDDEN, Layer, kernel_of
 
@@ -143,6 +144,17 @@ def test_every_raised_router_compiles(name: str) -> None:
     func, _ = kernel_of(layer, torch.randn(5, HIDDEN), bank=chosen.experts)
     for target in CHECKED:
         assert all(not binary.spills for binary in emit_kernel(func, target).binaries.values())
+
+
+@pytest.mark.parametrize("packing", ["plain", "fp8", "mxfp4"])
+def test_f32_is_not_cut_to_tf32(packing: str) -> None:
+    """The interpreter cannot tell: tensor cores would round what is multiplied to ten bits."""
+    up = build.gather_gemm(silu, 128, 128, 4, 2, torch.float32, variants=TINY)
+    down = build.gemm_combine(128, 128, 4, 2, torch.float32, variants=TINY)
+    for func in (up, down):
+        kernel = emit_kernel(func if packing == "plain" else packed(func, packing), "cuda:sm_90")
+        products = [line for one in kernel.binaries.values() for line in one.ttir.splitlines() if "tt.dot " in line]
+        assert products and not any("tf32" in line for line in products)
 
 
 def test_grids_cover_every_tile() -> None:
