@@ -94,6 +94,7 @@ class Bench:
             except Exception as error:  # likewise
                 ready.pop(name, None)
                 failed[name] = one_line(error)
+                self.device.clear()  # fails at once, at this engine, where the device is lost
         self.say("rounds")
         taken: dict[str, list[float]] = {name: [] for name in ready}
         for turn, order in in_turn(list(ready), rounds):
@@ -105,6 +106,9 @@ class Bench:
                         taken[name].append(self.device.milliseconds(ready[name]) / cell.calls)
                 except Exception as error:  # likewise
                     failed[name] = one_line(error)
+                    self.say(name)
+                    self.device.clear()
+                    self.say("rounds")
         for name in [name for name in ready if name not in failed]:
             engine = self.engines[name]
             if cell.mode == "forward" and not self._same(engine, inputs, kept[name]):

@@ -15,7 +15,7 @@ from benchmarks.shapes import Shape
 
 SETUP = 0.5  #: most of the time that goes to setting up and checking, where kernels of peers are compiled
 PATIENCE = 150.0  #: seconds that one step may take: compiling a peer's kernel, a layer by torch.compile
-RESTARTS = 4  #: of one shape's worker
+RESTARTS = 8  #: of one shape's worker
 RESERVE = 4.0  #: seconds kept for the end
 GRACE = 30.0  #: seconds that a step of the last cell may take beyond its time
 
@@ -161,7 +161,7 @@ class Run:
                 answer = desk.worker.ask(command, min(PATIENCE, max(10.0, self.left())))
             except Lost as error:
                 lost[error.at] = str(error)
-                self._close(desk)
+                self._lose(desk, error)
                 continue
             desk.checked[cell] = answer
             self.say(f"  {cell}: {_said(answer)}")
@@ -206,18 +206,19 @@ class Run:
         if checked is None or "error" in checked:
             return row | {"not_measured": desk.gone or (checked or {}).get("error") or "the time was up"}
         row |= {"invariant": checked["invariant"], "failed": checked["failed"] | desk.lost.get(cell, {})}
-        names = [name for name in desk.engines or () if name in checked["errors"] and name not in row["failed"]]
+        names = self._right(desk, checked, row)
         if not names or not self._ready(desk) or self.left() <= 0:
             return row | {"not_measured": desk.gone or ("no engine is right" if not names else "the time was up")}
         assert desk.worker is not None
         seconds = min(self.settings.cell_seconds, self.left())
-        command = {"do": "time", "cell": cell.json(), "engines": names, "seconds": seconds}
+        command = {"do": "time", "cell": cell.json(), "engines": self._right(desk, checked, row), "seconds": seconds}
         try:
             answer = desk.worker.ask(command | {"rounds": self.settings.rounds}, min(PATIENCE, self.left() + GRACE))
         except Lost as error:
-            self._close(desk)
-            row["failed"][error.at] = str(error)
-            return row | {"not_measured": str(error)}
+            desk.lost.setdefault(cell, {})[error.at] = str(error)
+            self._lose(desk, error)
+            # The others' turn, unless nobody knows who it was.
+            return self._cell(cell) if error.at in names else row | {"not_measured": str(error)}
         if "error" in answer:
             return row | {"not_measured": answer["error"]}
         row["failed"] |= answer["failed"]
@@ -229,6 +230,17 @@ class Run:
             f"  {cell}: " + ", ".join(f"{name} {found['median']:.3f} ms" for name, found in row["engines"].items())
         )
         return row
+
+    @staticmethod
+    def _right(desk: Desk, checked: Row, row: Row) -> list[str]:
+        """The engines that are there and were right in a cell."""
+        return [name for name in desk.engines or () if name in checked["errors"] and name not in row["failed"]]
+
+    def _lose(self, desk: Desk, error: Lost) -> None:
+        """Let go of a dead worker; an engine that took it along in a second cell is not made again."""
+        self._close(desk)
+        if error.at in (desk.engines or ()) and sum(error.at in lost for lost in desk.lost.values()) > 1:
+            desk.missing[error.at] = f"it took its process along twice: {error}"
 
     def _close(self, desk: Desk) -> None:
         if desk.worker is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,48 +127,6 @@ def test_an_engine_that_cannot_be_trained_says_why() -> None:
     assert answer["failed"] == {"it": "it is a stub"}
 
 
-def lacking(_: object) -> Any:
-    raise RuntimeError("no memory")
-
-
-def test_what_is_not_trained_is_let_go_meanwhile() -> None:
-    """Weights of its own would lie beside the gradients."""
-    made, calls = bench(lambda y: y, untrained="it is a stub"), list[str]()
-    engine = made.engines["it"]
-    made._makers["it"] = lambda: calls.append("made again") or engine
-    made.check(Cell("8x64x32x2", 5, "uniform", "training"))
-    assert made.engines == {}
-    assert made.time(ONE, ["it"], 5.0, 5)["failed"] == {} and calls == ["made again"]
-    made._makers["it"] = partial(lacking, None)
-    made.check(Cell("8x64x32x2", 5, "uniform", "training"))
-    assert made.check(ONE)["failed"] == made.time(ONE, ["it"], 5.0, 5)["failed"] == {"it": "no memory"}
-
-
-def test_an_engine_that_fails_while_it_is_timed_leaves_the_others() -> None:
-    made, turns = bench(lambda y: y), list[int]()
-    fine = made.engines["it"]
-
-    def breaks(*given: torch.Tensor) -> torch.Tensor:
-        turns.append(1)
-        return fine.run(*given) if len(turns) < 20 else lacking(None)
-
-    made.engines["other"] = Engine(breaks, lambda tokens: "")
-    answer = made.time(ONE, ["it", "other"], 60.0, 9)
-    assert answer["failed"] == {"other": "no memory"} and answer["engines"]["it"]["rounds"] == 9
-    assert list(answer["engines"]) == ["it"]
-
-
-def test_a_reference_keeps_no_weights_in_f64_for_its_gradients() -> None:
-    """Those of a large layer are more than a GPU holds."""
-    module, (case,), kept = bank(TINY), cases(TINY, 5, "uniform", 1), list[tuple[int, ...]]()
-    x = case.x.double().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
-        y = reference(module, type(case)(x, case.ids, case.weights), torch.arange(5), torch.float64)
-    assert kept and not {(64, 64), (64, 32), (32, 64)} & set(kept)
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    assert bool(dx.abs().sum() > 0)
-
-
 def test_gradients_are_checked_against_f64() -> None:
     module = bank(TINY)
     made = Bench(Setting(TINY, module, Rehearsal()), [GROUPED])
@@ -291,9 +248,27 @@ def test_an_engine_that_kills_the_process_is_left_out_of_its_cell_alone() -> Non
     assert f"qwen3 T 1, forward: {OURS}" in render(results)
 
 
+def test_an_engine_that_kills_the_process_again_and_again_is_not_made_any_more() -> None:
+    asked = list[tuple[int, bool]]()
+
+    def script(command: Mapping[str, Any]) -> Any:
+        if command["do"] == "time":
+            asked.append((command["cell"]["tokens"], VLLM_DEFAULT in command["engines"]))
+            return Lost(VLLM_DEFAULT, "it died") if VLLM_DEFAULT in command["engines"] else fine(command)
+        if command["do"] == "set up":
+            return fine(command) | {"engines": command["engines"]}
+        return fine(command)
+
+    results, _, _ = run(script, tokens=(1, 64, 1024, 4096))
+    assert asked == [(1, True), (1, False), (64, True), (64, False), (1024, False), (4096, False)]
+    assert [row["failed"] for row in results["rows"]] == [{VLLM_DEFAULT: "it died"}] * 2 + [{}] * 2
+    assert all({*row["engines"]} == {OURS, GROUPED} for row in results["rows"])
+    assert results["missing"]["qwen3"][VLLM_DEFAULT] == "it took its process along twice: it died"
+
+
 def test_a_process_that_always_dies_is_given_up() -> None:
     def script(command: Mapping[str, Any]) -> Any:
-        return Lost("sparsec", "the process died") if command["do"] == "check" else fine(command)
+        return Lost("check", "the process died") if command["do"] == "check" else fine(command)
 
     results, _, _ = run(script)
     assert all(row["not_measured"].startswith("its process died too often") for row in results["rows"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
@@ -28,16 +29,24 @@ def test_interpreted_at_length(name: str) -> None:
     run(name, "slow")
 
 
-def run(name: str, which: str) -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_ones_wait_for_a_gpu(name: str) -> None:
+    """Where Triton does not interpret, nothing reaches for a GPU before a test has asked whether there is one."""
+    run(name, "slow or not slow", interpreted=False)
+
+
+def run(name: str, which: str, interpreted: bool = True) -> None:
     """Run the tests of a file that the expression `which` of marks selects."""
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "--tb=short", "--show-capture=no", "-m", which]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-o", "python_files=check_*.py", str(FOLDER / name)],
         cwd=FOLDER.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert (" passed" if interpreted else " skipped") in done.stdout
