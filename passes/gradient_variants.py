@@ -93,11 +93,11 @@ def _bank(kernel: Family, grad: Bank, on: Chip) -> Iterator[Variant]:
     if grad.dtype is DType.f32:
         yield Variant(kernel, 64, 64, 32, 8, 2)
         return
-    tiles, depths, stages = [(64, 128, 4), (128, 128, 8)], (64,), (3, 4)
+    tiles, depths, stages = [(64, 128, 4), (128, 128, 8)], [64], [3, 4]
     if on.wide:  # sums, but no operands, are in registers
-        tiles, stages = [*tiles, (128, 256, 8), (256, 128, 8)], (3, 4, 5)
+        tiles, stages = [*tiles, (128, 256, 8), (256, 128, 8)], [3, 4, 5]
     elif on.lanes == 64:  # there, no asynchronous copies to keep under way
-        tiles, depths, stages = [*tiles, (128, 256, 8)], (32, 64), (2, 3)
+        tiles, depths, stages = [*tiles, (128, 256, 8)], [32, 64], [2, 3]
     for (m, n, warps), depth, deep in product(tiles, depths, stages):
         yield Variant(kernel, m, n, depth, warps, deep)
 

@@ -44,7 +44,7 @@ def hidden_grad(func: Func, op: HiddenGrad) -> Sketch:
 def _default(op: HiddenGrad) -> Sequence[Variant]:
     """Variants where the schedule names none: three sums for each element, without spilled registers on any target."""
     if op.x.tensor.dtype is DType.f32:  # no tensor cores
-        return ({"block_m": 32, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2},)
+        return ({"block_m": 32, "block_n": 32, "block_k": 32, "num_warps": 8, "num_stages": 2},)
     columns = 64 if op.layout == "single" else 32
     return ({"block_m": 64, "block_n": columns, "block_k": 64, "num_warps": 4, "num_stages": 3},)
 
@@ -61,8 +61,10 @@ class _Hidden:
         by_family = dict[str, list[dict[str, int]]]()
         for variant, tile in zip(self.variants, self.tiles, strict=True):
             by_family.setdefault(family_of(op, variant), []).append(tile)
-        makers = {"tiles": Pointers, "tma": Engine}
-        self.products = {name: makers[name](op, self.hidden, self.out, tiles) for name, tiles in by_family.items()}
+        self.products: dict[str, Pointers | Engine] = {
+            name: (Engine if name == "tma" else Pointers)(op, self.hidden, self.out, tiles)
+            for name, tiles in by_family.items()
+        }
         blocks = max(-(-self.width // tile["BLOCK_N"]) for tile in self.tiles)
         self.partial = Parameter("partial", "*fp32", self.wiring.buffer(f"t * {4 * op.k * blocks}"))
         operands = {"y_grad": op.y_grad, "x": op.x, "order": op.order}
