@@ -144,9 +144,13 @@ def pick(x, index, SIZE: tl.constexpr):
         return tl.broadcast_to(x, index.shape)
     if index.shape[LAST] == 1:
         return tl.sum(tl.where(lanes(x, LAST) == index, x, 0), axis=LAST, keep_dims=True)
-    if x.shape[LAST] < index.shape[LAST]:  # nor, within a warp, a gather of more lanes than there are
-        same = tl.expand_dims(index, LAST + 1) == tl.expand_dims(lanes(x, LAST), LAST)
-        return tl.sum(tl.where(same, tl.expand_dims(x, LAST), 0), axis=LAST + 1)
+    TIMES: tl.constexpr = index.shape[LAST] // x.shape[LAST]
+    if TIMES > 1:  # nor, within a warp, a gather of more lanes than there are: each is there TIMES times
+        times = tl.arange(0, TIMES)
+        for _ in tl.static_range(LAST + 1):
+            times = tl.expand_dims(times, 0)
+        each, _ = tl.broadcast(tl.expand_dims(x, LAST + 1), times)
+        x, index = tl.reshape(each, index.shape), index * TIMES
     return tl.gather(x, index, LAST)
 
 
