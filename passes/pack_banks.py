@@ -140,7 +140,8 @@ class _Packer(ABC):
 
     def says(self) -> dict[str, Attr]:
         """The attributes of an op that reads packed banks."""
-        return {"packing": self.packing} | ({} if self.activations == "model" else {"activations": self.activations})
+        said: dict[str, Attr] = {"packing": self.packing, "activations": self.activations}
+        return {name: value for name, value in said.items() if value != "model"}
 
     def bank(self, op: Op, bank: Value, parts: int, transposed: bool, interleaved: bool) -> tuple[Value, Value | None]:
         """A packed bank and its scales."""

@@ -205,7 +205,7 @@ def rate(gemm: Gemm, variant: Variant, on: Chip) -> float:
     m, n = variant.first(gemm), variant.block_m if variant.kernel == "swap" else variant.block_n
     # Both operands come from shared memory: m once for each 256 columns, n once for each 64 rows.
     size = 1 if narrow else 2
-    first = m * size * -(-n // 256)
+    first: float = m * size * -(-n // 256)
     if variant.widens(gemm):  # a thread loads two bytes at a time, half of what it can
         first = 2 * m * gemm.weight_size
     read = (first + n * size * -(-m // 64)) / SHARED_READS

@@ -139,6 +139,7 @@ class Variant:
             rows = int(self.block_m * self.row_size(gemm) * self.block_k)
             return self.num_stages * rows + (self.num_stages - 1) * (self.step(gemm) - rows) + 2048
         spare = 256 if self.kernel != "tiles" or self.direct(gemm, on) else 0
+        spare += 4 * self.block_n * gemm.parts if self.kernel == "fp8" else 0  # scales on their way to all threads
         if self.stays:
             spare += self.block_m * min(128, self.block_n) * gemm.dtype.itemsize  # results on their way out
         return stages * self.step(gemm) + spare
