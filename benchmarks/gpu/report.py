@@ -172,7 +172,7 @@ def _machine(results: Row) -> str:
 def _notes(results: Row) -> str:
     return (
         "One expert layer in bf16 from rows, experts' numbers and weights to rows; no router on any side. Times are of "
-        "CUDA graphs of a few layers with other inputs each, the L2 cache overwritten in between, engines in turn "
+        "CUDA graphs of a few layers with other inputs each, other memory read into the L2 in between, engines in turn "
         f"A B B A, up to {results['settings']['rounds']} rounds. Engines marked (no graph) wait for the GPU in the "
         "middle and are timed as called. The roof of a cell is the larger of its operations at the measured matmul and "
         "its bytes at the measured copy: the weights of the experts that are hit once, rows in and out; in training "
