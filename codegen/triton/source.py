@@ -59,12 +59,13 @@ def module_text(func: Func, op: Op, summary: str, constants: Mapping[str, int], 
 
 def places(op: Op) -> list[str]:
     """The user's lines behind an op and its region, each once, in order."""
-    seen: dict[str, None] = {}
+    seen = dict[Loc, Loc]()  # their texts take no part in equality, and some have none
     for inner in op.walk():
         for loc in (inner.loc.alone(), *inner.loc.origins):
-            if loc:
-                seen[_spell(loc)] = None
-    return list(seen)
+            place = Loc(loc.file, loc.line)
+            if loc and not (place in seen and seen[place].source):
+                seen[place] = loc
+    return [_spell(loc) for loc in seen.values()]
 
 
 def _spell(loc: Loc) -> str:

@@ -211,6 +211,11 @@ def test_a_program_moves_and_multiplies_what_the_model_counts(half: str, variant
     check_account(Case(SMALL, half), variant)
 
 
+@pytest.mark.parametrize("half", ["up", "down"])
+def test_padding_is_counted(half: str) -> None:
+    check_account(Case(UNEVEN, half), Variant("tiles", 16, 64, 128, 4, 3))
+
+
 def test_every_family_is_accounted_for() -> None:
     assert {variant.kernel for _, variant in (*VARIANTS, *NARROW)} == set(FAMILIES)
 
