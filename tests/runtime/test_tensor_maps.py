@@ -172,6 +172,18 @@ def test_an_early_launch_says_so() -> None:
     assert function.value == 9 and given is parameters
 
 
+def test_shared_memory_is_asked_for_on_nvidia_only() -> None:
+    cuda, library = driver()
+    asked = list[tuple[str, Any]]()
+    for name in ("cuFuncSetAttribute", "cuFuncSetCacheConfig"):
+        setattr(library, name, lambda *given, name=name: asked.append((name, given)))
+    cuda.allow(9, 48 << 10)
+    assert asked == []
+    cuda.allow(9, 100 << 10)
+    assert asked == [("cuFuncSetAttribute", (9, 8, 102400)), ("cuFuncSetCacheConfig", (9, 1))]
+    Hip.__new__(Hip).allow(9, 60 << 10)  # which would fail: no library is open
+
+
 def test_other_vendors_have_no_maps() -> None:
     with pytest.raises(ArtifactError, match="GPUs of this vendor do not have"):
         Hip.values(Hip.__new__(Hip), TensorMap(rows(8), "bf16", (8, 64), (64, 1), (8, 64), 3))

@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from sparsec.runtime.context import Context
 from sparsec.runtime.dims import compile_dim
 from sparsec.runtime.dtypes import DTYPES
 from sparsec.runtime.errors import ArtifactError
+from sparsec.runtime.executor import Program
 from sparsec.runtime.plan import Kernel
-from tests.codegen.triton import build
+from tests.codegen.triton import build, small
 from tests.codegen.triton.gradients import Bank
 from tests.codegen.triton.images import hsaco
 from tests.codegen.triton.on_gpu import described
@@ -218,6 +220,20 @@ def test_no_tokens(library: Library) -> None:
         assert all(result.shape[0] in (0, 9, 65) or result.dim() == 3 for result in call(operands(kernel, 0)))
         assert len(library.launches) == count
         library.launches.clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 3000])
+def test_a_whole_layer(tokens: int, library: Library) -> None:
+    """From a plan to the driver: what one launch leaves, the next ones read."""
+    emitted = small.emitted("cuda:sm_90")
+    program = Program(emitted.plan, small.weights(), CPU, files=emitted.files)
+    (y,) = program(torch.zeros(tokens, 128, dtype=BF16), torch.zeros(tokens, 8, dtype=BF16))
+    assert y.shape == (tokens, 128) and library.why == []
+    names = [launch.symbol for launch in library.launches]
+    assert names[0].startswith("route_group_0") and names[-1].startswith("gemm_combine_0")
+    pointers = [{value for value in launch.values if len(value) == 8} for launch in library.launches]
+    assert all(one & other - {bytes(8)} for one, other in pairwise(pointers))
+    assert struct.pack("<Q", y.data_ptr()) in pointers[-1]
 
 
 def test_the_driver_says_what_it_refuses(library: Library) -> None:
