@@ -24,7 +24,8 @@ class Chip:
         lanes: threads of a warp (wavefront).
         wide: rows of the first operand that the matrix instruction reading shared memory takes (0: there is none).
         engine: whether there is a copy engine for blocks of tensors (TMA).
-        divides: whether Triton divides the warps of a persistent program into those that fetch and those that multiply.
+        divides: whether persistent programs are tried whose warps Triton divides into those that fetch and those that
+            multiply. Nowhere yet: nothing says that it gains. `benchmarks.gpu.variants` times both forms on an H100.
     """
 
     name: str
