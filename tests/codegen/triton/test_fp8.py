@@ -95,6 +95,17 @@ def test_every_variant_that_is_tried_fits(target: str, hidden: int, width: int) 
     assert tried > 12 or (on.lanes == 64 and hidden % 128)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_chosen_spills_nothing(target: str) -> None:
+    """Whichever family it is, with its rounding."""
+    for func in funcs((), 7168, 2048):
+        op = func.body.ops[0]
+        op.attrs["variants"] = gpu_variants(op, CHIPS[target])
+        for binary in emit_kernel(func, target).binaries.values():
+            assert binary.spills == 0 and binary.shared <= TARGETS[target].shared_limit, binary.symbol
+
+
 def test_chips_without_the_product_multiply_rounded_rows() -> None:
     """And those with it too, where few rows would leave it idle."""
     for target, on in CHIPS.items():
