@@ -135,13 +135,14 @@ class Variant:
         if self.kernel == "rows":
             return int((self.num_stages - 1) * self.products(gemm) * gemm.weight_size) + 4096
         stages = self.num_stages if self.direct(gemm, on) else self.num_stages - 1
-        if gemm.packing != "plain" and self.kernel in ("tiles", "swap") and self.direct(gemm, on):
-            # A stage of weights is in registers. What `tiles` make of it goes back; in `swap` scales may change places.
-            rows = int(self.block_m * self.row_size(gemm) * self.block_k)
-            widened = 2048 if self.widens(gemm) else self.block_n * gemm.parts * self.block_k * gemm.dtype.itemsize
-            return self.num_stages * rows + (self.num_stages - 1) * (self.step(gemm) - rows) + widened + 256
         spare = 256 if self.kernel != "tiles" or self.direct(gemm, on) else 0
-        spare += 4 * self.block_n * gemm.parts if self.kernel == "fp8" else 0  # scales on their way to all threads
+        if gemm.packing != "plain":  # scales on their way to all threads
+            spare += 2048 if self.widens(gemm) else 4 * self.block_n * gemm.parts
+        if gemm.packing != "plain" and self.kernel != "fp8" and self.direct(gemm, on):
+            # A stage of weights is in registers. What `tiles` make of it goes back.
+            rows = int(self.block_m * self.row_size(gemm) * self.block_k)
+            widened = 0 if self.widens(gemm) else self.block_n * gemm.parts * self.block_k * gemm.dtype.itemsize
+            return self.num_stages * rows + (self.num_stages - 1) * (self.step(gemm) - rows) + widened + spare
         if self.stays:
             spare += self.block_m * min(128, self.block_n) * gemm.dtype.itemsize  # results on their way out
         return stages * self.step(gemm) + spare
