@@ -66,7 +66,8 @@ def emit(
         edit: may put another source in the place of a kernel's own.
 
     Raises:
-        CompileError: the module is not lowered, or holds what the runtime cannot run, or an edited source fails.
+        CompileError: the target is a GPU and Triton is missing, the module is not lowered, or holds what the runtime
+            cannot run, or an edited source fails.
     """
     main = module.main
     emitter = _Emitter(target, main, here, edit)
@@ -130,6 +131,7 @@ class _Emitter:
 
     def _triton(self, func: Func, op: Op) -> TritonKernel | None:
         """What the Triton generator makes of a kernel; None, with a remark, where PyTorch has to run it."""
+        from sparsec.codegen.triton.compile import require_triton
         from sparsec.codegen.triton.early import may_start
         from sparsec.codegen.triton.emit import compile_sketch, sketch_kernel
 
@@ -138,6 +140,7 @@ class _Emitter:
         except CompileError as error:
             self._missed(op, "PyTorch operators", error)
             return None
+        require_triton()  # without it no kernel would be made: no artifact for a GPU
         edited = replace(sketch, source=self.edit(f"kernels/{func.name}.py", sketch.source))
         try:
             made = compile_sketch(func, edited, self.target, may_start(func, self.main))

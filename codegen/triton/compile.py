@@ -151,7 +151,7 @@ def _fitting(source: str, entry: Entry, target: Target, what: str) -> Binary:
 def _compile(
     source: str, entry: Entry, target: Target, stages: int, what: str, options: Mapping[str, int] = NO_OPTIONS
 ) -> Binary:
-    triton = _triton()
+    triton = require_triton()
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.errors import TritonError
@@ -221,7 +221,7 @@ def _copied(layouts: str) -> dict[str, set[tuple[int, ...]]]:
     return found
 
 
-def _triton() -> Any:
+def require_triton() -> Any:
     """Triton, ready to compile. Raises: CompileError."""
     try:
         import triton
@@ -236,7 +236,7 @@ def _triton() -> Any:
 @contextmanager
 def _module(source: str) -> Generator[ModuleType]:
     """A generated module, imported from a folder of its own; Triton's cache lies there too, and both go at the end."""
-    knobs: Any = _triton().knobs
+    knobs: Any = require_triton().knobs
     name = "sparsec_generated_" + hashlib.sha256(source.encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
         path = Path(folder, f"{name}.py")

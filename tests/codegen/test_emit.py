@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -118,6 +119,14 @@ def test_what_triton_cannot_express_is_run_by_pytorch(monkeypatch: pytest.Monkey
     x = torch.randn(5, layer.hidden)
     y = Program(emitted.plan, layer.weights)(x)[0]
     torch.testing.assert_close(y, Program(emit(layer_module(Layer()), "cpu").plan, layer.weights)(x)[0])
+
+
+def test_nothing_is_made_for_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an artifact whose experts all run by PyTorch."""
+    module = layer_module(Layer(backend="triton", variants=({"block_m": 16},)))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(CompileError, match="compiling for a GPU needs Triton"):
+        emit(module, "cuda:sm_90")
 
 
 def test_only_lowered_modules_are_emitted() -> None:
