@@ -159,9 +159,9 @@ def info_command(**options: Any) -> None:
 @click.argument("model")
 @target_option
 @click.option("--tokens", type=click.IntRange(min=1), multiple=True, help="Compare all families at this many tokens.")
+@click.option("--all", "every", is_flag=True, help="With --tokens: every variant, not the fastest of each family.")
 @click.option("--weights", type=click.Choice(["fp8", "mxfp4"]), help="As if the experts' weights were stored so.")
 @click.option("--json", "as_json", is_flag=True)
-@click.option("--all", "every", is_flag=True, help="With --tokens: every variant, not the fastest of each family.")
 def schedule_command(**options: Any) -> None:
     """Say how MODEL (or an artifact) runs on a GPU, and why: predicted times, limits, runners-up. Needs no GPU."""
     from sparsec.commands import schedule_model
