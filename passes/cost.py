@@ -18,8 +18,9 @@ from sparsec.passes.variants import DIVIDED, Family, Gemm, Variant
 FAMILIES: tuple[Family, ...] = ("tiles", "tma", "swap", "persistent", "gathered", "rows", "fp8")
 """The families of kernels that there are, as of `codegen/triton/families.py`."""
 
-BUCKETS = tuple(1 << i for i in range(16))
-"""Upper ends of the ranges of token counts that are told apart; the last one stands for all larger numbers."""
+BUCKETS = tuple(sorted({1 << i for i in range(16)} | {3 << i for i in range(14)}))
+"""Upper ends of the ranges of token counts that are told apart: 1, 2, 3, 4, 6, 8, 12 ... 32768, which stands for all
+larger numbers. Powers of two alone would leave tiles of 128 rows for a third fewer rows than they are chosen for."""
 
 TILES_EACH = 4
 """Tiles for each multiprocessor from which persistent programs are tried."""

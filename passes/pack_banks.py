@@ -55,9 +55,7 @@ class PackBanks(Pass):
 
     name: ClassVar[str] = "pack-banks"
     weights: str = "model"  #: model packs values as they are (on a GPU: not at all); all others quantise them
-    activations: str = (
-        "model"  #: int8 or fp8 has quantised banks multiplied by rows that are rounded to it as they come
-    )
+    activations: str = "model"  #: int8 or fp8 rounds what quantised banks are multiplied by as it comes
 
     def run(self, module: Module, ctx: PassContext) -> None:
         weights = str(module.attrs.get("weights", self.weights))

@@ -86,7 +86,11 @@ class Explained:
     choices: list[Choice]
 
 
-def explain(module: Module, target: str, tokens: Sequence[int] = BUCKETS, every: bool = False) -> list[Explained]:
+SHOWN = tuple(tokens for tokens in BUCKETS if tokens.bit_count() == 1)
+"""Numbers of tokens that are explained where none are named: powers of two."""
+
+
+def explain(module: Module, target: str, tokens: Sequence[int] = SHOWN, every: bool = False) -> list[Explained]:
     """Why the GEMMs and backward ops of a module (from phase `fuse` on) run on a GPU target as they do.
 
     `every`: offers are all variants that were compared, not only the fastest of each family.

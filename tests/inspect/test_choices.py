@@ -12,9 +12,9 @@ from rich.console import Group
 
 from sparsec import cli, pipeline
 from sparsec.differentiable import backward
-from sparsec.inspect.choices import explain, render
+from sparsec.inspect.choices import SHOWN, explain, render
 from sparsec.ir.parser import parse_module
-from sparsec.passes.cost import BUCKETS, FAMILIES
+from sparsec.passes.cost import FAMILIES
 from tests.codegen.triton.gradients import Bank
 from tests.passes.test_schedule import TEXT
 
@@ -25,7 +25,7 @@ def test_every_number_of_tokens_has_its_reasons() -> None:
     assert up.title.startswith("up-projection 2048 -> 2 x 768, 8 of 128 experts, bf16") and up.ops == 1
     assert len(up.orders) == 1 and up.loss < 0.03
     for one, op in ((up, module.main.body.ops[1]), (down, module.main.body.ops[2])):
-        assert [choice.tokens for choice in one.choices] == list(BUCKETS)
+        assert [choice.tokens for choice in one.choices] == list(SHOWN)
         scheduled = {variant["kernel"] for variant in op.attrs["variants"]}  # type: ignore[union-attr, index, call-overload]
         assert {choice.chosen.family for choice in one.choices} == scheduled
         for choice in one.choices:
@@ -93,7 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
 def test_the_command(layer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--json") == 0
     found = json.loads(capfd.readouterr().out)
-    assert len(found) == 2 and len(found[0]["choices"]) == len(BUCKETS)
+    assert len(found) == 2 and len(found[0]["choices"]) == len(SHOWN)
     assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--tokens", 16) == 0
     printed = capfd.readouterr().out
     assert "chosen" in printed and "swap" in printed and "limiter" in printed

@@ -71,7 +71,9 @@ class _Counter:
             for name, start in re.findall(rf"({_NAME}) = ({_NAME})(?=[,)])", line) if "scf.for" in line else []:
                 if start in self.roots:
                     self.roots[name] = self.roots[start]
-            pointer = re.match(rf"\s*({_NAME}) = tt\.(?:addptr|bitcast|splat|broadcast|expand_dims|reshape) ({_NAME})", line)
+            pointer = re.match(
+                rf"\s*({_NAME}) = tt\.(?:addptr|bitcast|splat|broadcast|expand_dims|reshape) ({_NAME})", line
+            )
             if pointer and pointer[2] in self.roots:
                 self.roots[pointer[1]] = self.roots[pointer[2]]
 
