@@ -92,6 +92,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
 
 def test_the_command(layer: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--json") == 0
+    monkeypatch.delenv("COLUMNS", raising=False)
     found = json.loads(capfd.readouterr().out)
     assert len(found) == 2 and len(found[0]["choices"]) == len(SHOWN)
     assert run(monkeypatch, layer, "--target", "cuda:sm_90", "--tokens", 16) == 0
