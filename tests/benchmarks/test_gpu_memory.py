@@ -23,7 +23,12 @@ def test_what_is_not_trained_is_let_go_meanwhile() -> None:
     """Weights of its own would lie beside the gradients."""
     made, calls = bench(lambda y: y, untrained="it is a stub"), list[str]()
     engine = made.engines["it"]
-    made._makers["it"] = lambda: calls.append("made again") or engine
+
+    def again() -> Any:
+        calls.append("made again")
+        return engine
+
+    made._makers["it"] = again
     made.check(Cell("8x64x32x2", 5, "uniform", "training"))
     assert made.engines == {}
     assert made.time(ONE, ["it"], 5.0, 5)["failed"] == {} and calls == ["made again"]
@@ -50,7 +55,12 @@ def test_a_reference_keeps_no_weights_in_f64_for_its_gradients() -> None:
     """Those of a large layer are more than a GPU holds."""
     module, (case,), kept = bank(TINY), cases(TINY, 5, "uniform", 1), list[tuple[int, ...]]()
     x = case.x.double().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = reference(module, type(case)(x, case.ids, case.weights), torch.arange(5), torch.float64)
     assert kept and not {(64, 64), (64, 32), (32, 64)} & set(kept)
     (dx,) = torch.autograd.grad(y.sum(), x)

@@ -72,7 +72,7 @@ shapes = st.builds(
 def test_more_tokens_take_longer_and_no_time_is_below_the_floor(
     shape: Shape, tokens: int, more: int, data: st.DataObject
 ) -> None:
-    grad = data.draw(st.sampled_from(gradients(shape)))
+    grad = data.draw(st.sampled_from(list[Gradient](gradients(shape))))
     for candidate in gradient_ranked(grad, tokens, H100):
         now, later = candidate.made, foresee(grad, candidate.variant, tokens + more, H100)
         assert later is not None and now.us <= later.us * 1.0001

@@ -21,7 +21,7 @@ def serialised(binary: Binary) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "kernel.ptx")
         text.write_text(binary.assembly, encoding="utf-8")
-        command = [tool, "-v", "--gpu-name=sm_90a", text, "-o", Path(folder, "kernel.cubin")]
+        command: list[str | Path] = [tool, "-v", "--gpu-name=sm_90a", text, "-o", Path(folder, "kernel.cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True)
     return [line for line in (said.stdout + said.stderr).splitlines() if "serialized" in line]
 

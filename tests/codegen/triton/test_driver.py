@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -85,16 +86,16 @@ FUNCS: dict[str, Callable[[], Func]] = {
     "route, many": lambda: router(block_rows=4),
     "route, few": lambda: router(block_rows=8, up_to=8),
     "group": lambda: build.group(8, 2),
-    **{f"up {name}": lambda name=name: up(name) for name in families.UP},
-    **{f"down {name}": lambda name=name: down(name) for name in families.DOWN},
+    **{f"up {name}": partial(up, name) for name in families.UP},
+    **{f"down {name}": partial(down, name) for name in families.DOWN},
     "up gathered, divided": lambda: up("gathered", "plain", **DEEP),
     "down persistent, divided": lambda: down("persistent", "plain", **DEEP),
     "down rows, split": lambda: down("rows", split=2, block_k=32),
-    **{f"up {kind}": lambda kind=kind: up("tiles", kind) for kind in ("fp8", "mxfp4")},
-    **{f"up swap {kind}": lambda kind=kind: up("swap", kind) for kind in ("fp8", "mxfp4")},
-    **{f"down swap {kind}": lambda kind=kind: down("swap", kind) for kind in ("fp8", "mxfp4")},
-    **{f"down rows {kind}": lambda kind=kind: down("rows", kind) for kind in ("fp8", "mxfp4")},
-    **{f"gradient {op}": lambda op=op: gradient(f"moe.{op}_grad") for op in ("hidden", "bank", "bias")},
+    **{f"up {kind}": partial(up, "tiles", kind) for kind in ("fp8", "mxfp4")},
+    **{f"up swap {kind}": partial(up, "swap", kind) for kind in ("fp8", "mxfp4")},
+    **{f"down swap {kind}": partial(down, "swap", kind) for kind in ("fp8", "mxfp4")},
+    **{f"down rows {kind}": partial(down, "rows", kind) for kind in ("fp8", "mxfp4")},
+    **{f"gradient {op}": partial(gradient, f"moe.{op}_grad") for op in ("hidden", "bank", "bias")},
 }
 QUICK = ("route, many", "group", "up tma", "down rows, split", "down persistent, divided")
 SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FUNCS]

@@ -139,11 +139,12 @@ def test_what_is_chosen_is_written_so() -> None:
     """Every variant begins with a rounding, whichever family it is of."""
     for func in funcs((), 512, 256):
         op = func.body.ops[0]
-        op.attrs["variants"] = gpu_variants(op, CHIPS["cuda:sm_90"])
+        variants = gpu_variants(op, CHIPS["cuda:sm_90"])
+        op.attrs["variants"] = variants
         sketch = sketch_kernel(func)
-        assert {v["kernel"] for v in op.attrs["variants"]} >= {"fp8"}  # type: ignore[index, union-attr]
-        for schedule, variant in zip(sketch.schedules, op.attrs["variants"], strict=True):  # type: ignore[arg-type]
-            ending = "_narrow" if variant["kernel"] == "fp8" else "_round"  # type: ignore[index]
+        assert {variant["kernel"] for variant in variants} >= {"fp8"}
+        for schedule, variant in zip(sketch.schedules, variants, strict=True):
+            ending = "_narrow" if variant["kernel"] == "fp8" else "_round"
             assert schedule.entries[0].name == func.name + ending
 
 
