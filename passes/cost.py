@@ -300,19 +300,27 @@ def ranges(gemm: Gemm, on: Chip, orders: Orders) -> tuple[Range, ...]:
     Args:
         orders: of adding that they may have.
     """
-    tables = (_table(gemm, on, orders, slack) for slack in SLACK)
-    return next((table for table in tables if len(table) <= FEW), _table(gemm, on, orders, SLACK[-1]))
+    return fewest(lambda tokens: of_orders(gemm, tokens, on, orders), partial(_spare, gemm, on))
 
 
-def _table(gemm: Gemm, on: Chip, orders: Orders, slack: float) -> tuple[Range, ...]:
-    """`ranges` with every bucket within `slack` of its fastest."""
+Ranking: TypeAlias = Callable[[int], Sequence[Candidate]]
+"""The candidates for a number of tokens, the fastest first."""
+
+
+def fewest(ranking: Ranking, spare: Callable[[Variant], Any], few: int = FEW) -> tuple[Range, ...]:
+    """Ranges of buckets, `few` if they can be had by staying within the last of SLACK; `spare` as of `merged`."""
+    tables = (_table(ranking, spare, slack) for slack in SLACK)
+    return next((table for table in tables if len(table) <= few), _table(ranking, spare, SLACK[-1]))
+
+
+def _table(ranking: Ranking, spare: Callable[[Variant], Any], slack: float) -> tuple[Range, ...]:
+    """Ranges with every bucket within `slack` of its fastest."""
     near, at = list[dict[Variant, float]](), list[dict[Variant, Candidate]]()
     for tokens in BUCKETS:
-        found = of_orders(gemm, tokens, on, orders)
+        found = ranking(tokens)
         least = found[0].made.us
         at.append({c.variant: c for c in found if c.made.us <= least * slack})
         near.append({variant: c.made.us / least for variant, c in at[-1].items()})
-    spare = partial(_spare, gemm, on)
     return tuple(
         Range(None if last == len(BUCKETS) - 1 else BUCKETS[last], at[last][variant])
         for _, last, variant in merged(near, spare)

@@ -14,7 +14,7 @@ from sparsec.dialects.moe import BankGrad, HiddenGrad
 from sparsec.ir.core import Op
 from sparsec.ir.types import DType
 from sparsec.passes.chips import CHIPS, Chip
-from sparsec.passes.cost import BUCKETS, SLACK, Candidate, Range, merged
+from sparsec.passes.cost import Candidate, Range, fewest
 from sparsec.passes.gradients import Bank, Gradient, Hidden, foresee, gradient_of
 from sparsec.passes.variants import Family, Variant
 
@@ -115,21 +115,7 @@ def gradient_ranked(grad: Gradient, tokens: int, on: Chip) -> tuple[Candidate, .
 @cache
 def gradient_ranges(grad: Gradient, on: Chip) -> tuple[Range, ...]:
     """The variants by ascending token count: as few as stay near the fastest of each bucket."""
-    tables = (_table(grad, on, slack) for slack in SLACK)
-    return next((table for table in tables if len(table) <= FEW), _table(grad, on, SLACK[-1]))
-
-
-def _table(grad: Gradient, on: Chip, slack: float) -> tuple[Range, ...]:
-    at = list[dict[Variant, Candidate]]()
-    for tokens in BUCKETS:
-        found = gradient_ranked(grad, tokens, on)
-        at.append({c.variant: c for c in found if c.made.us <= found[0].made.us * slack})
-    near = [{variant: c.made.us for variant, c in bucket.items()} for bucket in at]
-    near = [{variant: us / min(bucket.values()) for variant, us in bucket.items()} for bucket in near]
-    return tuple(
-        Range(None if last == len(BUCKETS) - 1 else BUCKETS[last], at[last][variant])
-        for _, last, variant in merged(near, _spare)
-    )
+    return fewest(lambda tokens: gradient_ranked(grad, tokens, on), _spare, FEW)
 
 
 def _spare(variant: Variant) -> tuple[Any, ...]:

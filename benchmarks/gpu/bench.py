@@ -66,7 +66,7 @@ class Bench:
                     answer["failed"][name] = f"wrong: error {worst:.2%} of the norm ({_first_beyond(error, limit)})"
                 elif cell.mode == "forward" and engine.invariant:
                     answer["invariant"][name] = self._invariant(cell, engine, case)
-            except Exception as error:  # likewise
+            except Exception as error:  # whatever it raises: its figures are missing, no others
                 answer["failed"][name] = one_line(error)
             finally:
                 self.device.clear()
@@ -91,7 +91,7 @@ class Bench:
                 run = self._run(cell, engine, inputs, kept.setdefault(name, []))
                 ready[name], graph[name] = self._replay(run, engine, pool)
                 self.device.milliseconds(ready[name])
-            except Exception as error:  # likewise
+            except Exception as error:  # the same: the others are timed
                 ready.pop(name, None)
                 failed[name] = one_line(error)
                 self.device.clear()  # fails at once, at this engine, where the device is lost
@@ -104,7 +104,7 @@ class Bench:
                 try:
                     if name not in failed:
                         taken[name].append(self.device.milliseconds(ready[name]) / cell.calls)
-                except Exception as error:  # likewise
+                except Exception as error:  # the same, in the middle of its rounds
                     failed[name] = one_line(error)
                     self.say(name)
                     self.device.clear()
@@ -133,7 +133,7 @@ class Bench:
                 try:
                     self.engines[name] = self._makers[name]()
                     del self._dropped[name]
-                except Exception as error:  # likewise; the next cell tries again
+                except Exception as error:  # no memory, say: it is told, and the next cell tries again
                     self._dropped[name] = one_line(error)
             return
         self._dropped |= {name: engine.untrained for name, engine in self.engines.items() if engine.train is None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from sparsec.codegen.triton.launch import Parameter
+from sparsec.codegen.triton.launch import ENGINE_BYTES, Parameter
 from sparsec.codegen.triton.tile import FLOATS, padded, unsupported
 from sparsec.ir.core import Func, Op, Value
 from sparsec.ir.types import DType
@@ -14,9 +14,6 @@ Variant = Mapping[str, Any]
 
 FAMILIES = ("tiles", "tma")
 """Families of the kernels of gradients: all operands by pointers; what lies in blocks by the copy engine (TMA)."""
-
-ENGINE_BYTES = 16
-"""The copy engine takes rows that are a multiple of this long."""
 
 
 def family_of(op: Op, variant: Variant) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from sparsec.codegen.triton.gemm import masked
 from sparsec.codegen.triton.gradient_kernels import require_engine
 from sparsec.codegen.triton.launch import Parameter, tensor_map
+from sparsec.codegen.triton.streamed import bank_view
 from sparsec.codegen.triton.tile import unsupported
 from sparsec.dialects.moe import HiddenGrad
 from sparsec.ir.types import DType
@@ -104,9 +105,8 @@ class Engine:
 
     def __init__(self, op: HiddenGrad, hidden: int, out: int, tiles: Sequence[Tile]) -> None:
         self.op, self.hidden, self.out = op, hidden, out
-        self.count = op.parts
         dtype = op.x.tensor.dtype
-        up_row = self.count * op.width if op.up_transposed else hidden
+        up_row = op.parts * op.width if op.up_transposed else hidden
         require_engine(op, dtype, up_row, out if op.down_transposed else op.width)
         if hidden % 16 or out % 16:
             raise unsupported(op, f"sums of {hidden} and {out} terms: with the copy engine they have multiples of 16")
@@ -122,22 +122,12 @@ class Engine:
 
     def given(self, parameters: Sequence[Parameter], tile: Tile) -> tuple[Parameter, ...]:
         """The parameters with both banks as descriptors: `up` [E, 2, I, H] and `down` [E, H, I], or transposed."""
-        op, width, hidden, out = self.op, self.op.width, self.hidden, self.out
-        n, k, row = tile["BLOCK_N"], tile["BLOCK_K"], self.count * self.op.width
-        if op.up_transposed:
-            up = [op.num_experts, hidden, row], [hidden * row, row, 1], [1, k, 2 * n if self.alternate else n]
-        elif self.count == 2:
-            apart = [hidden, 2 * hidden] if op.layout == "interleaved" else [width * hidden, hidden]
-            up = [op.num_experts, 2, width, hidden], [row * hidden, *apart, 1], [1, 2, n, k]
-        else:
-            up = [op.num_experts, width, hidden], [width * hidden, hidden, 1], [1, n, k]
-        rows, columns = (width, out) if op.down_transposed else (out, width)
-        down = (
-            [op.num_experts, rows, columns],
-            [rows * columns, columns, 1],
-            [1, n, k] if op.down_transposed else [1, k, n],
-        )
-        maps, dtype = {"up": up, "down": down}, op.x.tensor.dtype
+        op, experts, width = self.op, self.op.num_experts, self.op.width
+        maps = {
+            "up": bank_view((experts, width, self.hidden), op.layout, op.up_transposed, tile),
+            "down": bank_view((experts, width, self.out), "single", not op.down_transposed, tile),
+        }
+        dtype = op.x.tensor.dtype
         return tuple(tensor_map(p.name, dtype, p.argument, *maps[p.name]) if p.name in maps else p for p in parameters)
 
     def lines(self) -> list[str]:

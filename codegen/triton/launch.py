@@ -113,6 +113,10 @@ class Wiring:
         return {"state": len(self.state) - 1}
 
 
+ENGINE_BYTES = 16
+"""The copy engine of Hopper and later takes rows that are a multiple of this long."""
+
+
 def tensor_map(name: str, dtype: DType, of: Argument, shape: Sequence[int | str], strides: Sequence[int | str],
                block: Sequence[int]) -> Parameter:  # fmt: skip
     """A tensor descriptor made by the runtime, for `name.load(offsets)` of blocks.

@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsec.codegen.triton.gemm import GroupedGemm, masked
-from sparsec.codegen.triton.launch import Argument, Parameter, tensor_map
-from sparsec.codegen.triton.streamed import ENGINE_BYTES, Streamed
+from sparsec.codegen.triton.launch import ENGINE_BYTES, Argument, Parameter, tensor_map
+from sparsec.codegen.triton.packed_products import BLOCK
+from sparsec.codegen.triton.streamed import Streamed
 from sparsec.codegen.triton.tile import unsupported
 from sparsec.ir.types import DType
-
-BLOCK = 128
-"""Values along K that share a scale (fp8) or lie together (mxfp4)."""
 
 EIGHT = 8
 """Rows of an instruction's first operand after which a thread has its next one."""

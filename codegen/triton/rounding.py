@@ -17,11 +17,9 @@ from sparsec.codegen.triton.launch import TOKENS, Argument, Entry, Parameter, Wi
 from sparsec.codegen.triton.source import indent
 from sparsec.codegen.triton.tile import NARROW, POINTERS, padded
 from sparsec.dialects.moe import GatherGemm
+from sparsec.dialects.moe.references import GROUP
 from sparsec.ir.core import Func
 from sparsec.ir.types import DType
-
-GROUP = 128
-"""Columns that share a scale."""
 
 TAKEN = 4, 8
 """Rows and groups that a program rounds."""

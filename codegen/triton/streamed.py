@@ -13,12 +13,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsec.codegen.triton.gemm import GroupedGemm
-from sparsec.codegen.triton.launch import Argument, Entry, Parameter, tensor_map
+from sparsec.codegen.triton.launch import ENGINE_BYTES, Argument, Entry, Parameter, tensor_map
 from sparsec.codegen.triton.tile import unsupported
 from sparsec.ir.types import DType
 
-ENGINE_BYTES = 16
-"""The copy engine takes rows that are a multiple of this long."""
+
+def bank_view(
+    bank: tuple[int, int, int], layout: str, transposed: bool, sizes: Mapping[str, int], together: bool = True
+) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and block with which the copy engine sees a bank of (experts, columns of a kind, inner).
+
+    [experts, columns, inner], for gated experts [experts, 2, columns, inner] whether the columns of the two kinds
+    follow each other or alternate; of transposed banks [experts, inner, columns of both].
+
+    Args:
+        together: whether a block of a bank that is not transposed has columns of both kinds.
+    """
+    experts, columns, inner = bank
+    n, k, row = sizes["BLOCK_N"], sizes["BLOCK_K"], columns if layout == "single" else 2 * columns
+    if transposed:
+        wide = 2 * n if layout == "interleaved" else n
+        return [experts, inner, row], [inner * row, row, 1], [1, k, wide]
+    if layout == "single":
+        return [experts, columns, inner], [row * inner, inner, 1], [1, n, k]
+    apart = [inner, 2 * inner] if layout == "interleaved" else [columns * inner, inner]
+    return [experts, 2, columns, inner], [row * inner, *apart, 1], [1, 1 + together, n, k]
 
 
 class Streamed:
@@ -96,21 +115,11 @@ class Streamed:
         return all(self.gemm.columns % self.sizes(variant)["BLOCK_N"] == 0 for variant in self.gemm.variants)
 
     def map(self, of: Argument, sizes: Mapping[str, int]) -> Parameter:
-        """The descriptor of the weights for tiles of `sizes`.
-
-        [experts, columns, inner], for gated experts [experts, 2, columns, inner] whether the columns of the two kinds
-        follow each other or alternate; of transposed banks [experts, inner, columns of both].
-        """
-        experts, columns, inner = self.gemm.experts, self.gemm.columns, self.inner
-        n, k, row = sizes["BLOCK_N"], sizes["BLOCK_K"], self.count * columns
-        if self.transposed:
-            shape, strides, block = [experts, inner, row], [inner * row, row, 1], [1, k, 2 * n if self.alternate else n]
-        elif self.count == 2:
-            apart = [inner, 2 * inner] if self.layout == "interleaved" else [columns * inner, inner]
-            shape, strides, block = [experts, 2, columns, inner], [row * inner, *apart, 1], [1, 1 + self.pair, n, k]
-        else:
-            shape, strides, block = [experts, columns, inner], [columns * inner, inner, 1], [1, n, k]
-        return tensor_map(self.bank, self.element, of, shape, strides, block)
+        """The descriptor of the weights for tiles of `sizes`."""
+        view = bank_view(
+            (self.gemm.experts, self.gemm.columns, self.inner), self.layout, self.transposed, sizes, self.pair
+        )
+        return tensor_map(self.bank, self.element, of, *view)
 
     def loop(self, inner: str, row: str) -> list[str]:
         """`products` of rows that are gathered by addresses; `row` are pointers to their first elements."""
@@ -143,7 +152,7 @@ class Streamed:
         """What makes the tiles of `columns` of the sums."""
         lines = [f"{name} = tl.trans({name})" for name in self.parts() if self.swapped]
         if self.pair:  # in registers: the two kinds lie in the same thread
-            lines.append("gate, linear = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))")
+            lines.append("gate, linear = halves(acc)")
         return lines
 
     def ahead(self) -> list[str]:

@@ -11,10 +11,15 @@ from sparsec.diagnostics import SparsecError
 from sparsec.inspect.strictness import FENCE, fenced, poisoned
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Six elements with their fences."""
+    return tensor.as_strided((2 * FENCE // 4 + 6,), (1,), 0)
+
+
 @pytest.mark.parametrize("beyond", [-1, 6])
 def test_a_write_into_a_fence_is_found(beyond: int) -> None:
     def writes(given: list[Any]) -> None:
-        memory = torch.empty(0, dtype=torch.float32).set_(given[1].untyped_storage())  # type: ignore[call-overload]
+        memory = whole(given[1])
         memory[FENCE // 4 + beyond] = 1.0
 
     with pytest.raises(SparsecError, match=r"'kernel' writes beyond its argument 1, torch.float32 \[2, 3\]"):
@@ -28,7 +33,7 @@ def test_what_is_written_comes_back() -> None:
         assert given[0] is not x and given[3] == 5
         assert given[1].data_ptr() == given[2].data_ptr()  # one tensor that is given twice
         given[1].copy_(given[0] * 2)
-        around = torch.empty(0, dtype=torch.float32).set_(given[0].untyped_storage())  # type: ignore[call-overload]
+        around = whole(given[0])
         assert around[FENCE // 4 - 1].isnan() and around[FENCE // 4 + 6].isnan()
 
     fenced("kernel", run, [x, y, y, 5])

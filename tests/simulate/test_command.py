@@ -66,9 +66,10 @@ def test_the_same_seed_draws_the_same() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "scale"), [("128", 1.0), ("500000", 1e-3)], ids=["us", "ms"])
-def test_tables_are_whole_on_a_narrow_terminal(tokens: str, scale: float) -> None:
+@pytest.mark.parametrize("devices", ["64,512", pytest.param("64,2048", marks=pytest.mark.slow)])
+def test_tables_are_whole_on_a_narrow_terminal(devices: str, tokens: str, scale: float) -> None:
     """Every figure, and where it comes from, at 80 columns."""
-    args = ["--devices", "64,512", *NUMBERS, "--shared", "1", "--rest", "9000000", "--schedule", "two-batch"]
+    args = ["--devices", devices, *NUMBERS, "--shared", "1", "--rest", "9000000", "--schedule", "two-batch"]
     found = simulate(*args, "--tokens", tokens)["points"]
     shown = CliRunner().invoke(cli, ["simulate", *args, "--tokens", tokens], env={"COLUMNS": "80"}).stdout
     rows = [line.replace(",", "").split() for line in shown.splitlines()]

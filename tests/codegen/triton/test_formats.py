@@ -9,13 +9,13 @@ import struct
 import pytest
 import torch
 
-from sparsec.codegen.triton import source
+from sparsec.codegen.triton.source import library
 from sparsec.runtime.blocks import FP4
 
 
 def assembly(function: str, wide: bool = False) -> str:
     """The text that a function of the library puts into kernels for bf16, or for f32 (`wide`)."""
-    (node,) = ast.parse(source.library()[function]).body
+    (node,) = ast.parse(library()[function]).body
     texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return [text for text in texts if "prmt" in text][wide]
 

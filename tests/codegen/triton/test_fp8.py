@@ -12,6 +12,7 @@ import torch
 from sparsec.codegen.triton.compile import TARGETS, Binary, compile_entry, target_of
 from sparsec.codegen.triton.emit import emit_kernel, sketch_kernel
 from sparsec.diagnostics import CompileError
+from sparsec.dialects.moe import GatherGemm, GemmCombine
 from sparsec.ir.core import Func
 from sparsec.passes.chips import CHIPS
 from sparsec.passes.cost import best, by_family, candidates, obstacle
@@ -84,7 +85,9 @@ def compiled(func: Func, target: str, launch: int) -> Binary:
 def test_every_variant_that_is_tried_fits(target: str, hidden: int, width: int) -> None:
     on, tried = CHIPS[target], 0
     for up in (True, False):
-        gemm = gemm_of(funcs((TILE,), hidden, width)[not up].body.ops[0])  # type: ignore[arg-type]
+        op = funcs((TILE,), hidden, width)[not up].body.ops[0]
+        assert isinstance(op, GatherGemm | GemmCombine)
+        gemm = gemm_of(op)
         for variant in candidates(gemm, on):
             if variant.kernel != "fp8" or variant.num_stages != 3 or predict(gemm, variant, 64, on) is None:
                 continue
